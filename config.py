@@ -1,0 +1,404 @@
+"""JSON configs of the published repository, checked by pydantic, with a few keys of our own.
+
+`load_config(path, RefineConfig)` and `load_config(path, PretrainConfig)` return frozen objects whose
+attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(Exception):
+    """Something a user gave is wrong: one line that names it and says what would be right."""
+
+
+class Section(BaseModel):
+    """A JSON object whose keys and types are all known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class Channels(Section):
+    """Channels of the networks: N inside them, M of y."""
+
+    N: Count
+    M: Count
+
+
+class Optimizer(Section):
+    """What moves the latents. `momentum` is SGD's."""
+
+    name: Literal["adam", "sgd", "LBFGS"] = "adam"
+    lr: Positive = 0.005
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class CustomLr(Section):
+    """start_lr for start_iters steps, linear to end_lr over warmup_steps, then end_lr."""
+
+    start_iters: Index
+    warmup_steps: Index
+    start_lr: Positive
+    end_lr: NonNegative
+
+    def at(self, step: int) -> float:
+        """The learning rate of optimisation step `step` (0 is the first)."""
+        if step < self.start_iters:
+            return self.start_lr
+        progress = min((step - self.start_iters) / max(self.warmup_steps, 1), 1.0)
+        if self.warmup_steps == 0:
+            progress = 1.0
+        return self.start_lr + (self.end_lr - self.start_lr) * progress
+
+
+class SgaLogitsParams(Section):
+    """The function of `sga_logits` or `sga_logits_3c`, and the temperature's upper bound."""
+
+    logits: str | None = None
+    ub: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class TestPaths(Section):
+    """Where the data sets lie. `clic` may stay null: tensorflow-datasets' own folder then."""
+
+    kodak: str | None = None
+    tecnick: str | None = None
+    pathology: str | None = None
+    clic: str | None = None
+    folder: str | None = None
+
+
+class DevOptions(Section):
+    """Data set, method and its hyper-parameters. Null hyper-parameter: the method's own default."""
+
+    kodak: bool = False
+    tecnick: bool = False
+    pathology: bool = False
+    clic: bool = False
+    folder: bool = False
+    sample: bool = False
+    path_test: TestPaths = TestPaths()
+    improving_methods: dict[str, bool] = {}
+    temp_rate: NonNegative = 1e-3
+    temp_schedule: Literal["exp", "exp0"] = "exp"
+    sga_logits_params: SgaLogitsParams = SgaLogitsParams()
+    gnoise_sigma: Positive | None = None
+    scale_factor: Positive | None = None
+    power_3c: Positive | None = Field(None, alias="3c_power")
+    factor_3c: Positive | None = Field(None, alias="3c_factor")
+    rounding_params: dict[str, Any] = {}
+    augmented_loss: bool = False
+    save_final: bool = False
+    inference_lambda: Positive | None = None
+    custom_lr: CustomLr | None = None
+
+    @property
+    def data_set(self) -> str:
+        """The name of the one data set that is switched on."""
+        return next(name for name in DATA_SETS if getattr(self, name))
+
+    @property
+    def published_hyper_parameters(self) -> dict[str, float]:
+        """The published keys that hold a value, by their JSON names."""
+        values = {
+            "gnoise_sigma": self.gnoise_sigma,
+            "scale_factor": self.scale_factor,
+            "3c_power": self.power_3c,
+            "3c_factor": self.factor_3c,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_data_set(self) -> "DevOptions":
+        chosen = [name for name in DATA_SETS if getattr(self, name)]
+        if len(chosen) != 1:
+            found = f"{' and '.join(chosen)} are" if chosen else "none is"
+            raise ValueError(f"{found} true: exactly one of {', '.join(DATA_SETS)} must be")
+        return self
+
+
+DATA_SETS = ("kodak", "tecnick", "pathology", "clic", "folder", "sample")
+
+
+class TrainPath(Section):
+    """Kept so that published files load; refinement reads no training data."""
+
+    train_imagenet: str = ""
+
+
+def channels_of_lambda(train_lambda: float) -> Channels:
+    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 below 0.1 (arXiv 2401.17789, appendix).
+
+    Raises:
+        ValueError: no rule for this lambda.
+    """
+    if not 0 < train_lambda < 0.1:
+        raise ValueError(
+            f"train_lambda = {train_lambda:g} has no channel rule: "
+            "give a lambda in (0, 0.1), or channels {N, M}"
+        )
+    width = 128 if train_lambda <= 0.001 else 192 if train_lambda < 0.04 else 256
+    return Channels(N=width, M=width)
+
+
+class ModelOfLambda(Section):
+    """What both scripts say of the network: the lambda that it is trained for, and its size."""
+
+    train_lambda: float
+    channels: Channels | None = None
+
+    @model_validator(mode="after")
+    def _has_channels(self) -> "ModelOfLambda":
+        if self.channels is None:
+            channels_of_lambda(self.train_lambda)
+        elif self.train_lambda <= 0:
+            raise ValueError(f"train_lambda = {self.train_lambda:g} must be greater than 0")
+        return self
+
+
+class RefineConfig(ModelOfLambda):
+    """What `train_flexible_inference.py` reads."""
+
+    cycle_length: Count = 1
+    print_freq: Count = 100
+    batch_size: Count = 1
+    image_size: Count = 256
+    seed: Index = 0
+    save_name: str = Field(pattern=r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$")
+    pretrain: str = Field(min_length=1)
+    path_train: TrainPath = TrainPath()
+    tot_batches: Count = 24
+    tot_inference_iterations: Count = 2000
+    optimizer: Optimizer = Optimizer()
+    improving_methods: dict[str, bool] = {}
+    dev_options: DevOptions
+    eval_freq: Count = 50
+    device: str = "auto"
+    output_dir: str = "results"
+    num_workers: Index = 0
+    resume: bool = False
+    tracker: Tracker | None = None
+
+    @property
+    def lmbda(self) -> float:
+        """The lambda of the refinement's loss."""
+        return self.dev_options.inference_lambda or self.train_lambda
+
+    @property
+    def method(self) -> str:
+        """The one rounding method that is on: dev_options' before the top level's."""
+        return (_true_in(self.dev_options.improving_methods) or _true_in(self.improving_methods))[0]
+
+    @model_validator(mode="after")
+    def _one_method(self) -> "RefineConfig":
+        dev, top = _true_in(self.dev_options.improving_methods), _true_in(self.improving_methods)
+        for place, chosen in (("dev_options.improving_methods", dev), ("improving_methods", top)):
+            if len(chosen) > 1:
+                raise ValueError(f"{place}: {' and '.join(chosen)} are true: only one may be")
+        if not dev and not top:
+            raise ValueError(
+                "improving_methods: none is true here or in dev_options: set one method true"
+            )
+        return self
+
+
+def _true_in(flags: dict[str, bool]) -> list[str]:
+    return [name for name, on in flags.items() if on]
+
+
+class LearningRate(Section):
+    """Adam's: linear warm-up over warmup_step steps to base, times decay every decay_interval."""
+
+    base: Positive = 1e-4
+    curl_lr: Positive | None = None
+    clip_grad: NonNegative = 1.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    decay_interval: Count = 1_000_000
+    warmup_step: Index = 1000
+
+
+class PretrainPaths(Section):
+    """Folders of the training data."""
+
+    train_clic: str = ""
+    train_imagenet: str = ""
+
+
+class PretrainConfig(ModelOfLambda):
+    """What `example_files/pretrain.json` holds: the published pre-training."""
+
+    tot_iterations: Count = 2_000_000
+    lr: LearningRate = LearningRate()
+    cycle_length: Count = 4
+    batch_size: Count = 32
+    print_freq: Count = 1000
+    save_model_freq: Count = 50_000
+    image_size: Count = 256
+    seed: Index = 0
+    test: bool = False
+    save_name: str = Field(min_length=1)
+    pretrain: str = ""
+    train_clic_imagenet: bool = True
+    path_train: PretrainPaths = PretrainPaths()
+    path_test_data: str = ""
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load_config(
+    path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()
+) -> Schema:
+    """Read and check a JSON config; `overrides` are `key.sub=value` strings applied first.
+
+    Raises:
+        InputError: no such file, not JSON, or not what `schema` asks for.
+    """
+    values = read_json_object(path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem, schema) for problem in error.errors())
+        raise InputError(f"{path}: {problems}") from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The one JSON object in a file.
+
+    Raises:
+        InputError: no such file, not JSON, a key given twice, or not an object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: not a text file; a JSON object is wanted") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"config {path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: holds no JSON object ({{...}})")
+    return values
+
+
+def resolved(config: BaseModel) -> dict[str, Any]:
+    """The config with every default filled in, as JSON values that `load_config` reads back."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def parse_command_line(
+    schema: type[Schema], description: str, argv: Sequence[str] | None = None
+) -> Schema:
+    """The checked config of `--config JSON [--set key.sub=value ...]`.
+
+    Raises:
+        InputError: see `load_config`. SystemExit 2 for a wrong command line, as argparse does.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, metavar="JSON", help="the config file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="override one key of the config; VALUE is JSON, or else a string",
+    )
+    parser.add_argument(
+        "--load_json",
+        choices=("true", "True"),
+        help="accepted for the published command lines; the config is always read",
+    )
+    arguments = parser.parse_args(argv)
+    return load_config(arguments.config, schema, arguments.set)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: must read key.sub=value")
+    *path, last = key.split(".")
+    for depth, part in enumerate(path):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override}: {'.'.join(path[: depth + 1])} holds no keys")
+    try:
+        values[last] = json.loads(text)
+    except ValueError:
+        values[last] = text
+
+
+def _describe(problem: Any, schema: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(set(_keys(schema)))
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"unknown key {key!r}" + (f": did you mean {close[0]!r}?" if close else "")
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} = {json.dumps(problem['input'], default=str)}: {message}"
+
+
+def _keys(schema: type[BaseModel]) -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield field.alias or name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind)
+
+
+def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator of a script's `main`: an `InputError` or a failing disk is one line and code 2.
+
+    An interrupt is code 130: what was computed is on disk already.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        # ruff: noqa: T201
+        import sys
+
+        try:
+            return main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print('interrupted: "resume": true goes on from here', file=sys.stderr)
+            return 130
+        return 2
+
+    return guarded

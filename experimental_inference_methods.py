@@ -1,0 +1,422 @@
+"""Rounding functions and temperature schedules for refining latents by gradient descent.
+
+Every method is a few lines under `rounding_method`, the one registry. Two kinds can be registered:
+
+* a rounding: `f(v, tau, generator, **hyper_parameters) -> v_hat`, same shape as v;
+* a score over candidates (`candidates=floor_ceil` or `nearest_three`):
+  `f(u, **hyper_parameters) -> logits`, u >= 0 being the distance of v to each candidate. It becomes
+  a rounding by drawing from a Gumbel-softmax over the candidates (SGA, SGA+).
+
+v is a latent centred on its lattice (y minus its means, z minus its medians), so that hard
+rounding is always `torch.round(v)`. tau in [0, 1] is the temperature, 0 at the end of annealing.
+
+Sources: Yang, Bamler, Mandt 2020 (arXiv 2006.04240): `sga`, `ste`, `unoise`, `danneal`.
+Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789): SGA+, all `sga_logits*` functions.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from config import InputError, RefineConfig
+
+# Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
+TAU_MIN = 1e-8
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """tau(t), the annealing schedule, in [lb, ub] (arXiv 2401.17789, section 3).
+
+    `exp`: clip(exp(-rate t), lb, ub). `exp0`: ub * exp(-rate (t - 700)) with the same clip, which
+    holds ub for the first 700 steps.
+    """
+
+    rate: float
+    ub: float
+    schedule: str = "exp"
+    lb: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The temperature of optimisation step `step` (0 is the first)."""
+        if self.schedule == "exp":
+            tau = math.exp(-self.rate * step)
+        else:
+            tau = self.ub * math.exp(-self.rate * max(step - 700, 0))
+        return min(max(tau, self.lb), self.ub)
+
+
+# arXiv 2006.04240, appendix: the schedule of SGA and deterministic annealing.
+BASELINE_TEMPERATURE = Temperature(rate=4e-3, ub=0.2, lb=TAU_MIN)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered rounding: what `rounding_method` was told about it."""
+
+    sample: Callable[..., Tensor]
+    score: Callable[..., Tensor] | None
+    candidates: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    temperature: Temperature | None
+    defaults: dict[str, Any]
+
+
+METHODS: dict[tuple[str, str | None], Method] = {}
+
+
+def rounding_method(
+    name: str,
+    *,
+    logits: str | None = None,
+    candidates: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    temperature: Temperature | None = None,
+) -> Callable:
+    """Decorator: register a rounding, or a score over candidates, under its JSON name.
+
+    Args:
+        name: the flag in `improving_methods`.
+        logits: the name in `sga_logits_params.logits`, for families of several functions.
+        candidates: `floor_ceil` or `nearest_three`; the decorated function is then a score.
+        temperature: a schedule of the method's own; without it the JSON's holds.
+
+    The function's keyword-only arguments are its hyper-parameters, their defaults the defaults.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if candidates is None:
+            sample, score = function, None
+        else:
+            sample, score = partial(_sample_candidates, candidates, function), function
+        defaults = {
+            p.name: p.default
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        METHODS[name, logits] = Method(sample, score, candidates, temperature, defaults)
+        return function
+
+    return register
+
+
+# --- the mechanism shared by two and three classes ------------------------------------------------
+
+
+def floor_ceil(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two candidates and the distances to them, in [0, 1 - 1e-5]; both [..., 2] for v [...]."""
+    candidates = torch.stack((v.floor(), v.ceil()), dim=-1).detach()  # [..., 2]
+    return candidates, (v.unsqueeze(-1) - candidates).abs().clamp(max=1 - 1e-5)
+
+
+def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Three candidates round(v) + {-1, 0, 1} and the distances, in [0, 1.5]; both [..., 3]."""
+    nearest = v.round().detach()
+    candidates = torch.stack((nearest - 1, nearest, nearest + 1), dim=-1)  # [..., 3]
+    return candidates, (v.unsqueeze(-1) - candidates).abs()
+
+
+def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Weights over the last axis: softmax((logits / tau + Gumbel noise) / tau), [..., K].
+
+    tau scales the logits and relaxes the sample (arXiv 2006.04240, section 3.2).
+    """
+    tau = max(tau, TAU_MIN)
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    # An exponential draw can be exactly 0 in float32; its logarithm must stay finite.
+    gumbel = -exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
+    return torch.softmax((logits / tau + gumbel) / tau, dim=-1)
+
+
+def _sample_candidates(
+    candidates_of: Callable, score: Callable, v: Tensor, tau: float, generator, **params
+) -> Tensor:
+    candidates, distance = candidates_of(v)
+    weights = gumbel_softmax(score(distance, **params), tau, generator)  # [..., K]
+    return (candidates * weights).sum(dim=-1)
+
+
+def hard_round(v: Tensor) -> Tensor:
+    """The true rounding of centred latents, what an entropy coder codes; any shape."""
+    return v.round()
+
+
+# --- baselines (arXiv 2006.04240, section 4 and its supplement) -----------------------------------
+
+
+@rounding_method("ste")
+def ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Straight-through: rounds forward, identity gradient."""
+    return v + (v.round() - v).detach()
+
+
+@rounding_method("unoise")
+def unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Uniform noise on (-1/2, 1/2)."""
+    return v + _uniform(v, generator) / 2
+
+
+@rounding_method("danneal", temperature=BASELINE_TEMPERATURE)
+def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Deterministic annealing: the weights of SGA without its noise."""
+    candidates, distance = floor_ceil(v)
+    weights = torch.softmax(atanh(distance) / max(tau, TAU_MIN), dim=-1)  # [..., 2]
+    return (candidates * weights).sum(dim=-1)
+
+
+# --- annealed noise and straight-through (arXiv 2401.17789, appendix; w = 1 - tau rises to 1) -----
+
+
+@rounding_method("temp_ste")
+def temp_ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """w STE(v / w): a lattice that grows to the integers."""
+    w = max(1 - tau, 1e-4)
+    return w * ste(v / w, tau, generator)
+
+
+@rounding_method("temp_unoise")
+def temp_unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Uniform noise that grows to (-1/2, 1/2)."""
+    return v + (1 - tau) * _uniform(v, generator) / 2
+
+
+@rounding_method("temp_uste")
+def temp_uste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """w STE((v + (1 - w) U / 2) / w): noise that gives way to a growing lattice."""
+    w = max(1 - tau, 1e-8)
+    return w * ste((v + (1 - w) * _uniform(v, generator) / 2) / w, tau, generator)
+
+
+@rounding_method("gnoise")
+def gnoise(
+    v: Tensor, tau: float, generator: Generator | None, *, gnoise_sigma: float = 0.25
+) -> Tensor:
+    """Gaussian noise of a fixed standard deviation."""
+    return v + gnoise_sigma * _normal(v, generator)
+
+
+@rounding_method("temp_gnoise")
+def temp_gnoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+    """Gaussian noise that grows to a standard deviation of 1/4."""
+    return v + 0.25 * (1 - tau) * _normal(v, generator)
+
+
+def _uniform(v: Tensor, generator: Generator | None) -> Tensor:
+    return torch.empty_like(v).uniform_(-1, 1, generator=generator)
+
+
+def _normal(v: Tensor, generator: Generator | None) -> Tensor:
+    return torch.empty_like(v).normal_(generator=generator)
+
+
+# --- two classes: scores of the distance u in [0, 1) to floor and to ceil -------------------------
+
+
+@rounding_method("sga", candidates=floor_ceil, temperature=BASELINE_TEMPERATURE)
+@rounding_method("sga_logits", logits="atanh", candidates=floor_ceil)
+def atanh(u: Tensor) -> Tensor:
+    """-atanh(u), SGA (arXiv 2006.04240, eq. 9)."""
+    return -torch.atanh(u)
+
+
+@rounding_method("sga_logits", logits="logx", candidates=floor_ceil)
+def logx(u: Tensor) -> Tensor:
+    """Linear probabilities: log(1 - u) (arXiv 2401.17789, section 3.1)."""
+    return torch.log(1 - u)
+
+
+@rounding_method("sga_logits", logits="cosx", candidates=floor_ceil)
+def cosx(u: Tensor) -> Tensor:
+    """Cosine probabilities: log cos^2(pi u / 2) (arXiv 2401.17789, section 3.1)."""
+    eps = 1e-7
+    return torch.log((1 - eps) * torch.cos(math.pi / 2 * u) ** 2 + eps)
+
+
+@rounding_method("sga_logits", logits="expxlogx", candidates=floor_ceil)
+def expxlogx(u: Tensor, *, scale_factor: float = 1.0) -> Tensor:
+    """exp(a u) log(1 - u^2), of the published code."""
+    return torch.exp(scale_factor * u) * torch.log(1 - u**2)
+
+
+@rounding_method("sga_logits", logits="ssl", candidates=floor_ceil)
+def ssl(u: Tensor, *, scale_factor: float = 2.3) -> Tensor:
+    """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789, section 3.1).
+
+    a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third.
+    """
+    return F.logsigmoid(-scale_factor * torch.logit(u, eps=1e-5))
+
+
+# --- three classes: scores of the distance s in [0, 1.5] to round(v) + {-1, 0, 1} -----------------
+
+
+@rounding_method("sga_logits_3c", logits="absx", candidates=nearest_three)
+def absx(s: Tensor) -> Tensor:
+    """1 - 2/3 s, of the published code: a bounded score, not a log-probability."""
+    return 1 - 2 / 3 * s
+
+
+@rounding_method("sga_logits_3c", logits="log_absx_factor_pow", candidates=nearest_three)
+def log_absx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 1.5) -> Tensor:
+    """Extended linear: power * log(1 - factor s) (arXiv 2401.17789, section 3.2)."""
+    return power * torch.log((1 - factor * s).clamp_min(1e-6))
+
+
+@rounding_method("sga_logits_3c", logits="log_cosx_n", candidates=nearest_three)
+def log_cosx_n(s: Tensor, *, power: float = 3.0) -> Tensor:
+    """log cos(pi s / 3)^power, 0 at s = 1.5, of the published code."""
+    eps = 1e-7
+    return torch.log((1 - eps) * _power(torch.cos(math.pi / 3 * s), power) + eps)
+
+
+@rounding_method("sga_logits_3c", logits="log_cosx_factor_pow", candidates=nearest_three)
+def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) -> Tensor:
+    """Extended cosine: log cos(pi/2 factor s)^power (arXiv 2401.17789, section 3.2)."""
+    cosine = torch.cos(math.pi / 2 * (factor * s).clamp(max=1))
+    return torch.log(_power(cosine, power) + 1e-7)
+
+
+@rounding_method("sga_logits_3c", logits="log_ssl_a_factor_pow", candidates=nearest_three)
+def log_ssl_a_factor_pow(
+    s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
+) -> Tensor:
+    """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789, section 3.2)."""
+    u = (factor * s / 1.5).clamp(1e-6, 1 - 1e-6)
+    return power * torch.log(torch.sigmoid(-scale_factor * torch.logit(u)).clamp_min(1e-6))
+
+
+def _power(base: Tensor, power: float) -> Tensor:
+    # cos(pi / 2) is a little below 0 in float32, and 0 ** power has no finite gradient below 1.
+    return base.clamp_min(1e-14) ** power
+
+
+# --- choosing one ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A method with its hyper-parameters and its temperature schedule, ready to be called."""
+
+    method: str
+    logits: str | None
+    params: dict[str, Any]
+    temperature: Temperature
+    sample: Callable[..., Tensor]
+
+    @property
+    def name(self) -> str:
+        """The method as a reader names it, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
+        return self.method if self.logits is None else f"{self.method}/{self.logits}"
+
+    def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
+        """Relaxed rounding of centred latents v, any shape, at temperature tau."""
+        return self.sample(v, tau, generator, **self.params)
+
+    def at(self, step: int, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
+        """The rounding of one optimisation step, as `models.rd_pass` takes it: v -> v_hat."""
+        return partial(self, tau=self.temperature(step), generator=generator)
+
+
+def find_method(method: str, logits: str | None = None) -> Method:
+    """The registered method of these JSON names.
+
+    Raises:
+        InputError: no such method, or no such function in its family; names what there is.
+    """
+    families = {name for name, function in METHODS if function is not None}
+    if method in families:
+        known = sorted(function for name, function in METHODS if name == method)
+        if logits not in known:
+            raise InputError(
+                f"dev_options.sga_logits_params.logits = {logits!r}: {method} has {', '.join(known)}"
+            )
+        return METHODS[method, logits]
+    if (method, None) not in METHODS:
+        raise InputError(
+            f"improving_methods.{method}: no such method; "
+            f"there are {', '.join(sorted({name for name, _ in METHODS}))}"
+        )
+    return METHODS[method, None]
+
+
+def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The method's hyper-parameters: its defaults, overridden by `params`.
+
+    JSON names (`3c_power`, `3c_factor`) and the functions' own (`power`, `factor`) both count.
+
+    Raises:
+        InputError: a hyper-parameter the method does not have, or one without a default is missing.
+    """
+    given = {key.removeprefix("3c_"): value for key, value in params.items()}
+    has = ", ".join(sorted(method.defaults)) or "none"
+    for key in given.keys() - method.defaults.keys():
+        raise InputError(f"{name} has no hyper-parameter {key!r}; it has {has}")
+    bound = {**method.defaults, **given}
+    for key, value in bound.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(
+                f"{name} needs the hyper-parameter {key!r}: add it to dev_options.rounding_params"
+            )
+    return bound
+
+
+def build_rounding(
+    method: str, logits: str | None = None, *, temperature: Temperature, **params: Any
+) -> Rounding:
+    """A rounding by its JSON names, with `params` as its hyper-parameters.
+
+    `temperature` holds unless the method has a schedule of its own (sga, danneal).
+
+    Raises:
+        InputError: see `find_method` and `bind_params`.
+    """
+    found = find_method(method, logits)
+    logits = logits if (method, logits) in METHODS else None
+    name = method if logits is None else f"{method}/{logits}"
+    bound = bind_params(found, name, params)
+    return Rounding(method, logits, bound, found.temperature or temperature, found.sample)
+
+
+def rounding_logits(
+    v: Tensor, method: str, logits: str | None = None, **params: Any
+) -> tuple[Tensor, Tensor]:
+    """Candidates and their logits at temperature 1, both [..., K], for centred latents v [...].
+
+    Raises:
+        InputError: the method has no candidates, or see `find_method` and `bind_params`.
+    """
+    found = find_method(method, logits)
+    if found.score is None:
+        raise InputError(f"{method} rounds without candidates, so it has no logits")
+    candidates, distance = found.candidates(v)
+    return candidates, found.score(distance, **bind_params(found, method, params))
+
+
+def rounding_from_config(config: RefineConfig) -> Rounding:
+    """The one rounding that a refinement config switches on.
+
+    Published hyper-parameters (scale_factor, 3c_power, ...) stand in every published JSON and
+    reach the methods that have them; those in `rounding_params` must all be the method's own.
+
+    Raises:
+        InputError: an unknown method or function, or a wrong hyper-parameter.
+    """
+    options = config.dev_options
+    for key in (*config.improving_methods, *options.improving_methods):
+        if key not in {name for name, _ in METHODS}:
+            find_method(key)
+    params, family = options.sga_logits_params, config.method
+    method = find_method(family, params.logits)
+    published = {
+        key: value
+        for key, value in options.published_hyper_parameters.items()
+        if key.removeprefix("3c_") in method.defaults
+    }
+    temperature = Temperature(options.temp_rate, params.ub, options.temp_schedule)
+    chosen = {**published, **options.rounding_params}
+    return build_rounding(family, params.logits, temperature=temperature, **chosen)

@@ -1,0 +1,48 @@
+"""Rate and distortion as pure tensor maths; every result is one value an image, [B]."""
+
+import torch
+from pytorch_msssim import ms_ssim as _ms_ssim
+from torch import Tensor
+
+# pytorch-msssim halves the picture four times under an 11-pixel window.
+MS_SSIM_MIN_SIDE = 161
+
+
+def bits_per_pixel(likelihoods: Tensor, num_pixels: int) -> Tensor:
+    """-sum log2 p / pixels of the image, [B], for likelihoods [B, C, h, w] in (0, 1]."""
+    return -likelihoods.log2().sum(dim=(1, 2, 3)) / num_pixels
+
+
+def mean_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean over channels and pixels, [B], for two [B, 3, H, W]; in the square of their unit."""
+    return (x_hat - x).square().mean(dim=(1, 2, 3))
+
+
+def rate_distortion_loss(bpp: Tensor, mse: Tensor, lmbda: float) -> Tensor:
+    """bpp + lambda * 255^2 * MSE, [B], MSE of pixels in [0, 1] (arXiv 2401.17789, eq. 2)."""
+    return bpp + lmbda * 255**2 * mse
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for pixels in [0, 1]; infinite where the MSE is 0."""
+    return -10 * mse.log10()
+
+
+def to_8_bit(x: Tensor) -> Tensor:
+    """Pixels as a viewer gets them: clamped to [0, 1] and rounded to multiples of 1/255."""
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def ms_ssim(x_hat: Tensor, x: Tensor) -> Tensor | None:
+    """Multi-scale structural similarity in [0, 1], [B], of pixels [B, 3, H, W] in [0, 1].
+
+    None where the smaller side is below 161 pixels: it is not defined there.
+    """
+    if min(x.shape[-2:]) < MS_SSIM_MIN_SIDE:
+        return None
+    return _ms_ssim(x_hat, x, data_range=1.0, size_average=False)
+
+
+def ms_ssim_db(similarity: Tensor) -> Tensor:
+    """-10 log10(1 - MS-SSIM), dB."""
+    return -10 * torch.log10(1 - similarity)

@@ -1,0 +1,274 @@
+"""The mean-scale hyperprior: loading it, and the steps of one rate-distortion pass.
+
+Minnen, Balle, Toderici 2018 (arXiv 1809.02736); the networks are CompressAI's. x is [B, 3, H, W] in
+[0, 1]; y is [B, M, ceil(H/16), ceil(W/16)]; z is [B, N, ceil(H/64), ceil(W/64)].
+
+    x -> g_a -> y -> h_a -> z        encoder: the starting latents, `analyze`
+    z_hat = round(z - medians) + medians
+    scales, means = h_s(z_hat)       cropped to y's size
+    y_hat = round(y - means) + means
+    x_hat = g_s(y_hat)               cropped to x's size, so that any size works without padding
+"""
+
+import pickle
+import urllib.error
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import Channels, InputError
+from metrics import bits_per_pixel, mean_squared_error, rate_distortion_loss
+
+with warnings.catch_warnings():
+    # compressai's imports warn of other packages' futures.
+    warnings.simplefilter("ignore")
+    from compressai.models import MeanScaleHyperprior
+    from compressai.zoo import mbt2018_mean
+
+LIKELIHOOD_MIN = 1e-9
+
+
+class Latents(NamedTuple):
+    """The two latents of an image, before rounding; y [B, M, h, w], z [B, N, h', w']."""
+
+    y: Tensor
+    z: Tensor
+
+
+# --- building and loading -------------------------------------------------------------------------
+
+
+def build_model(channels: Channels) -> MeanScaleHyperprior:
+    """An untrained mean-scale hyperprior with N and M channels."""
+    return MeanScaleHyperprior(N=channels.N, M=channels.M)
+
+
+def load_checkpoint(source: str, channels: Channels | None = None) -> MeanScaleHyperprior:
+    """A trained model on the CPU, from a file or CompressAI's zoo.
+
+    Args:
+        source: a file in our or the published layout (`model_state_dict`, with or without
+            `module.` prefixes) or a bare CompressAI state dict; or `zoo:mbt2018-mean:QUALITY`.
+        channels: what N and M must be; without it the weights decide alone.
+
+    Raises:
+        InputError: the file is missing, broken or of another architecture; the zoo is out of
+            reach; the weights' channels are not `channels`.
+    """
+    model = _load_zoo(source) if source.startswith("zoo:") else _load_file(source)
+    if channels is not None and (model.N, model.M) != (channels.N, channels.M):
+        raise InputError(
+            f"pretrain {source}: has N = {model.N}, M = {model.M}, "
+            f"but channels asks for N = {channels.N}, M = {channels.M}"
+        )
+    return model
+
+
+def _load_file(source: str) -> MeanScaleHyperprior:
+    path = Path(source)
+    if not path.is_file():
+        problem = "is a folder; a checkpoint file is wanted" if path.is_dir() else "no such file"
+        raise InputError(f"pretrain {source}: {problem} (looked from {Path.cwd()})")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"pretrain {source}: truncated or no checkpoint ({reason})") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile):
+        raise InputError(f"pretrain {source}: no checkpoint that holds only weights") from None
+    return model_from_state_dict(find_state_dict(checkpoint, source), source)
+
+
+def find_state_dict(checkpoint: object, source: str) -> dict[str, Tensor]:
+    """The weights inside a loaded checkpoint, without `module.` prefixes.
+
+    Raises:
+        InputError: there are none.
+    """
+    if isinstance(checkpoint, dict):
+        for key in ("model_state_dict", "state_dict"):
+            if isinstance(checkpoint.get(key), dict):
+                checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(value, Tensor) for value in checkpoint.values()
+    ):
+        raise InputError(f"pretrain {source}: holds no state dict of a model")
+    return {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
+
+
+def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleHyperprior:
+    """The model that these weights are of; N and M follow from their shapes.
+
+    Raises:
+        InputError: they are not a mean-scale hyperprior's, or not finite.
+    """
+    wrong = f"pretrain {source}: not the weights of a mean-scale hyperprior"
+    if "g_a.0.weight" not in weights or "g_a.6.weight" not in weights:
+        raise InputError(f"{wrong} (no g_a.0.weight, g_a.6.weight)")
+    weights = {key: value.float() if value.is_floating_point() else value
+               for key, value in weights.items()}
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"pretrain {source}: {key} holds NaN or infinite weights")
+    try:
+        return MeanScaleHyperprior.from_state_dict(weights).eval()
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
+        raise InputError(f"{wrong} ({reason})") from None
+
+
+def _load_zoo(source: str) -> MeanScaleHyperprior:
+    _, name, quality, *rest = (*source.split(":"), "", "")
+    if name != "mbt2018-mean" or any(rest) or quality not in tuple("12345678"):
+        raise InputError(f"pretrain {source}: must be zoo:mbt2018-mean:QUALITY, QUALITY 1 to 8")
+    try:
+        return mbt2018_mean(int(quality), pretrained=True, progress=False).eval()
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise InputError(
+            f"pretrain {source}: cannot download CompressAI's weights ({error}); connect to the "
+            f"network once, or put the file into {cache} by hand"
+        ) from None
+
+
+def freeze(model: MeanScaleHyperprior) -> MeanScaleHyperprior:
+    """The same model in eval mode, its weights without gradients: only latents are optimised."""
+    return model.eval().requires_grad_(False)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (a GPU if there is one), or a torch device by name.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device = {name!r}: not usable here ({reason}); try auto or cpu") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+# --- the steps of one pass ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def analyze(model: MeanScaleHyperprior, x: Tensor) -> Latents:
+    """The encoder's latents of x [B, 3, H, W] in [0, 1], not rounded, without gradients."""
+    y = model.g_a(x)  # [B, M, ceil(H/16), ceil(W/16)]
+    z = model.h_a(y)  # [B, N, ceil(H/64), ceil(W/64)]
+    return Latents(y, z)
+
+
+def medians_of(model: MeanScaleHyperprior) -> Tensor:
+    """The entropy bottleneck's medians, [1, N, 1, 1]: the lattice of z is the integers plus these."""
+    return model.entropy_bottleneck.quantiles[:, 0, 1].detach().reshape(1, -1, 1, 1)
+
+
+def round_around(v: Tensor, centre: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """rounding(v - centre) + centre: the lattice is the integers plus `centre`, any shape."""
+    return rounding(v - centre) + centre
+
+
+def prior_params(
+    model: MeanScaleHyperprior, z_hat: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """scales and means of y given z_hat, both [B, M, *size], y's height and width."""
+    params = model.h_s(z_hat)[:, :, : size[0], : size[1]]  # [B, 2 M, h, w]
+    scales, means = params.chunk(2, dim=1)
+    return scales, means
+
+
+def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
+    """p(z_hat) under the factorised prior, [B, N, h', w'] in [1e-9, 1] (arXiv 1802.01436, 6.1).
+
+    The difference of sigmoids is taken on the negative side of both tails, where float32 resolves
+    it; CompressAI's own underflows far above the median, gradient and all.
+    """
+    bottleneck = model.entropy_bottleneck
+    flat = z_hat.transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
+    lower = bottleneck._logits_cumulative(flat - 0.5, stop_gradient=True)
+    upper = bottleneck._logits_cumulative(flat + 0.5, stop_gradient=True)
+    sign = torch.where(lower + upper > 0, -1.0, 1.0)
+    p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+    p = p.reshape(z_hat.size(1), z_hat.size(0), *z_hat.shape[2:]).transpose(0, 1)
+    return bottleneck.likelihood_lower_bound(p)
+
+
+def likelihood_y(model: MeanScaleHyperprior, y_hat: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+    """p(y_hat) of a Gaussian convolved with a unit box, all [B, M, h, w], in [1e-9, 1].
+
+    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436, 6.2).
+    """
+    conditional = model.gaussian_conditional
+    p = conditional._likelihood(y_hat, scales, means)
+    return conditional.likelihood_lower_bound(p)
+
+
+def synthesize(model: MeanScaleHyperprior, y_hat: Tensor, size: tuple[int, int]) -> Tensor:
+    """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1]."""
+    return model.g_s(y_hat)[:, :, : size[0], : size[1]]
+
+
+def rd_pass(
+    model: MeanScaleHyperprior,
+    x: Tensor,
+    latents: Latents,
+    rounding: Callable[[Tensor], Tensor],
+    lmbda: float,
+) -> dict[str, Tensor]:
+    """One pass from latents to rate, distortion and loss; relaxed or true as `rounding` is.
+
+    Args:
+        x: [B, 3, H, W] in [0, 1].
+        rounding: maps centred latents of any shape; `Rounding.at(step)` or `hard_round`.
+        lmbda: weight of the distortion, bpp + lmbda * 255^2 * MSE.
+
+    Returns:
+        loss, bpp, bpp_y, bpp_z (bits per pixel) and mse (of pixels in [0, 1], not clamped), each
+        [B]; y_hat, z_hat and x_hat.
+    """
+    y, z = latents
+    num_pixels = x.size(2) * x.size(3)
+    z_hat = round_around(z, medians_of(model), rounding)
+    scales, means = prior_params(model, z_hat, y.shape[2:])
+    y_hat = round_around(y, means, rounding)
+    bpp_z = bits_per_pixel(likelihood_z(model, z_hat), num_pixels)
+    bpp_y = bits_per_pixel(likelihood_y(model, y_hat, scales, means), num_pixels)
+    x_hat = synthesize(model, y_hat, x.shape[2:])
+    mse = mean_squared_error(x_hat, x)
+    bpp = bpp_y + bpp_z
+    return {
+        "loss": rate_distortion_loss(bpp, mse, lmbda),
+        "bpp": bpp,
+        "bpp_y": bpp_y,
+        "bpp_z": bpp_z,
+        "mse": mse,
+        "y_hat": y_hat,
+        "z_hat": z_hat,
+        "x_hat": x_hat,
+    }
+
+
+@torch.no_grad()
+def integer_latents(model: MeanScaleHyperprior, latents: Latents) -> Latents:
+    """The symbols an entropy coder codes, int32: round(y - means) and round(z - medians)."""
+    medians = medians_of(model)
+    z = (latents.z - medians).round()
+    _, means = prior_params(model, z + medians, latents.y.shape[2:])
+    return Latents((latents.y - means).round().int(), z.int())
