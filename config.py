@@ -1,13 +1,14 @@
 """JSON configs of the published repository, checked by pydantic, with a few keys of our own.
 
-`load_config(path, RefineConfig)` and `load_config(path, PretrainConfig)` return frozen objects whose
-attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`.
+`load_config(path, RefineConfig)` and `load_config(path, PretrainConfig)` return frozen objects
+whose attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`.
 """
 
 import argparse
 import difflib
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -262,9 +263,7 @@ class PretrainConfig(ModelOfLambda):
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def load_config(
-    path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()
-) -> Schema:
+def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
     """Read and check a JSON config; `overrides` are `key.sub=value` strings applied first.
 
     Raises:
@@ -386,9 +385,6 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
-        # ruff: noqa: T201
-        import sys
-
         try:
             return main(argv)
         except InputError as error:

@@ -285,7 +285,7 @@ def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) 
 def log_ssl_a_factor_pow(
     s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
 ) -> Tensor:
-    """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789, section 3.2)."""
+    """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789, sec. 3.2)."""
     u = (factor * s / 1.5).clamp(1e-6, 1 - 1e-6)
     return power * torch.log(torch.sigmoid(-scale_factor * torch.logit(u)).clamp_min(1e-6))
 
@@ -333,7 +333,8 @@ def find_method(method: str, logits: str | None = None) -> Method:
         known = sorted(function for name, function in METHODS if name == method)
         if logits not in known:
             raise InputError(
-                f"dev_options.sga_logits_params.logits = {logits!r}: {method} has {', '.join(known)}"
+                f"dev_options.sga_logits_params.logits = {logits!r}: {method} has "
+                + ", ".join(known)
             )
         return METHODS[method, logits]
     if (method, None) not in METHODS:

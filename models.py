@@ -10,6 +10,7 @@ Minnen, Balle, Toderici 2018 (arXiv 1809.02736); the networks are CompressAI's. 
     x_hat = g_s(y_hat)               cropped to x's size, so that any size works without padding
 """
 
+import hashlib
 import pickle
 import urllib.error
 import warnings
@@ -110,8 +111,9 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleH
     wrong = f"pretrain {source}: not the weights of a mean-scale hyperprior"
     if "g_a.0.weight" not in weights or "g_a.6.weight" not in weights:
         raise InputError(f"{wrong} (no g_a.0.weight, g_a.6.weight)")
-    weights = {key: value.float() if value.is_floating_point() else value
-               for key, value in weights.items()}
+    weights = {
+        key: value.float() if value.is_floating_point() else value for key, value in weights.items()
+    }
     for key, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"pretrain {source}: {key} holds NaN or infinite weights")
@@ -137,6 +139,15 @@ def _load_zoo(source: str) -> MeanScaleHyperprior:
         ) from None
 
 
+def weights_hash(model: MeanScaleHyperprior) -> str:
+    """16 hexadecimal digits that tell one set of trained weights from another."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def freeze(model: MeanScaleHyperprior) -> MeanScaleHyperprior:
     """The same model in eval mode, its weights without gradients: only latents are optimised."""
     return model.eval().requires_grad_(False)
@@ -157,7 +168,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device = {name!r}: not usable here ({reason}); try auto or cpu") from None
+        raise InputError(
+            f"device = {name!r}: not usable here ({reason}); try auto or cpu"
+        ) from None
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
@@ -176,7 +189,7 @@ def analyze(model: MeanScaleHyperprior, x: Tensor) -> Latents:
 
 
 def medians_of(model: MeanScaleHyperprior) -> Tensor:
-    """The entropy bottleneck's medians, [1, N, 1, 1]: the lattice of z is the integers plus these."""
+    """The entropy bottleneck's medians, [1, N, 1, 1]: the lattice of z is the integers plus them."""
     return model.entropy_bottleneck.quantiles[:, 0, 1].detach().reshape(1, -1, 1, 1)
 
 
@@ -210,7 +223,9 @@ def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
     return bottleneck.likelihood_lower_bound(p)
 
 
-def likelihood_y(model: MeanScaleHyperprior, y_hat: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+def likelihood_y(
+    model: MeanScaleHyperprior, y_hat: Tensor, scales: Tensor, means: Tensor
+) -> Tensor:
     """p(y_hat) of a Gaussian convolved with a unit box, all [B, M, h, w], in [1e-9, 1].
 
     Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436, 6.2).

@@ -1,0 +1,691 @@
+"""A run's folder: records, tables and plots, each file whole or absent.
+
+results/<save_name>/
+    config.json          the config with every default filled in
+    images.jsonl         one record an image, written the moment it is done
+    latents/*.npz        the refined integer latents
+    trajectories/*.csv   each metric at each evaluated step, per image
+    reconstructions/     pictures, with `save_final`
+    trajectory.csv/.png  the mean over the images
+    before_after.png     every image from base to refined; comparison.png with `save_final`
+    summary.json, log.txt
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, distributed
+from tqdm import tqdm
+
+from config import InputError, RefineConfig, read_json_object, resolved
+
+log = logging.getLogger("refine")
+
+# Keys that may change between a run and its resumption: they do not change any image's result.
+FREE_KEYS = frozenset((
+    "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "batch_size",
+    "tracker", "device",
+))  # fmt: skip
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started; (0, 1, 0) alone."""
+
+    rank: int
+    world: int
+    local: int
+
+
+def join_ranks() -> Ranks:
+    """Meet the other processes if torchrun started this one (gloo: only small objects travel)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks(0, 1, 0)
+    if not distributed.is_initialized():
+        # Ranks finish hours apart.
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    return Ranks(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
+    """What `action` returns or raises on rank 0, on every rank; the others wait for it."""
+    outcome: list[Any] = [None]
+    if ranks.rank == 0:
+        try:
+            outcome = [action()]
+        except (InputError, OSError) as error:
+            outcome = [error]
+    if ranks.world > 1:
+        distributed.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def gather(ranks: Ranks, value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in the order of ranks."""
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    distributed.all_gather_object(values, value)
+    return values
+
+
+# --- files that are whole or absent ---------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Indented JSON; NaN and infinity become null."""
+    text = json.dumps(_finite(value), indent=2) + "\n"
+    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def save_picture(path: Path, x: Tensor) -> Path:
+    """A PNG of x [3, H, W], clamped to [0, 1] and rounded to 8 bits."""
+    return write_whole(path, lambda file: Image.fromarray(to_pixels(x)).save(file, format="PNG"))
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] of x [3, H, W], clamped to [0, 1]."""
+    return (x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run's folder as one process sees it; made by `open_run`."""
+
+    def __init__(self, folder: Path, config: RefineConfig, ranks: Ranks, facts: dict[str, Any]):
+        self.folder = folder
+        self.config = config
+        self.ranks = ranks
+        self.facts = facts
+        self.failed: dict[str, str] = {}
+        self.names: list[str] = []
+        own = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
+        self._own_path = folder / own
+        self._own: dict[str, dict] = {}
+        self._tracker = open_tracker(config, folder)
+
+    def pending(self, names: Sequence[str]) -> list[str]:
+        """The names that this process has to refine: all without a record, split over the ranks."""
+        wanted = self.config.tot_batches * self.config.batch_size
+        self.names = list(names[:wanted])
+        done = read_records(self.folder / "images.jsonl")
+        if self.ranks.world == 1:
+            self._own = done
+        todo = [name for name in self.names if name not in done]
+        if self.ranks.rank == 0:
+            log.info(
+                "%s, lambda %g, %d steps, N = %d, M = %d, %s", self.facts["method"],
+                self.facts["lmbda"], self.config.tot_inference_iterations, self.facts["N"],
+                self.facts["M"], self.facts["device"],
+            )  # fmt: skip
+            if len(names) < wanted:
+                log.info(
+                    "the data set has %d images, fewer than tot_batches * batch_size = %d: "
+                    "each is used once", len(names), wanted,
+                )  # fmt: skip
+            if len(todo) < len(self.names):
+                log.info("%d of %d images are done already",
+                         len(self.names) - len(todo), len(self.names))  # fmt: skip
+        return todo[self.ranks.rank :: self.ranks.world]
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note an image that could not be refined; the run goes on and its exit code says so."""
+        log.warning("%s: skipped: %s", name, reason)
+        self.failed[name] = reason
+
+    def progress(self, name: str) -> "Progress":
+        """A bar on a terminal, lines elsewhere."""
+        return Progress(name, self.config.tot_inference_iterations, self.config.print_freq)
+
+    def save(self, name: str, x: Tensor, result: Any, symbols: Any, watch: "Stopwatch") -> None:
+        """Write all that is known of one image; its record last, which is what makes it done.
+
+        Args:
+            x: the image, [1, 3, H, W].
+            result: `train_flexible_inference.Refinement`.
+            symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
+        """
+        seconds, peak = watch.read()
+        record = self._record(name, x, result, seconds, peak)
+        table = pd.DataFrame(result.trajectory)
+        write_whole(
+            self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
+        )
+        arrays = {"y": symbols.y[0].cpu().numpy(), "z": symbols.z[0].cpu().numpy()}
+        write_whole(
+            self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
+        )
+        if self.config.dev_options.save_final:
+            for label, x_hat in {"original": x, **result.pictures}.items():
+                save_picture(self.folder / "reconstructions" / name / f"{label}.png", x_hat[0])
+        self._own[name] = record
+        write_records(self._own_path, self._own.values())
+        self._tracker(name, result.trajectory)
+        if result.stopped:
+            log.warning("%s: stopped, %s; kept step %d", name, result.stopped, record["best_step"])
+        log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
+                 seconds)  # fmt: skip
+
+    def _record(self, name: str, x: Tensor, result: Any, seconds: float, peak: float) -> dict:
+        steps = result.trajectory[-1]["step"]
+        return _finite({
+            "name": name, "width": x.size(3), "height": x.size(2),
+            **{key: self.facts[key] for key in ("method", "params", "lmbda", "weights")},
+            "seed": self.config.seed, "base": _side(result.trajectory[0]),
+            "refined": _side(result.best), "best_step": result.best["step"], "steps": steps,
+            "stopped": result.stopped, "seconds": seconds,
+            "seconds_per_step": seconds / max(steps, 1), "peak_memory_mb": peak,
+        })  # fmt: skip
+
+    def finish(self) -> int:
+        """Merge what all processes did, write tables and plots, print them; the exit code."""
+        failed = {key: why for part in gather(self.ranks, self.failed) for key, why in part.items()}
+        return first_rank_does(self.ranks, lambda: self._report(failed))
+
+    def _report(self, failed: dict[str, str]) -> int:
+        records = merge_records(self.folder, self.names)
+        own = [records[name] for name in self.names if name in records]
+        if not own:
+            log.error("no image was refined")
+            return 1
+        trajectory = mean_trajectory(
+            [self._file("trajectories", record["name"], ".csv") for record in own]
+        )
+        write_whole(
+            self.folder / "trajectory.csv", lambda file: trajectory.to_csv(file, index=False)
+        )
+        summary = summarize(own, failed) | self.facts
+        write_json(self.folder / "summary.json", summary)
+        plots = [
+            write_whole(self.folder / "trajectory.png", plot_trajectory(trajectory).savefig),
+            write_whole(self.folder / "before_after.png", plot_before_after(own).savefig),
+        ]
+        pictures = self.folder / "reconstructions"
+        shown = [record["name"] for record in own if (pictures / record["name"]).is_dir()]
+        if shown:
+            figure = plot_comparison(pictures, own, shown[:4])
+            plots.append(write_whole(self.folder / "comparison.png", figure.savefig))
+        log.info("\n%s\n", format_table(own, summary))
+        log.info("results:  %s", self.folder)
+        for label, path in zip(("plot:", "plot:", "images:"), plots, strict=False):
+            log.info("%-9s %s", label, path)
+        if shown:
+            log.info("%-9s %s", "images:", pictures)
+        if failed:
+            log.error("%d images failed: %s", len(failed), ", ".join(sorted(failed)))
+        return 1 if failed else 0
+
+    def _file(self, kind: str, name: str, suffix: str) -> Path:
+        return self.folder / kind / f"{name}{suffix}"
+
+
+def _side(row: dict[str, Any]) -> dict[str, Any]:
+    """The true metrics of a trajectory's row, and both losses, as a record names them."""
+    true = {key.removeprefix("true_"): row[key] for key in row if key.startswith("true_")}
+    loss = true.pop("loss")
+    return {**true, "true_loss": loss, "relaxed_loss": row["relaxed_loss"]}
+
+
+def open_run(config: RefineConfig, ranks: Ranks, facts: dict[str, Any]) -> Run:
+    """The run's folder, `output_dir/save_name`, new or to be resumed; logging goes there too.
+
+    Args:
+        facts: what summary.json says of the run as a whole: method, weights, device.
+
+    Raises:
+        InputError: the folder holds results and `resume` is off, or they were made with another
+            config or other weights.
+    """
+    folder = Path(config.output_dir) / config.save_name
+    first_rank_does(ranks, lambda: _prepare_folder(folder, config, facts["weights"]))
+    start_logging(folder / "log.txt")
+    return Run(folder, config, ranks, facts)
+
+
+def _prepare_folder(folder: Path, config: RefineConfig, weights: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    records = merge_records(folder, [])
+    if records and not config.resume:
+        raise InputError(
+            f"{folder}: holds the results of {len(records)} images; "
+            'go on with "resume": true, or choose another save_name'
+        )
+    if records:
+        _refuse_another_config(folder, config)
+        for record in records.values():
+            if record["weights"] != weights:
+                raise InputError(
+                    f"{folder}: its results are of other weights than {config.pretrain}; "
+                    "choose another save_name"
+                )
+    for leftover in folder.rglob(".*.tmp*"):
+        leftover.unlink()
+    write_json(folder / "config.json", resolved(config))
+
+
+def _refuse_another_config(folder: Path, config: RefineConfig) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: has results but no config.json; choose another save_name")
+    before, now = read_json_object(folder / "config.json"), resolved(config)
+    changed = _differences(
+        {key: value for key, value in before.items() if key not in FREE_KEYS},
+        {key: value for key, value in now.items() if key not in FREE_KEYS},
+    )
+    if changed:
+        raise InputError(
+            f"{folder}: cannot resume, its config differs in {', '.join(changed)}; "
+            "choose another save_name"
+        )
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} ({old!r} then, {new!r} now)")
+    return found
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> dict[str, dict]:
+    """The records of one images.jsonl by name; none where there is no file."""
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {record["name"]: record for record in map(json.loads, filter(str.strip, lines))}
+
+
+def write_records(path: Path, records: Iterable[dict]) -> Path:
+    """One JSON object a line."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def merge_records(folder: Path, order: Sequence[str]) -> dict[str, dict]:
+    """All records in a run's folder; those of single ranks are folded into images.jsonl."""
+    parts = sorted(folder.glob("images.rank*.jsonl"))
+    found = read_records(folder / "images.jsonl")
+    for part in parts:
+        found |= read_records(part)
+    position = {name: index for index, name in enumerate(order)}
+    merged = {
+        name: found[name]
+        for name in sorted(found, key=lambda name: (position.get(name, len(order)), name))
+    }
+    if parts or (order and list(merged) != list(read_records(folder / "images.jsonl"))):
+        write_records(folder / "images.jsonl", merged.values())
+        for part in parts:
+            part.unlink()
+    return merged
+
+
+def mean_trajectory(paths: Sequence[Path]) -> pd.DataFrame:
+    """The mean over images at each evaluated step; `images` says over how many."""
+    rows = pd.concat([pd.read_csv(path) for path in paths])
+    grouped = rows.groupby("step")
+    table = grouped.mean(numeric_only=True)
+    table.insert(0, "images", grouped.size())
+    return table.reset_index()
+
+
+def summarize(records: Sequence[dict], failed: dict[str, str]) -> dict[str, Any]:
+    """Means over the images and what refinement changed, as summary.json has it."""
+    means = {
+        side: {key: _mean([record[side][key] for record in records]) for key in records[0][side]}
+        for side in ("base", "refined")
+    }
+    base, refined = means["base"], means["refined"]
+    return {
+        "images": len(records),
+        "failed": failed,
+        **means,
+        "gain": {
+            "bpp_percent": _percent(base["bpp"], refined["bpp"]),
+            "psnr_db": _difference(base["psnr"], refined["psnr"]),
+            "psnr_raw_db": _difference(base["psnr_raw"], refined["psnr_raw"]),
+            "true_loss_percent": _percent(base["true_loss"], refined["true_loss"]),
+        },
+        "seconds": sum(record["seconds"] for record in records),
+        "seconds_per_step": _mean([record["seconds_per_step"] for record in records]),
+        "stopped_early": [record["name"] for record in records if record["stopped"]],
+    }
+
+
+def _in_words(record: dict) -> str:
+    base, refined = record["base"], record["refined"]
+    return (
+        f"{base['bpp']:.4f} bpp {_db(base)} -> {refined['bpp']:.4f} bpp {_db(refined)}, "
+        f"loss {_percent(base['true_loss'], refined['true_loss']):+.2f} %"
+    )
+
+
+def _db(side: dict) -> str:
+    return "inf dB" if side["psnr"] is None else f"{side['psnr']:.2f} dB"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _percent(before: float, after: float) -> float:
+    return 100 * (after / before - 1)
+
+
+def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
+    """The before/after table, one line an image and the mean."""
+    width = max(5, *(len(record["name"]) for record in records))
+    header = (
+        f"{'image':{width}} {'size':>11}  {'bpp':^25}  {'PSNR (dB)':^22}  {'R-D loss':^25}"
+        f"  {'best step':>9}  {'time':>7}"
+    )
+    lines = [header, "-" * len(header)]
+    for record in records:
+        size = f"{record['width']}x{record['height']}"
+        tail = f"  {record['best_step']:>9}  {record['seconds']:>5.0f} s"
+        lines.append(f"{record['name']:{width}} {size:>11}{_changes(record)}{tail}")
+    lines.append(f"{'mean':{width}} {'':>11}{_changes(summary)}")
+    return "\n".join(lines)
+
+
+def _changes(entry: dict[str, Any]) -> str:
+    base, refined = entry["base"], entry["refined"]
+    bpp, loss = (base["bpp"], refined["bpp"]), (base["true_loss"], refined["true_loss"])
+    psnr = [math.inf if side["psnr"] is None else side["psnr"] for side in (base, refined)]
+    gained = 0.0 if psnr[0] == psnr[1] else psnr[1] - psnr[0]
+    return (
+        f"  {bpp[0]:.4f} -> {bpp[1]:.4f} ({_percent(*bpp):+5.1f}%)"
+        f"  {psnr[0]:5.2f} -> {psnr[1]:5.2f} ({gained:+.2f})"
+        f"  {loss[0]:.4f} -> {loss[1]:.4f} ({_percent(*loss):+5.1f}%)"
+    )
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+RELAXED, TRUE = "tab:orange", "tab:blue"
+
+
+def plot_trajectory(table: pd.DataFrame) -> Figure:
+    """Relaxed and true loss, bpp and PSNR over the steps, with the temperature."""
+    figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
+    panels = (
+        ("loss", "R-D loss"),
+        ("bpp", "bits per pixel"),
+        ("psnr_raw", "PSNR (dB, raw floats)"),
+    )
+    for axis, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axis.plot(table["step"], table[f"relaxed_{key}"], color=RELAXED, lw=1, label="relaxed")
+        axis.plot(table["step"], table[f"true_{key}"], color=TRUE, lw=1.8, label="true")
+        axis.axhline(
+            table[f"true_{key}"].iloc[0], color="grey", lw=0.8, ls=":", label="base (true)"
+        )
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        heat = axis.twinx()
+        heat.plot(table["step"], table["temperature"], color="tab:red", lw=0.8, ls="--", alpha=0.6)
+        heat.set(ylim=(0, 1.02))
+        heat.tick_params(axis="y", colors="tab:red", labelsize=7)
+        if key == "psnr_raw":
+            heat.set_ylabel("temperature (dashed)", color="tab:red", fontsize=8)
+        if key == "loss":
+            axis.legend(fontsize=8)
+    count = int(table["images"].max())
+    figure.suptitle(f"Refinement, mean over {count} image{'s' if count > 1 else ''}", fontsize=10)
+    return figure
+
+
+def plot_before_after(records: Sequence[dict]) -> Figure:
+    """Every image's way from base to refined in the rate-distortion plane, and the mean's."""
+    figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    known = [r for r in records if None not in (r["base"]["psnr"], r["refined"]["psnr"])]
+    points = {
+        side: np.array([[r[side]["bpp"], r[side]["psnr"]] for r in known]).reshape(-1, 2)
+        for side in ("base", "refined")
+    }
+    for start, end in zip(points["base"], points["refined"], strict=True):
+        axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "grey"})
+    axis.scatter(*points["base"].T, color=RELAXED, label="base", zorder=3, s=22)
+    axis.scatter(*points["refined"].T, color=TRUE, label="refined", zorder=3, s=22)
+    if len(known) <= 12:
+        for record, point in zip(known, points["refined"], strict=True):
+            axis.annotate(
+                Path(record["name"]).stem, point, textcoords="offset points", xytext=(6, 3),
+                fontsize=8,
+            )  # fmt: skip
+    axis.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title="Up and to the left is better")
+    axis.margins(0.18)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str]) -> Figure:
+    """Original, base and refined, a detail of each image: where refinement changed most."""
+    by_name = {record["name"]: record for record in records}
+    figure = Figure(figsize=(9, 3.2 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(names), 3, squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        record = by_name[name]
+        pictures = {
+            label: np.asarray(Image.open(folder / name / f"{label}.png"))
+            for label in ("original", "base", "refined")
+        }
+        window = _most_improved(*pictures.values())
+        for axis, (label, picture) in zip(row, pictures.items(), strict=True):
+            axis.imshow(picture[window], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            title = f"{name}: {label}"
+            if label != "original":
+                side = record[label]
+                db = "" if side["psnr"] is None else f", {side['psnr']:.2f} dB"
+                title = f"{label}: {side['bpp']:.3f} bpp{db}"
+            axis.set_title(title, fontsize=9)
+    return figure
+
+
+def _most_improved(original: np.ndarray, base: np.ndarray, refined: np.ndarray) -> tuple:
+    """The window of at most 160x160 pixels whose squared error fell most."""
+
+    def error(picture: np.ndarray) -> np.ndarray:
+        return ((picture.astype(float) - original) ** 2).sum(axis=2)
+
+    gain = np.pad(error(base) - error(refined), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    height, width = (min(160, side) for side in original.shape[:2])
+    sums = (
+        gain[height:, width:] - gain[:-height, width:] - gain[height:, :-width]
+        + gain[:-height, :-width]
+    )  # fmt: skip
+    top, left = np.unravel_index(np.argmax(sums), sums.shape)
+    return slice(top, top + height), slice(left, left + width)
+
+
+# --- the console, the log, trackers ---------------------------------------------------------------
+
+
+class Progress:
+    """How one image comes along: a bar on a terminal, a line every print_freq steps elsewhere."""
+
+    def __init__(self, name: str, total: int, print_freq: int):
+        self.name, self.total, self.print_freq = name, total, print_freq
+
+    def __enter__(self) -> "Progress":
+        self._bar = tqdm(
+            total=self.total, desc=self.name, leave=False, disable=not sys.stderr.isatty()
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, step: int, relaxed_loss: Tensor, true_loss: float) -> None:
+        """Called at every step; reads the loss, which waits for a GPU, only when it shows it."""
+        self._bar.update(1)
+        if self._bar.disable:
+            if step and step % self.print_freq == 0:
+                log.info("%s: step %d of %d, relaxed loss %.4f, true loss %.4f",
+                         self.name, step, self.total, relaxed_loss.item(), true_loss)  # fmt: skip
+        elif step % 10 == 0:
+            self._bar.set_postfix_str(f"loss {relaxed_loss.item():.4f}, true {true_loss:.4f}")
+
+
+class _ThroughTqdm(logging.Handler):
+    """Lines above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def start_logging(path: Path) -> None:
+    """Every line to the console, and with its time to `path`."""
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(to_file)
+    log.addHandler(_ThroughTqdm())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def open_tracker(
+    config: RefineConfig, folder: Path
+) -> Callable[[str, Sequence[dict[str, Any]]], None]:
+    """What sends an image's trajectory to the chosen tracker, or does nothing.
+
+    Raises:
+        InputError: wandb is asked for and not installed.
+    """
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(name: str, trajectory: Sequence[dict[str, Any]]) -> None:
+            for row in trajectory:
+                for key, value in row.items():
+                    if key != "step" and value is not None:
+                        writer.add_scalar(f"{name}/{key}", value, row["step"])
+            writer.flush()
+
+        return to_tensorboard
+    if config.tracker == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise InputError('tracker = "wandb": not installed; pip install wandb') from None
+        session = wandb.init(
+            project="overfitting-latents", name=config.save_name, group=config.save_name,
+            dir=str(folder), config=resolved(config),
+        )  # fmt: skip
+
+        def to_wandb(name: str, trajectory: Sequence[dict[str, Any]]) -> None:
+            for row in trajectory:
+                session.log({f"{name}/{key}": value for key, value in row.items()})
+
+        return to_wandb
+    return lambda name, trajectory: None
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds and peak memory since it was made, on the device that does the work."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # Linux forgets the peak when asked; elsewhere it stays the whole process's.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        self.start = time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds, and the peak in MB: allocated on a GPU, resident otherwise."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = _peak_resident()
+        return time.perf_counter() - self.start, peak / 2**20
+
+
+def _peak_resident() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Where numbers were made, for summary.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
