@@ -1,7 +1,8 @@
 """JSON configs of the published repository, checked by pydantic, with a few keys of our own.
 
 `load_config(path, RefineConfig)` and `load_config(path, PretrainConfig)` return frozen objects
-whose attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`.
+whose attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`
+that names each.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def analyze(model: MeanScaleHyperprior, x: Tensor) -> Latents:
 
 
 def medians_of(model: MeanScaleHyperprior) -> Tensor:
-    """The entropy bottleneck's medians, [1, N, 1, 1]: the lattice of z is the integers plus them."""
+    """The entropy bottleneck's medians, [1, N, 1, 1]: z lies on the integers plus them."""
     return model.entropy_bottleneck.quantiles[:, 0, 1].detach().reshape(1, -1, 1, 1)
 
 
