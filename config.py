@@ -61,9 +61,9 @@ class CustomLr(Section):
         """The learning rate of optimisation step `step` (0 is the first)."""
         if step < self.start_iters:
             return self.start_lr
-        progress = min((step - self.start_iters) / max(self.warmup_steps, 1), 1.0)
-        if self.warmup_steps == 0:
-            progress = 1.0
+        if step >= self.start_iters + self.warmup_steps:
+            return self.end_lr
+        progress = (step - self.start_iters) / self.warmup_steps
         return self.start_lr + (self.end_lr - self.start_lr) * progress
 
 

@@ -113,7 +113,13 @@ class ImageFiles(Dataset):
         """The images of these names, in this order, read ahead by `num_workers` processes."""
         position = {name: index for index, name in enumerate(self.names)}
         chosen = Subset(self, [position[name] for name in names])
-        yield from DataLoader(chosen, batch_size=None, num_workers=num_workers)
+        yield from DataLoader(
+            chosen, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
+        )
+
+
+def _as_it_is(image: LoadedImage) -> LoadedImage:
+    return image
 
 
 def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:

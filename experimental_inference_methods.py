@@ -244,10 +244,11 @@ def expxlogx(u: Tensor, *, scale_factor: float = 1.0) -> Tensor:
 
 
 @rounding_method("sga_logits", logits="ssl", candidates=floor_ceil)
-def ssl(u: Tensor, *, scale_factor: float = 2.3) -> Tensor:
+def ssl(u: Tensor, *, scale_factor: float = 4 / 3) -> Tensor:
     """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789, section 3.1).
 
-    a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third.
+    a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third. On the bundled
+    weights 4/3 ends lower after 2,000 steps, 2.3 after 500.
     """
     return F.logsigmoid(-scale_factor * torch.logit(u, eps=1e-5))
 
@@ -286,8 +287,10 @@ def log_ssl_a_factor_pow(
     s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
 ) -> Tensor:
     """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789, sec. 3.2)."""
-    u = (factor * s / 1.5).clamp(1e-6, 1 - 1e-6)
-    return power * torch.log(torch.sigmoid(-scale_factor * torch.logit(u)).clamp_min(1e-6))
+    u, eps = factor * s / 1.5, 1e-6
+    # Not torch.logit: float32 has too few digits for 1 - (1 - eps).
+    logit = torch.log(u.clamp(eps, 1 - eps)) - torch.log((1 - u).clamp(eps, 1 - eps))
+    return power * F.logsigmoid(-scale_factor * logit).clamp_min(math.log(eps))
 
 
 def _power(base: Tensor, power: float) -> Tensor:

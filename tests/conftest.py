@@ -1,0 +1,80 @@
+"""Small real inputs shared by the tests: crops of scikit-image's photos and configs for them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WEIGHTS = ROOT / "example_files" / "weights" / "mean_scale_n64_lambda0.01.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def model():
+    from models import freeze, load_checkpoint
+
+    return freeze(load_checkpoint(str(WEIGHTS)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three small crops, of odd and even sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    crops = {
+        "a_chelsea.png": skimage.data.chelsea()[60:131, 100:181],
+        "b_coffee.png": skimage.data.coffee()[100:164, 200:264],
+        "c_rocket.png": skimage.data.rocket()[200:264, 300:400],
+    }
+    for name, pixels in crops.items():
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def config_values(tmp_path, photos):
+    """The JSON values of a short refinement of `photos`."""
+    return {
+        "train_lambda": 0.01,
+        "save_name": "run",
+        "pretrain": str(WEIGHTS),
+        "tot_batches": 3,
+        "tot_inference_iterations": 8,
+        "eval_freq": 4,
+        "optimizer": {"name": "adam", "lr": 0.02},
+        "output_dir": str(tmp_path / "results"),
+        "dev_options": {
+            "folder": True,
+            "path_test": {"folder": str(photos)},
+            "improving_methods": {"sga_logits_3c": True},
+            "sga_logits_params": {"logits": "log_ssl_a_factor_pow"},
+            "temp_rate": 0.01,
+        },
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Writes JSON values to a file and gives its path."""
+
+    def write(values, name="config.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(values))
+        return path
+
+    return write
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def to_x(pixels):
+    """x [1, 3, H, W] in [0, 1] of uint8 [H, W, 3]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255

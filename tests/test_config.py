@@ -1,0 +1,183 @@
+"""Configs: published files load, wrong ones are refused by name."""
+
+import json
+
+import pytest
+
+from config import (
+    CustomLr,
+    InputError,
+    PretrainConfig,
+    RefineConfig,
+    channels_of_lambda,
+    load_config,
+    parse_command_line,
+    resolved,
+)
+from conftest import ROOT
+from experimental_inference_methods import rounding_from_config
+
+EXAMPLES = sorted((ROOT / "example_files").rglob("*.json"))
+REFINE_EXAMPLES = [path for path in EXAMPLES if path.name != "pretrain.json"]
+
+
+@pytest.mark.parametrize("path", REFINE_EXAMPLES, ids=lambda p: p.stem)
+def test_example_files_load_and_name_a_method(path):
+    config = load_config(path, RefineConfig)
+    rounding = rounding_from_config(config)
+    if path.parent.name == "baselines":
+        assert rounding.name == path.stem == config.save_name.split("/")[1]
+    assert (ROOT / config.pretrain).is_file()
+
+
+def test_the_default_example_has_the_published_settings():
+    config = load_config(ROOT / "example_files/flexible_inference.json", RefineConfig)
+    assert (config.train_lambda, config.tot_inference_iterations) == (0.01, 2000)
+    assert (config.tot_batches, config.batch_size) == (24, 1)
+    assert (config.optimizer.name, config.optimizer.lr) == ("adam", 0.005)
+    rounding = rounding_from_config(config)
+    assert rounding.name == "sga_logits_3c/log_ssl_a_factor_pow"
+    assert rounding.params == {"factor": 0.98, "power": 1.4, "scale_factor": 1.4}
+    assert (rounding.temperature.rate, rounding.temperature.ub) == (1e-3, 1.0)
+
+
+def test_the_pretraining_example_has_the_published_settings():
+    config = load_config(ROOT / "example_files/pretrain.json", PretrainConfig)
+    assert (config.tot_iterations, config.batch_size, config.image_size) == (2_000_000, 32, 256)
+    assert (config.lr.base, config.lr.warmup_step, config.lr.clip_grad) == (1e-4, 1000, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("lmbda", "width"),
+    [(0.001, 128), (0.0025, 192), (0.005, 192), (0.01, 192), (0.02, 192), (0.04, 256), (0.08, 256)],
+)
+def test_channels_follow_the_published_rule(lmbda, width):
+    channels = channels_of_lambda(lmbda)
+    assert (width, width) == (channels.N, channels.M)
+
+
+def test_resolved_config_reads_back_as_itself(config_values, write_config):
+    config = load_config(write_config(config_values), RefineConfig)
+    again = load_config(write_config(resolved(config), "again.json"), RefineConfig)
+    assert again == config
+
+
+WRONG = {
+    "unknown key": (
+        ["dev_options.tmp_rate=0.1"],
+        "unknown key 'dev_options.tmp_rate': did you mean 'temp_rate'?",
+    ),
+    "wrong type": (
+        ["tot_inference_iterations=many"],
+        'tot_inference_iterations = "many": should be a valid integer',
+    ),
+    "number as text": (['train_lambda="0.01"'], 'train_lambda = "0.01": should be a valid number'),
+    "not a choice": (
+        ["dev_options.temp_schedule=linear"],
+        "dev_options.temp_schedule = \"linear\": should be 'exp' or 'exp0'",
+    ),
+    "optimizer": (["optimizer.name=Adam"], "optimizer.name = \"Adam\": should be 'adam', 'sgd'"),
+    "negative": (["eval_freq=0"], "eval_freq = 0: should be greater than or equal to 1"),
+    "no channel rule": (["train_lambda=0.18"], "train_lambda = 0.18 has no channel rule"),
+    "zero lambda": (["train_lambda=0"], "train_lambda = 0 has no channel rule"),
+    "two methods": (
+        ["dev_options.improving_methods.temp_ste=true"],
+        "dev_options.improving_methods: sga_logits_3c and temp_ste are true: only one may be",
+    ),
+    "two baselines": (
+        ["improving_methods.ste=true", "improving_methods.sga=true"],
+        "improving_methods: ste and sga are true: only one may be",
+    ),
+    "no method": (
+        ["dev_options.improving_methods.sga_logits_3c=false"],
+        "none is true here or in dev_options: set one method true",
+    ),
+    "method not a flag": (
+        ["dev_options.improving_methods.sga=1"],
+        "dev_options.improving_methods.sga = 1: should be a valid boolean",
+    ),
+    "two data sets": (["dev_options.sample=true"], "folder and sample are true: exactly one of"),
+    "no data set": (["dev_options.folder=false"], "none is true: exactly one of kodak, tecnick"),
+    "upper bound": (["dev_options.sga_logits_params.ub=1.5"], "ub = 1.5: should be less than or"),
+    "not finite": (["optimizer.lr=NaN"], "optimizer.lr = NaN: should be a finite number"),
+    "save_name": (["save_name=../outside"], 'save_name = "../outside": '),
+    "incomplete": (['channels={"N": 64}'], "the key 'channels.M' is missing"),
+    "override": (["pretrain.sub=1"], "--set pretrain.sub=1: pretrain holds no keys"),
+    "no equals sign": (["resume"], "--set resume: must read key.sub=value"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_values_are_refused_by_name(config_values, write_config, overrides, message):
+    with pytest.raises(InputError) as refused:
+        load_config(write_config(config_values), RefineConfig, overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON: Expecting property name"),
+        ("[]", "holds no JSON object"),
+        ('{"seed": 1, "seed": 2}', "the key 'seed' stands twice"),
+        ("", "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_config_are_refused(tmp_path, text, message):
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"wrong\.json") as refused:
+        load_config(path, RefineConfig)
+    assert message in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.json: No such file"):
+        load_config(tmp_path / "nowhere.json", RefineConfig)
+
+
+def test_dev_options_win_over_the_top_level(config_values, write_config):
+    config_values["improving_methods"] = {"sga": True}
+    config = load_config(write_config(config_values), RefineConfig)
+    assert config.method == "sga_logits_3c"
+    config_values["dev_options"]["improving_methods"] = {"sga_logits_3c": False}
+    assert load_config(write_config(config_values), RefineConfig).method == "sga"
+
+
+def test_inference_lambda_replaces_train_lambda_in_the_loss(config_values, write_config):
+    path = write_config(config_values)
+    assert load_config(path, RefineConfig).lmbda == 0.01
+    assert load_config(path, RefineConfig, ["dev_options.inference_lambda=0.02"]).lmbda == 0.02
+
+
+def test_channels_stand_in_for_the_rule(config_values, write_config):
+    overrides = ["train_lambda=0.18", 'channels={"N": 192, "M": 320}']
+    config = load_config(write_config(config_values), RefineConfig, overrides)
+    assert (config.channels.N, config.channels.M) == (192, 320)
+
+
+def test_the_published_command_line_is_accepted(config_values, write_config):
+    path = str(write_config(config_values))
+    config = parse_command_line(RefineConfig, "", ["--load_json", "true", "--config", path])
+    assert config.save_name == "run"
+    config = parse_command_line(
+        RefineConfig, "", ["--config", path, "--set", "seed=7", "--set", "dev_options.3c_power=2"]
+    )
+    assert config.seed == 7
+    assert config.dev_options.published_hyper_parameters == {"3c_power": 2.0}
+
+
+def test_custom_learning_rate_is_flat_then_linear_then_flat():
+    schedule = CustomLr(start_iters=10, warmup_steps=20, start_lr=0.04, end_lr=0.02)
+    rates = [schedule.at(step) for step in (0, 9, 10, 20, 30, 99)]
+    assert rates == pytest.approx([0.04, 0.04, 0.04, 0.03, 0.02, 0.02])
+    at_once = CustomLr(start_iters=2, warmup_steps=0, start_lr=0.04, end_lr=0.01)
+    assert [at_once.at(step) for step in (1, 2)] == [0.04, 0.01]
+
+
+def test_every_published_key_is_known():
+    published = json.loads((ROOT / "example_files/flexible_inference.json").read_text())
+    schedule = {"start_iters": 500, "warmup_steps": 100, "start_lr": 0.01, "end_lr": 0.005}
+    published["dev_options"]["custom_lr"] = schedule
+    assert RefineConfig.model_validate(published).dev_options.custom_lr.end_lr == 0.005

@@ -1,0 +1,256 @@
+"""Real files of every kind become x in [0, 1]; what cannot be read is named."""
+
+import os
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+from config import InputError, RefineConfig, load_config
+from datasets import (
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    find_images,
+    open_images,
+    seed_of,
+)
+
+PHOTO = skimage.data.chelsea()[:40, :60]
+
+
+def load_one(path):
+    (image,) = ImageFiles([path], path.parent).load([path.name])
+    return image
+
+
+def expected(pixels):
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+
+
+def save(tmp_path, name, image, **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+def test_a_photo_is_its_pixels(tmp_path):
+    image = load_one(save(tmp_path, "a.png", Image.fromarray(PHOTO)))
+    assert image.x.shape == (3, 40, 60)
+    assert image.notes == ()
+    torch.testing.assert_close(image.x, expected(PHOTO), rtol=0, atol=0)
+
+
+def test_greyscale_and_palette_are_converted_with_a_note(tmp_path):
+    grey = Image.fromarray(PHOTO).convert("L")
+    image = load_one(save(tmp_path, "grey.png", grey))
+    torch.testing.assert_close(image.x, expected(np.stack([np.array(grey)] * 3, -1)))
+    assert image.notes == ("L converted to RGB",)
+    palette = Image.fromarray(PHOTO).quantize(16)
+    image = load_one(save(tmp_path, "palette.gif", palette))
+    torch.testing.assert_close(image.x, expected(np.array(palette.convert("RGB"))))
+    assert image.notes == ("P converted to RGB",)
+    assert load_one(save(tmp_path, "bits.png", grey.convert("1"))).x.shape == (3, 40, 60)
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    alpha = np.zeros((40, 60, 1), np.uint8)
+    alpha[:20] = 255
+    alpha[20:30] = 128
+    rgba = Image.fromarray(np.concatenate([PHOTO, alpha], -1))
+    image = load_one(save(tmp_path, "rgba.png", rgba))
+    a = alpha / 255
+    white = expected((PHOTO * a + 255 * (1 - a)).astype(np.float32))
+    torch.testing.assert_close(image.x, white, rtol=0, atol=1 / 255)
+    assert image.notes == ("RGBA with transparency composited on white",)
+    palette = Image.fromarray(PHOTO).quantize(16)
+    path = save(tmp_path, "palette.png", palette, transparency=palette.getpixel((0, 0)))
+    image = load_one(path)
+    assert (image.x[:, 0, 0] == 1).all()
+    assert "composited on white" in image.notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_greyscale_is_scaled(tmp_path, suffix):
+    values = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
+    image = load_one(save(tmp_path, f"deep.{suffix}", Image.fromarray(values)))
+    scaled = torch.from_numpy(values.astype(np.float32) / 65535).expand(3, 40, 60)
+    torch.testing.assert_close(image.x, scaled, rtol=0, atol=0.51 / 255)
+    assert "16 bits" in image.notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_colour_is_scaled(tmp_path, suffix):
+    path = tmp_path / f"deep.{suffix}"
+    values = PHOTO.astype(np.uint16) * 257
+    if suffix == "tif":
+        skimage.io.imsave(path, values, check_contrast=False)
+    else:
+        _write_16_bit_png(path, values)
+    image = load_one(path)
+    torch.testing.assert_close(image.x, expected(PHOTO), rtol=0, atol=1.01 / 255)
+    assert "16 bits" in image.notes[0]
+
+
+def _write_16_bit_png(path, values):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_cmyk_is_converted(tmp_path):
+    image = load_one(save(tmp_path, "print.jpg", Image.fromarray(PHOTO).convert("CMYK")))
+    torch.testing.assert_close(image.x, expected(PHOTO), rtol=0, atol=0.25)
+    assert (image.x - expected(PHOTO)).abs().mean() < 0.03
+    assert image.notes == ("CMYK converted to RGB",)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = load_one(save(tmp_path, "turned.png", Image.fromarray(PHOTO), exif=exif))
+    torch.testing.assert_close(image.x, expected(np.rot90(PHOTO, -1)), rtol=0, atol=0)
+    assert "upright" in image.notes[0]
+
+
+def test_unreadable_files_are_named_and_do_not_raise(tmp_path):
+    whole = save(tmp_path, "whole.png", Image.fromarray(PHOTO)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.tif").write_bytes(b"")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    for name in ("cut.png", "text.jpg", "empty.tif", "float.tiff"):
+        image = load_one(tmp_path / name)
+        assert image.x is None
+        assert image.name == name
+        assert image.error
+        assert "\n" not in image.error
+
+
+def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
+    for name in ("b/2.PNG", "a.jpg", "b/1.webp", ".hidden.png", "notes.txt", "b/c/3.JPEG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert found == ["a.jpg", "b/1.webp", "b/2.PNG", "b/c/3.JPEG"]
+    assert find_images(tmp_path / "a.jpg") == [tmp_path / "a.jpg"]
+    with pytest.raises(InputError, match=f"{tmp_path}/none: no such folder"):
+        find_images(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no image in it"):
+        find_images(tmp_path / "empty")
+
+
+def test_names_ending_alike_are_kept_apart_and_workers_keep_the_order(tmp_path):
+    for name in ("a/x.png", "b/x.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(PHOTO).save(tmp_path / name)
+    files = ImageFiles(find_images(tmp_path), tmp_path)
+    chosen = ["c.png", "a/x.png", "b/x.png"]
+    assert [image.name for image in files.load(chosen, num_workers=2)] == chosen
+
+
+def _config(config_values, write_config, data_set, path=None, **values):
+    options = config_values["dev_options"]
+    options.pop("folder")
+    options |= {data_set: True, "path_test": {} if path is None else {data_set: str(path)}}
+    return load_config(write_config(config_values | values), RefineConfig)
+
+
+def test_sample_photos_come_from_scikit_image(config_values, write_config):
+    images = open_images(_config(config_values, write_config, "sample"))
+    loaded = {image.name: image.x for image in images.load(images.names)}
+    assert len(loaded) == 4
+    torch.testing.assert_close(loaded["coffee.png"], expected(skimage.data.coffee()))
+    torch.testing.assert_close(loaded["rocket.jpg"], expected(skimage.data.rocket()))
+
+
+def test_tecnick_is_found_in_the_layout_of_testimages(config_values, write_config, tmp_path):
+    inside = tmp_path / "TESTIMAGES/RGB/RGB_OR_1200x1200"
+    inside.mkdir(parents=True)
+    Image.fromarray(PHOTO).save(inside / "RGB_OR_1200x1200_001.png")
+    config = _config(config_values, write_config, "tecnick", tmp_path / "TESTIMAGES")
+    assert open_images(config).names == ["RGB_OR_1200x1200_001.png"]
+    config_values["dev_options"]["path_test"]["tecnick"] = str(inside)
+    again = load_config(write_config(config_values), RefineConfig)
+    assert open_images(again).names == ["RGB_OR_1200x1200_001.png"]
+
+
+def test_pathology_gives_seeded_crops_of_tiffs(config_values, write_config, tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in ("s1.tif", "s2.tiff", "other.png"):
+        Image.fromarray(skimage.data.immunohistochemistry()).save(folder / name)
+    config = _config(config_values, write_config, "pathology", folder, image_size=48)
+    images = open_images(config)
+    assert images.names == ["s1.tif", "s2.tiff"]
+    first, second = images.load(images.names)
+    assert first.x.shape == second.x.shape == (3, 48, 48)
+    assert not torch.equal(first.x, second.x)
+    (again,) = images.load(["s2.tiff"])
+    assert torch.equal(again.x, second.x)
+
+
+def test_missing_paths_are_named(config_values, write_config, tmp_path):
+    with pytest.raises(InputError, match=r"dev_options\.path_test\.kodak: kodak is switched on"):
+        open_images(_config(config_values, write_config, "kodak"))
+    config_values["dev_options"]["path_test"]["kodak"] = str(tmp_path / "nowhere")
+    config = load_config(write_config(config_values), RefineConfig)
+    with pytest.raises(InputError, match=r"path_test\.kodak = .*nowhere: no such folder"):
+        open_images(config)
+
+
+def test_clic_from_image_files(config_values, write_config, tmp_path):
+    folder = tmp_path / "clic"
+    folder.mkdir()
+    Image.fromarray(PHOTO).save(folder / "photo.png")
+    assert open_images(_config(config_values, write_config, "clic", folder)).names == ["photo.png"]
+
+
+def test_clic_from_tensorflow_datasets(config_values, write_config, tmp_path):
+    """A small prepared copy of the real `clic`, read through tensorflow-datasets."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    import tensorflow_datasets as tfds
+
+    photos = [skimage.data.coffee()[:32, :48], skimage.data.rocket()[:50, :20]]
+    builder = tfds.builder("clic", data_dir=tmp_path / "tfds")
+    features = builder.info.features
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="clic",
+        version="1.0.0",
+        data_dir=tmp_path / "tfds",
+        features=features,
+        split_datasets={"test": [(key, {"image": photo}) for key, photo in enumerate(photos)]},
+    )
+    images = open_images(_config(config_values, write_config, "clic", tmp_path / "tfds"))
+    assert images.names == ["clic_test_0000", "clic_test_0001"]
+    loaded = {tuple(image.x.shape[1:]): image for image in images.load(images.names)}
+    for photo in photos:
+        torch.testing.assert_close(loaded[photo.shape[:2]].x, expected(photo), rtol=0, atol=0)
+    (second,) = images.load(["clic_test_0001"])
+    assert second.name == "clic_test_0001"
+
+
+def test_seeds_differ_by_image_and_seed():
+    seeds = {seed_of(seed, name) for seed in range(3) for name in ("a.png", "b.png")}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**48 for seed in seeds)
+    assert seed_of(0, "a.png") == seed_of(0, "a.png")
+
+
+def test_common_suffixes_are_images():
+    assert {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tiff"} <= IMAGE_SUFFIXES

@@ -1,0 +1,285 @@
+"""The model's steps against CompressAI's own forward and float64 autograd; every checkpoint."""
+
+import urllib.error
+
+import pytest
+import skimage
+import torch
+from compressai.models import JointAutoregressiveHierarchicalPriors, ScaleHyperprior
+
+from config import Channels, InputError
+from conftest import WEIGHTS, to_x
+from experimental_inference_methods import hard_round
+from models import (
+    Latents,
+    analyze,
+    build_model,
+    freeze,
+    integer_latents,
+    likelihood_z,
+    load_checkpoint,
+    medians_of,
+    pick_device,
+    rd_pass,
+    round_around,
+    weights_hash,
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny network whose medians are not zero, as after training."""
+    torch.manual_seed(0)
+    net = build_model(Channels(N=8, M=12))
+    with torch.no_grad():
+        net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
+    return freeze(net)
+
+
+def test_true_pass_is_compressais_forward(model):
+    """Same rate and picture as the stock model in eval mode, on a size it takes (64s)."""
+    x = to_x(skimage.data.astronaut()[128:320, 128:256])
+    ours = rd_pass(model, x, analyze(model, x), hard_round, 0.01)
+    with torch.no_grad():
+        stock = model(x)
+    bpp = sum(-p.log2().sum() for p in stock["likelihoods"].values()) / (192 * 128)
+    mse = (stock["x_hat"] - x).square().mean()
+    torch.testing.assert_close(ours["x_hat"], stock["x_hat"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours["bpp"][0], bpp, atol=0, rtol=1e-5)
+    torch.testing.assert_close(ours["loss"][0], bpp + 0.01 * 255**2 * mse, atol=0, rtol=1e-5)
+    torch.testing.assert_close(ours["bpp_y"] + ours["bpp_z"], ours["bpp"])
+
+
+def test_a_batch_is_its_images(model):
+    x = to_x(skimage.data.astronaut()[:64, :192])
+    pair = torch.cat(x.split(96, dim=3))
+    together = rd_pass(model, pair, analyze(model, pair), hard_round, 0.01)["loss"]
+    alone = [rd_pass(model, one[None], analyze(model, one[None]), hard_round, 0.01) for one in pair]
+    torch.testing.assert_close(together, torch.cat([a["loss"] for a in alone]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (17, 16), (63, 65), (100, 37)])
+def test_every_size_works(small, size):
+    x = torch.rand(1, 3, *size)
+    y, z = analyze(small, x)
+    assert y.shape[2:] == (-(-size[0] // 16), -(-size[1] // 16))
+    assert z.shape[2:] == (-(-size[0] // 64), -(-size[1] // 64))
+    latents = Latents(y.requires_grad_(), z.requires_grad_())
+    terms = rd_pass(small, x, latents, lambda v: v, 0.01)
+    assert terms["x_hat"].shape == x.shape
+    terms["loss"].sum().backward()
+    assert y.grad.isfinite().all()
+    assert z.grad.abs().sum() > 0
+
+
+def test_networks_collect_no_gradients(small):
+    x = torch.rand(1, 3, 64, 64)
+    latents = Latents(*(v.requires_grad_() for v in analyze(small, x)))
+    rd_pass(small, x, latents, lambda v: v, 0.01)["loss"].sum().backward()
+    assert all(p.grad is None and not p.requires_grad for p in small.parameters())
+    assert not small.training
+
+
+def test_latents_lie_on_the_lattice_that_a_coder_codes(small):
+    x = torch.rand(1, 3, 80, 70)
+    latents = analyze(small, x)
+    terms = rd_pass(small, x, latents, hard_round, 0.01)
+    symbols = integer_latents(small, latents)
+    torch.testing.assert_close(symbols.z + medians_of(small), terms["z_hat"])
+    params = small.h_s(terms["z_hat"])[:, :, :5, :5]
+    torch.testing.assert_close(symbols.y + params[:, 12:], terms["y_hat"])
+    stock, _ = small.entropy_bottleneck(latents.z)
+    torch.testing.assert_close(stock, terms["z_hat"])
+
+
+def test_round_around_moves_the_lattice():
+    v, centre = torch.tensor([0.9, -2.2]), torch.tensor([0.25, 0.25])
+    torch.testing.assert_close(round_around(v, centre, hard_round), torch.tensor([1.25, -1.75]))
+
+
+def test_likelihood_of_z_is_compressais_where_float64_resolves_it(small):
+    net = build_model(Channels(N=8, M=12)).double()
+    net.load_state_dict(small.state_dict())
+    z_hat = torch.linspace(-12, 12, 49, dtype=torch.float64).reshape(1, 1, 7, 7).repeat(1, 8, 1, 1)
+    ours = likelihood_z(net, z_hat)
+    flat = z_hat.transpose(0, 1).reshape(8, 1, -1)
+    theirs = net.entropy_bottleneck._likelihood(flat)[0].reshape(8, 1, 7, 7).transpose(0, 1)
+    torch.testing.assert_close(ours, theirs.clamp_min(1e-9), rtol=1e-6, atol=1e-15)
+
+
+def test_likelihood_of_z_has_a_correct_gradient(small):
+    net = build_model(Channels(N=2, M=3)).double()
+    z_hat = torch.tensor([-2.0, -0.4, 0.3, 3.0], dtype=torch.float64).reshape(1, 2, 1, 2)
+    assert torch.autograd.gradcheck(lambda v: likelihood_z(net, v), z_hat.requires_grad_())
+
+
+@pytest.mark.parametrize("far", [-60.0, 60.0])
+def test_a_latent_far_out_finds_its_way_back(small, far):
+    """Both tails must pull inwards, where CompressAI's upper tail has gradient 0 in float32."""
+    z_hat = torch.full((1, 8, 1, 1), far, requires_grad=True)
+    (-likelihood_z(small, z_hat).log2()).sum().backward()
+    assert (z_hat.grad.sign() == torch.sign(torch.tensor(far))).all()
+
+
+def test_the_centre_of_the_prior_is_likely(small):
+    """At the point where both sigmoids mirror each other the likelihood must not vanish."""
+    net = build_model(Channels(N=4, M=4))
+    with torch.no_grad():
+        for bias in net.entropy_bottleneck.biases:
+            bias.zero_()
+    assert (likelihood_z(net, torch.zeros(1, 4, 1, 1)) > 1e-3).all()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+    """Writes something with torch.save and gives the path."""
+
+    def save(checkpoint):
+        path = tmp_path / "checkpoint.pth.tar"
+        torch.save(checkpoint, path)
+        return str(path)
+
+    return save
+
+
+def _old_names(weights):
+    """The parameter names of old CompressAI versions: _matrix0 for matrices.0."""
+    renamed = {}
+    for key, value in weights.items():
+        for new, old in (("matrices.", "_matrix"), ("biases.", "_bias"), ("factors.", "_factor")):
+            key = key.replace(f"entropy_bottleneck.{new}", f"entropy_bottleneck.{old}")
+        renamed[key] = value
+    return renamed
+
+
+LAYOUTS = {
+    "published": lambda w: {
+        "iter": 7,
+        "model_state_dict": w,
+        "optimizer_state_dict": {"state": {}},
+    },
+    "published, several GPUs": lambda w: {
+        "iter": 7,
+        "model_state_dict": {f"module.{key}": value for key, value in w.items()},
+    },
+    "compressai's training example": lambda w: {"epoch": 3, "state_dict": w},
+    "bare": lambda w: w,
+    "bare, old names": _old_names,
+    "half precision": lambda w: {k: v.half() if v.is_floating_point() else v for k, v in w.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_loads(small, saved, layout):
+    loaded = load_checkpoint(saved(layout(small.state_dict())))
+    assert (loaded.N, loaded.M) == (8, 12)
+    for name, weight in small.named_parameters():
+        assert dict(loaded.named_parameters())[name].dtype == torch.float32
+        tolerance = 1e-3 if layout is LAYOUTS["half precision"] else 0
+        torch.testing.assert_close(
+            dict(loaded.named_parameters())[name], weight, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_a_checkpoint_with_coding_tables_loads(small, saved):
+    net = build_model(Channels(N=8, M=12))
+    net.load_state_dict(small.state_dict())
+    net.update(force=True)
+    assert net.entropy_bottleneck._quantized_cdf.numel() > 0
+    assert weights_hash(load_checkpoint(saved(net.state_dict()))) == weights_hash(small)
+
+
+def test_weights_hash_tells_weights_apart(small):
+    other = build_model(Channels(N=8, M=12))
+    assert weights_hash(other) != weights_hash(small) == weights_hash(small)
+
+
+def _damaged(tmp_path, keep):
+    path = tmp_path / "damaged.pth.tar"
+    path.write_bytes(WEIGHTS.read_bytes()[:keep])
+    return str(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, 5_000_000])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    with pytest.raises(InputError, match=r"damaged\.pth\.tar: ") as refused:
+        load_checkpoint(_damaged(tmp_path, keep))
+    assert "\n" not in str(refused.value)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not weights")
+    for source in (str(text), str(tmp_path), str(tmp_path / "nowhere.pth")):
+        with pytest.raises(InputError, match=f"pretrain {source}: ") as refused:
+            load_checkpoint(source)
+        assert "\n" not in str(refused.value)
+
+
+class Unsafe:
+    """A class that weights_only must not load."""
+
+
+def test_other_contents_and_architectures_are_refused(saved, small):
+    scale = ScaleHyperprior(8, 12).state_dict()
+    joint = JointAutoregressiveHierarchicalPriors(8, 12).state_dict()
+    broken = small.state_dict()
+    broken["g_s.0.bias"] = torch.full_like(broken["g_s.0.bias"], float("nan"))
+    missing = {k: v for k, v in small.state_dict().items() if not k.startswith("h_s")}
+    cases = {
+        "not the weights of a mean-scale hyperprior": [scale, joint, missing, {"a": torch.ones(1)}],
+        "holds no state dict": [{"iter": 3}, [1, 2], torch.ones(3)],
+        r"g_s\.0\.bias holds NaN": [broken],
+        "only weights": [{"model": Unsafe()}],
+    }
+    for message, contents in cases.items():
+        for content in contents:
+            with pytest.raises(InputError, match=message) as refused:
+                load_checkpoint(saved(content))
+            assert "\n" not in str(refused.value)
+
+
+def test_channels_that_the_weights_do_not_have_are_refused():
+    with pytest.raises(InputError, match="has N = 64, M = 64, but channels asks for N = 192"):
+        load_checkpoint(str(WEIGHTS), Channels(N=192, M=192))
+
+
+def test_the_zoo_says_what_to_do_without_a_network(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", unreachable)
+    with pytest.raises(InputError, match=r"cannot download .* connect to the network once"):
+        load_checkpoint("zoo:mbt2018-mean:4")
+
+
+def test_the_zoo_loads_by_name(monkeypatch):
+    """CompressAI's own loading, with a download that gives random weights of the zoo's size."""
+    weights = build_model(Channels(N=128, M=192)).state_dict()
+    asked = []
+
+    def download(url, progress):
+        asked.append(url)
+        return _old_names(weights)
+
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", download)
+    loaded = load_checkpoint("zoo:mbt2018-mean:4")
+    assert (loaded.N, loaded.M) == (128, 192)
+    assert "mbt2018-mean-4" in asked[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["zoo:mbt2018-mean", "zoo:mbt2018-mean:9", "zoo:bmshj2018-factorized:3", "zoo:a:1:b"]
+)
+def test_other_zoo_names_are_refused(name):
+    with pytest.raises(InputError, match="must be zoo:mbt2018-mean:QUALITY"):
+        load_checkpoint(name)
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="device = 'gpu': not usable here"):
+        pick_device("gpu")

@@ -1,0 +1,484 @@
+"""The refinement as a user runs it: what it leaves behind, and what it survives."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import skimage
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from config import RefineConfig, load_config
+from conftest import ROOT, WEIGHTS, read_jsonl, to_x
+from experimental_inference_methods import METHODS, Temperature, build_rounding
+from models import Latents, analyze, medians_of, prior_params
+from train_flexible_inference import evaluate, hard_round, main, refine
+
+NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
+
+
+def run(config_path, *overrides):
+    sets = [part for override in overrides for part in ("--set", override)]
+    return main(["--config", str(config_path), *sets])
+
+
+def results(config_values):
+    from pathlib import Path
+
+    return Path(config_values["output_dir"]) / config_values["save_name"]
+
+
+def numbers(folder):
+    """Every record less what a clock or the machine's load decides."""
+    clock = ("seconds", "seconds_per_step", "peak_memory_mb")
+    return [
+        {key: value for key, value in record.items() if key not in clock}
+        for record in read_jsonl(folder / "images.jsonl")
+    ]
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_a_refinement_agrees_with_a_plain_second_writing(model):
+    """SGA+ three-class SSL for 60 steps, written again from the paper on CompressAI's own parts.
+
+    Its z lies on the integers and its noise is another, so the means agree to 0.5 %, not exactly.
+    """
+    crops = [
+        skimage.data.astronaut()[150:278, 150:278],
+        skimage.data.coffee()[100:228, 200:328],
+        skimage.data.rocket()[150:278, 250:378],
+    ]
+    x = torch.cat([to_x(crop) for crop in crops])
+    steps, lmbda = 60, 0.01
+    plain = _plain_loop(model, x, steps, lmbda)
+    config = RefineConfig.model_validate(
+        {
+            "train_lambda": lmbda,
+            "save_name": "-",
+            "pretrain": "-",
+            "tot_inference_iterations": steps,
+            "eval_freq": steps,
+            "optimizer": {"lr": 0.02},
+            "improving_methods": {"sga": True},
+            "dev_options": {"sample": True},
+        }
+    )
+    rounding = build_rounding(
+        "sga_logits_3c", "log_ssl_a_factor_pow", temperature=Temperature(0.03, 1.0)
+    )
+    ours, base = [], []
+    for one in x:
+        result = refine(model, one[None], rounding, config, 0, lambda *_: None)
+        ours.append(result.best["true_loss"])
+        base.append(result.trajectory[0]["true_loss"])
+    ours, base = np.mean(ours), np.mean(base)
+    assert ours < 0.97 * base
+    assert ours == pytest.approx(plain, rel=5e-3)
+
+
+def _plain_loop(net, x, steps, lmbda):
+    y = net.g_a(x).detach().requires_grad_()
+    z = net.h_a(y).detach().requires_grad_()
+    optimizer = torch.optim.Adam([y, z], lr=0.02)
+    bottleneck, conditional = net.entropy_bottleneck, net.gaussian_conditional
+
+    def loss_of(round_z, round_y):
+        z_hat = round_z(z)
+        flat = z_hat.permute(1, 0, 2, 3).reshape(z.size(1), 1, -1)
+        p_z = bottleneck._likelihood(flat)[0].clamp_min(1e-9)
+        scales, means = net.h_s(z_hat)[:, :, : y.size(2), : y.size(3)].chunk(2, 1)
+        y_hat = round_y(y - means) + means
+        p_y = conditional._likelihood(y_hat, scales, means).clamp_min(1e-9)
+        bits = -(p_z.log2().sum() + p_y.log2().sum())
+        x_hat = net.g_s(y_hat)[:, :, : x.size(2), : x.size(3)]
+        return bits / x[:, 0].numel() + lmbda * 255**2 * F.mse_loss(x_hat, x)
+
+    def relaxed(v, tau):
+        r = v.round().detach()
+        candidates = torch.stack([r - 1, r, r + 1])
+        u = (0.98 * (v - candidates).abs() / 1.5).clamp(1e-6, 1 - 1e-6)
+        logits = 1.4 * (1 / (1 + (u / (1 - u)) ** 1.4)).clamp_min(1e-6).log()
+        drawn = torch.distributions.RelaxedOneHotCategorical(
+            tau, logits=(logits / tau).movedim(0, -1)
+        ).rsample()
+        return (candidates.movedim(0, -1) * drawn).sum(-1)
+
+    torch.manual_seed(0)
+    for step in range(steps):
+        tau = torch.tensor(math.exp(-0.03 * step))
+        optimizer.zero_grad()
+        (len(x) * loss_of(lambda v: relaxed(v, tau), lambda v: relaxed(v, tau))).backward()  # noqa: B023
+        optimizer.step()
+    with torch.no_grad():
+        return loss_of(torch.round, torch.round).item()
+
+
+@pytest.mark.parametrize("key", sorted(METHODS, key=str), ids=lambda k: "-".join(filter(None, k)))
+def test_every_method_refines(config_values, write_config, key):
+    method, logits = key
+    options = config_values["dev_options"]
+    options["improving_methods"] = {method: True}
+    options["sga_logits_params"] = {"logits": logits}
+    values = config_values | {"tot_batches": 1, "tot_inference_iterations": 4, "eval_freq": 2}
+    assert run(write_config(values)) == 0
+    (record,) = read_jsonl(results(values) / "images.jsonl")
+    assert record["method"] == (f"{method}/{logits}" if logits else method)
+    assert record["refined"]["true_loss"] <= record["base"]["true_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "LBFGS"])
+def test_every_optimizer_refines(config_values, write_config, optimizer):
+    rates = {"adam": 0.02, "sgd": 20.0, "LBFGS": 0.05}
+    values = config_values | {
+        "optimizer": {"name": optimizer, "lr": rates[optimizer]},
+        "tot_batches": 1,
+    }
+    assert run(write_config(values)) == 0
+    (record,) = read_jsonl(results(values) / "images.jsonl")
+    assert record["refined"]["true_loss"] < record["base"]["true_loss"]
+
+
+def _refine_photo(model, overrides, values, write_config, seed=0):
+    config = load_config(write_config(values), RefineConfig, overrides)
+    rounding = build_rounding("sga", temperature=Temperature(0.01, 1.0))
+    x = to_x(skimage.data.coffee()[100:164, 200:264])
+    return x, refine(model, x, rounding, config, seed, lambda *_: None)
+
+
+def test_the_best_evaluated_step_is_kept_not_the_last(model, config_values, write_config):
+    """A learning rate that wrecks the latents: the result is the encoder's, step 0."""
+    x, result = _refine_photo(model, ["optimizer.lr=5.0"], config_values, write_config)
+    losses = [row["true_loss"] for row in result.trajectory]
+    assert losses[-1] > losses[0]
+    assert result.best["step"] == 0
+    base = analyze(model, x)
+    torch.testing.assert_close(result.latents.y, base.y)
+    kept, _ = evaluate(model, x, result.latents, hard_round, 0.01)
+    assert kept["loss"] == pytest.approx(min(losses))
+
+
+def test_evaluations_come_every_eval_freq_steps_and_at_the_end(model, config_values, write_config):
+    _, result = _refine_photo(
+        model, ["tot_inference_iterations=10", "eval_freq=4"], config_values, write_config
+    )
+    assert [row["step"] for row in result.trajectory] == [0, 4, 8, 10]
+    taus = [row["temperature"] for row in result.trajectory]
+    assert taus == [0.2] * 4
+    assert result.trajectory[0]["true_ms_ssim"] is None
+
+
+def test_augmented_loss_halves_the_gradient(model, config_values, write_config):
+    """Under SGD a halved gradient at twice the rate is the same path."""
+    plain = ["optimizer.name=sgd", "optimizer.lr=1.0"]
+    halved = ["optimizer.name=sgd", "optimizer.lr=2.0", "dev_options.augmented_loss=true"]
+    _, one = _refine_photo(model, plain, config_values, write_config)
+    _, two = _refine_photo(model, halved, config_values, write_config)
+    expected = [row["true_loss"] for row in one.trajectory]
+    assert expected[-1] != expected[0]
+    assert [row["true_loss"] for row in two.trajectory] == pytest.approx(expected, rel=1e-6)
+
+
+def test_custom_lr_replaces_the_learning_rate(model, config_values, write_config):
+    schedule = '{"start_iters": 3, "warmup_steps": 2, "start_lr": 0.05, "end_lr": 0.0}'
+    overrides = [f"dev_options.custom_lr={schedule}", "eval_freq=1"]
+    _, result = _refine_photo(model, overrides, config_values, write_config)
+    losses = [row["true_loss"] for row in result.trajectory]
+    assert losses[5] == losses[6] == losses[8]
+    assert losses[3] != losses[4] != losses[5]
+
+
+def test_metrics_are_those_of_the_pixels(model):
+    x = to_x(skimage.data.astronaut()[:176, :200])
+    metrics, shown = evaluate(model, x, analyze(model, x), hard_round, 0.01)
+    a = (x[0] * 255).round().numpy().astype(np.uint8)
+    b = (shown[0] * 255).round().numpy().astype(np.uint8)
+    assert metrics["psnr"] == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b), rel=1e-5)
+    assert abs(metrics["psnr_raw"] - metrics["psnr"]) < 0.2
+    assert 0.8 < metrics["ms_ssim"] < 1
+    decibels = -10 * math.log10(1 - metrics["ms_ssim"])
+    assert metrics["ms_ssim_db"] == pytest.approx(decibels, rel=1e-4)
+
+
+# --- what a run leaves behind ---------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_behind(config_values, write_config, model, photos, capsys):
+    config_values["dev_options"]["save_final"] = True
+    config_values["tracker"] = "tensorboard"
+    assert run(write_config(config_values)) == 0
+    folder = results(config_values)
+    records = read_jsonl(folder / "images.jsonl")
+    assert [record["name"] for record in records] == NAMES
+    printed = capsys.readouterr().out
+    for record in records:
+        assert record["refined"]["true_loss"] < record["base"]["true_loss"]
+        assert {"bpp", "bpp_y", "bpp_z", "psnr", "psnr_raw", "ms_ssim", "ms_ssim_db", "true_loss",
+                "relaxed_loss"} == set(record["base"]) == set(record["refined"])  # fmt: skip
+        assert record["peak_memory_mb"] > 10
+        assert record["name"] in printed
+        _check_latents_decode(folder, record, model, photos)
+        pictures = folder / "reconstructions" / record["name"]
+        assert {path.name for path in pictures.iterdir()} == {
+            "original.png", "base.png", "step_0001.png", "step_0008.png", "refined.png",
+        }  # fmt: skip
+    trajectory = pd.read_csv(folder / "trajectory.csv")
+    assert trajectory["step"].tolist() == [0, 1, 4, 8]
+    mean_base = np.mean([record["base"]["true_loss"] for record in records])
+    assert trajectory["true_loss"][0] == pytest.approx(mean_base)
+    assert {"temperature", "relaxed_loss", "true_loss", "true_bpp", "true_psnr"} <= set(trajectory)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["images"] == 3
+    mean_bpp = np.mean([record["refined"]["bpp"] for record in records])
+    assert summary["refined"]["bpp"] == pytest.approx(mean_bpp)
+    for name in ("trajectory.png", "before_after.png", "comparison.png"):
+        assert str(folder / name) in printed
+        assert min(Image.open(folder / name).size) > 300
+    assert "tot_inference_iterations" in (folder / "config.json").read_text()
+    assert "c_rocket.png" in (folder / "log.txt").read_text()
+    assert list((folder / "tensorboard").iterdir())
+    assert not list(folder.rglob(".*"))
+
+
+def _check_latents_decode(folder, record, model, photos):
+    """The stored integers alone give the reported picture, and the reported rate."""
+    stored = np.load(folder / "latents" / f"{record['name']}.npz")
+    assert stored["y"].dtype == stored["z"].dtype == np.int32
+    x = to_x(np.asarray(Image.open(photos / record["name"])))
+    z_hat = torch.from_numpy(stored["z"])[None] + medians_of(model)
+    size = stored["y"].shape[1:]
+    _, means = prior_params(model, z_hat, size)
+    y_hat = torch.from_numpy(stored["y"])[None] + means
+    metrics, shown = evaluate(model, x, Latents(y_hat, z_hat), hard_round, 0.01)
+    assert metrics["bpp"] == pytest.approx(record["refined"]["bpp"], rel=1e-4)
+    assert metrics["psnr"] == pytest.approx(record["refined"]["psnr"], rel=1e-4)
+    picture = Image.open(folder / "reconstructions" / record["name"] / "refined.png")
+    torch.testing.assert_close(to_x(np.asarray(picture)), shown, rtol=0, atol=1.01 / 255)
+
+
+def test_tiny_and_odd_images_work(config_values, write_config, photos):
+    for name in NAMES:
+        (photos / name).unlink()
+    pixels = skimage.data.chelsea()
+    Image.fromarray(pixels[:1, :1]).save(photos / "one.png")
+    Image.fromarray(pixels[:3, :65]).save(photos / "strip.png")
+    Image.fromarray(pixels[:161, :170]).save(photos / "ms_ssim.png")
+    assert run(write_config(config_values)) == 0
+    by_name = {record["name"]: record for record in numbers(results(config_values))}
+    assert (by_name["one.png"]["width"], by_name["one.png"]["height"]) == (1, 1)
+    assert by_name["strip.png"]["base"]["ms_ssim"] is None
+    assert by_name["ms_ssim.png"]["base"]["ms_ssim"] > 0.5
+
+
+def test_a_short_data_set_is_used_once_and_said_so(config_values, write_config, capsys):
+    assert run(write_config(config_values | {"tot_batches": 12, "batch_size": 2})) == 0
+    assert "the data set has 3 images, fewer than tot_batches * batch_size = 24" in (
+        capsys.readouterr().out
+    )
+    assert len(numbers(results(config_values))) == 3
+
+
+def test_tot_batches_takes_the_first_images(config_values, write_config):
+    assert run(write_config(config_values | {"tot_batches": 1, "batch_size": 2})) == 0
+    assert [record["name"] for record in numbers(results(config_values))] == NAMES[:2]
+
+
+# --- repeatable, resumable, in several processes --------------------------------------------------
+
+
+def test_a_run_repeats_itself_and_any_subset_of_it(config_values, write_config, photos):
+    run(write_config(config_values))
+    first = numbers(results(config_values))
+    run(write_config(config_values | {"save_name": "again"}))
+    assert numbers(results(config_values | {"save_name": "again"})) == first
+    (photos / NAMES[0]).unlink()
+    run(write_config(config_values | {"save_name": "subset"}))
+    assert numbers(results(config_values | {"save_name": "subset"})) == first[1:]
+    run(write_config(config_values | {"save_name": "other", "seed": 1}))
+    other = numbers(results(config_values | {"save_name": "other"}))
+    assert other[0]["refined"]["true_loss"] != first[1]["refined"]["true_loss"]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(config_path, *overrides, launcher=("-u",)):
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, *launcher, str(ROOT / "train_flexible_inference.py")]
+    return subprocess.Popen(
+        [*command, "--config", str(config_path), *sets],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config):
+    values = config_values | {"tot_inference_iterations": 60, "eval_freq": 20}
+    path = write_config(values)
+    whole = start(path, "save_name=whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = start(path)
+    folder = results(values)
+    deadline = time.monotonic() + 120
+    while not (folder / "images.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = len(read_jsonl(folder / "images.jsonl"))
+    assert 1 <= done < 3
+    (folder / ".123.tmp.npz").write_bytes(b"left behind")
+    refused = start(path)
+    assert refused.wait() == 2
+    assert 'go on with "resume": true' in refused.stderr.read()
+    resumed = start(path, "resume=true")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert f"{done} of 3 images are done already" in resumed.stdout.read()
+    assert numbers(folder) == numbers(results(values | {"save_name": "whole"}))
+    means = [pd.read_csv(folder.parent / run / "trajectory.csv") for run in ("run", "whole")]
+    pd.testing.assert_frame_equal(*means)
+    assert not list(folder.rglob(".*"))
+
+
+def test_two_processes_give_the_result_of_one(config_values, write_config):
+    values = config_values | {"tot_inference_iterations": 20, "eval_freq": 10}
+    path = write_config(values)
+    (results(values).parent.parent / "photos" / "d_broken.png").write_bytes(b"broken")
+    one = start(path, "tot_batches=4")
+    assert one.wait() == 1, one.stderr.read()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = start(path, "save_name=two", "tot_batches=4", launcher=launcher)
+    out, err = two.communicate()
+    assert two.returncode == 1, err
+    assert "1 images failed: d_broken.png" in out
+    both = results(values | {"save_name": "two"})
+    assert numbers(both) == numbers(results(values))
+    assert not list(both.glob("images.rank*"))
+    summary = json.loads((both / "summary.json").read_text())
+    assert summary["images"] == 3
+    assert list(summary["failed"]) == ["d_broken.png"]
+
+
+def test_results_of_single_ranks_are_not_lost(config_values, write_config):
+    """What a killed run of several processes left is found by the next, in one process."""
+    path = write_config(config_values)
+    run(path)
+    folder = results(config_values)
+    lines = (folder / "images.jsonl").read_text().splitlines(keepends=True)
+    (folder / "images.rank0.jsonl").write_text(lines[0])
+    (folder / "images.rank1.jsonl").write_text(lines[1])
+    (folder / "images.jsonl").unlink()
+    assert run(path, "resume=true") == 0
+    assert [record["name"] for record in numbers(folder)] == NAMES
+    assert (folder / "images.jsonl").read_text().startswith(lines[0] + lines[1])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=3", "seed (0 then, 3 now)"),
+        ("dev_options.temp_rate=0.5", "dev_options.temp_rate (0.01 then, 0.5 now)"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_config(
+    config_values, write_config, capsys, override, message
+):
+    path = write_config(config_values)
+    run(path)
+    before = (results(config_values) / "images.jsonl").read_text()
+    assert run(path, "resume=true", override) == 2
+    assert message in capsys.readouterr().err
+    assert (results(config_values) / "images.jsonl").read_text() == before
+
+
+def test_a_run_is_not_resumed_with_other_weights(config_values, write_config, tmp_path, capsys):
+    weights = torch.load(WEIGHTS, weights_only=True)
+    path = tmp_path / "weights.pth.tar"
+    torch.save(weights, path)
+    values = config_values | {"pretrain": str(path)}
+    run(write_config(values), "tot_batches=1")
+    weights["model_state_dict"]["g_s.6.bias"] += 0.01
+    torch.save(weights, path)
+    assert run(write_config(values), "resume=true") == 2
+    assert "of other weights" in capsys.readouterr().err
+
+
+# --- trouble --------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_image_is_skipped_by_name(config_values, write_config, photos, capsys):
+    whole = (photos / NAMES[0]).read_bytes()
+    (photos / "aa_broken.png").write_bytes(whole[:200])
+    assert run(write_config(config_values | {"tot_batches": 4})) == 1
+    assert "aa_broken.png: skipped:" in capsys.readouterr().out
+    folder = results(config_values)
+    assert [record["name"] for record in numbers(folder)] == NAMES
+    assert list(json.loads((folder / "summary.json").read_text())["failed"]) == ["aa_broken.png"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_image_at_its_best(config_values, write_config, capsys):
+    path = write_config(config_values | {"optimizer": {"name": "sgd", "lr": 1e30}})
+    assert run(path) == 0
+    records = numbers(results(config_values))
+    assert all(record["best_step"] == 0 for record in records)
+    assert all("not finite at step 4" in record["stopped"] for record in records)
+    assert "stopped, the loss is not finite at step 4; kept step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain=nowhere.pth.tar", "pretrain nowhere.pth.tar: no such file"),
+        ("dev_options.path_test.folder=nowhere", "path_test.folder = nowhere: no such folder"),
+        ("device=abacus", "device = 'abacus': not usable here"),
+        ("dev_options.tmp_rate=1", "unknown key 'dev_options.tmp_rate'"),
+        ("dev_options.sga_logits_params.logits=cosx", "sga_logits_3c has absx"),
+        ("output_dir=/dev/null/results", "/dev/null/results/run: Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    config_values, write_config, capsys, override, message
+):
+    assert run(write_config(config_values), override) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not results(config_values).exists()
+
+
+def test_a_full_disk_is_one_line(config_values, write_config, capsys, monkeypatch):
+    """A file-size limit is the kernel's own refusal of a write, as on a full disk."""
+    import resource
+
+    path = write_config(config_values)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(signal, "SIGXFSZ", signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, old[1]))
+    try:
+        code = run(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert "File too large" in error[0]
+    assert str(results(config_values)) in error[0]
+    assert not list(results(config_values).rglob(".*"))
+    assert run(path, "resume=true") == 0
+    assert len(numbers(results(config_values))) == 3
+
+
+def test_the_script_says_what_it_wants():
+    command = [sys.executable, str(ROOT / "train_flexible_inference.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 2
+    assert "--config" in done.stderr

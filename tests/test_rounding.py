@@ -1,0 +1,205 @@
+"""Rounding functions and temperatures, against the published tables and independent maths."""
+
+import inspect
+import json
+
+import pytest
+import torch
+
+from config import InputError, RefineConfig, load_config
+from conftest import ROOT
+from experimental_inference_methods import (
+    BASELINE_TEMPERATURE,
+    METHODS,
+    Temperature,
+    build_rounding,
+    gumbel_softmax,
+    hard_round,
+    nearest_three,
+    rounding_from_config,
+    rounding_logits,
+    rounding_method,
+)
+
+TABLES = json.loads((ROOT / "tests/reference/rounding_logits.json").read_text())
+FLAT = Temperature(rate=0.0, ub=1.0)
+PUBLISHED = sorted(METHODS, key=str)
+# As tau goes to 0 these end in noise of full strength, the published stand-in for rounding.
+NOISE_ONLY = {"unoise", "gnoise", "temp_unoise", "temp_gnoise"}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    "entry",
+    TABLES["logits_at_temperature_1"],
+    ids=lambda e: "-".join(map(str, (e["method"], e["logits"], *e["params"].values()))),
+)
+def test_candidates_and_logits_are_the_published_ones(entry, dtype, tolerance):
+    v = torch.tensor(TABLES["inputs"], dtype=dtype)
+    candidates, logits = rounding_logits(v, entry["method"], entry["logits"], **entry["params"])
+    torch.testing.assert_close(candidates, torch.tensor(entry["candidates"], dtype=dtype))
+    expected = torch.tensor(entry["values"], dtype=torch.float64)
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("entry", TABLES["temperature"])
+def test_temperatures_are_the_published_ones(entry):
+    temperature = Temperature(entry["temp_rate"], entry["ub"], entry["temp_schedule"])
+    annealed = [1 - temperature(step) for step in entry["iterations"]]
+    if entry["method"] == "temp_ste":
+        annealed = [max(w, 1e-4) for w in annealed]
+    assert annealed == pytest.approx(entry["annealed_temperature"], abs=1e-12)
+
+
+def test_baseline_temperature_is_the_published_one():
+    (entry,) = TABLES["baseline_temperature"]
+    tau = [BASELINE_TEMPERATURE(step) for step in entry["iterations"]]
+    assert tau == pytest.approx(entry["tau"], rel=1e-12)
+    for method in ("sga", "danneal"):
+        assert build_rounding(method, temperature=FLAT).temperature == BASELINE_TEMPERATURE
+
+
+def test_defaults_are_the_published_best_settings():
+    def defaults(*key):
+        return METHODS[key].defaults
+
+    three = "sga_logits_3c"
+    assert defaults(three, "log_absx_factor_pow") == {"factor": 0.98, "power": 1.5}
+    assert defaults(three, "log_cosx_n") == {"power": 3.0}
+    assert defaults(three, "log_cosx_factor_pow") == {"factor": 0.98, "power": 2.0}
+    ssl = {"factor": 0.98, "power": 1.4, "scale_factor": 1.4}
+    assert defaults(three, "log_ssl_a_factor_pow") == ssl
+    assert defaults("sga_logits", "ssl") == {"scale_factor": 4 / 3}
+
+
+def _values(dtype):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(200, generator=generator, dtype=torch.float64) * 3
+    exact = torch.arange(-4, 4.5, 0.5, dtype=torch.float64)
+    near = torch.cat((exact + 1e-7, exact - 1e-7, exact + 2e-6))
+    return torch.cat((exact, near, spread)).to(dtype)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.2, 1e-3, 1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("key", PUBLISHED, ids=lambda k: "-".join(filter(None, k)))
+def test_every_method_has_finite_values_and_gradients(key, dtype, tau):
+    rounding = build_rounding(*key, temperature=FLAT)
+    v = _values(dtype).requires_grad_()
+    v_hat = rounding(v, tau, torch.Generator().manual_seed(1))
+    assert v_hat.shape == v.shape
+    assert v_hat.dtype == dtype
+    v_hat.sum().backward()
+    assert v_hat.isfinite().all()
+    assert v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("key", PUBLISHED, ids=lambda k: "-".join(filter(None, k)))
+def test_every_method_becomes_hard_rounding(key):
+    rounding = build_rounding(*key, temperature=FLAT)
+    # Ties may go either way; the rest may not.
+    v = _values(torch.float64)
+    v = v[((v - v.floor()) - 0.5).abs() > 0.01]
+    v_hat = rounding(v, 1e-8, torch.Generator().manual_seed(1))
+    if key[0] in NOISE_ONLY:
+        assert (v_hat - v).abs().max() < 1.2
+        assert (v_hat - v).std() > 0.2
+    else:
+        torch.testing.assert_close(v_hat, hard_round(v), rtol=0, atol=1e-6)
+
+
+def test_gradients_are_autograds_of_the_formula():
+    """SGA+ three-class SSL against a second writing of it, same noise, in float64."""
+    v = torch.linspace(-2.3, 2.4, 50, dtype=torch.float64).requires_grad_()
+    tau, a, factor, power = 0.6, 1.4, 0.98, 1.4
+    rounding = build_rounding("sga_logits_3c", "log_ssl_a_factor_pow", temperature=FLAT)
+    ours = rounding(v, tau, torch.Generator().manual_seed(3))
+    noise = torch.empty(50, 3, dtype=torch.float64)
+    gumbel = -noise.exponential_(generator=torch.Generator().manual_seed(3)).log()
+    nearest = torch.round(v).detach()
+    total, weighted = 0, 0
+    for index, shift in enumerate((-1, 0, 1)):
+        s = v - nearest - shift
+        u = (factor * s.abs() / 1.5).clamp(1e-6, 1 - 1e-6)
+        p = (1 / (1 + (u / (1 - u)) ** a)).clamp_min(1e-6) ** power
+        weight = torch.exp((p.log() / tau + gumbel[:, index]) / tau)
+        total, weighted = total + weight, weighted + weight * (nearest + shift)
+    theirs = weighted / total
+    torch.testing.assert_close(ours, theirs)
+    (our_grad,) = torch.autograd.grad(ours.sum(), v, retain_graph=True)
+    (their_grad,) = torch.autograd.grad(theirs.sum(), v)
+    torch.testing.assert_close(our_grad, their_grad)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_samples_fall_on_candidates_as_often_as_the_logits_say(tau):
+    """The arg max of a Gumbel-softmax draw is categorical with softmax(logits / tau)."""
+    logits = torch.tensor([-0.3, -1.5, -2.0], dtype=torch.float64)
+    weights = gumbel_softmax(logits.expand(200_000, 3), tau, torch.Generator().manual_seed(0))
+    frequency = weights.argmax(-1).bincount(minlength=3) / 200_000
+    torch.testing.assert_close(frequency.double(), (logits / tau).softmax(0), atol=5e-3, rtol=0)
+
+
+def test_straight_through_has_an_identity_gradient():
+    v = torch.tensor([0.2, 1.7, -3.4], requires_grad=True)
+    v_hat = build_rounding("ste", temperature=FLAT)(v, 1.0)
+    v_hat.backward(torch.tensor([1.0, 2.0, 3.0]))
+    assert v_hat.tolist() == [0.0, 2.0, -3.0]
+    assert v.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_temp_uste_rounds_on_a_lattice_of_width_w():
+    v = torch.linspace(-3, 3, 101, dtype=torch.float64)
+    rounding = build_rounding("temp_uste", temperature=FLAT)
+    on_lattice = rounding(v, 0.5, torch.Generator().manual_seed(0)) / 0.5
+    torch.testing.assert_close(on_lattice, on_lattice.round())
+    assert (on_lattice * 0.5 - v).abs().max() <= 0.25 + 0.25
+
+
+def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config, monkeypatch):
+    monkeypatch.setattr("experimental_inference_methods.METHODS", dict(METHODS))
+    monkeypatch.setitem(rounding_method.__globals__, "METHODS", dict(METHODS))
+
+    @rounding_method("sga_logits_3c", logits="gaussian", candidates=nearest_three)
+    def gaussian(s, *, width):
+        return -((s / width) ** 2)
+
+    assert len(inspect.getsource(gaussian).splitlines()) < 10
+    options = config_values["dev_options"]
+    options["sga_logits_params"] = {"logits": "gaussian"}
+    with pytest.raises(InputError, match="gaussian needs the hyper-parameter 'width'"):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+    options["rounding_params"] = {"width": 0.5, "hight": 2}
+    with pytest.raises(InputError, match="no hyper-parameter 'hight'; it has width"):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+    options["rounding_params"] = {"width": 0.5}
+    rounding = rounding_from_config(load_config(write_config(config_values), RefineConfig))
+    assert rounding.params == {"width": 0.5}
+    assert rounding(torch.tensor([0.1, 1.8]), 1e-8).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "logits", "message"),
+    [
+        ({"sga_logit": True}, None, "improving_methods.sga_logit: no such method"),
+        ({"sga": True, "stee": False}, None, "improving_methods.stee: no such method"),
+        ({"sga_logits": True}, "absx", "logits = 'absx': sga_logits has atanh, cosx"),
+        ({"sga_logits_3c": True}, None, "logits = None: sga_logits_3c has absx"),
+    ],
+)
+def test_unknown_methods_are_refused_by_name(config_values, write_config, flags, logits, message):
+    options = config_values["dev_options"]
+    options["improving_methods"] = flags
+    options["sga_logits_params"] = {"logits": logits}
+    with pytest.raises(InputError, match=message):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+
+
+def test_published_hyper_parameters_reach_only_the_methods_that_have_them(
+    config_values, write_config
+):
+    options = config_values["dev_options"]
+    options |= {"scale_factor": 2.0, "3c_power": 1.1, "3c_factor": 0.9, "gnoise_sigma": 0.4}
+    options["sga_logits_params"] = {"logits": "log_absx_factor_pow"}
+    config = load_config(write_config(config_values), RefineConfig)
+    assert rounding_from_config(config).params == {"factor": 0.9, "power": 1.1}
