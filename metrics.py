@@ -1,4 +1,7 @@
-"""Rate and distortion as pure tensor maths; every result is one value an image, [B]."""
+"""Rate and distortion as pure tensor maths; every result is one value an image, [B].
+
+Sums run in float64, so that the reported digits do not depend on how threads split them.
+"""
 
 import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
@@ -10,12 +13,13 @@ MS_SSIM_MIN_SIDE = 161
 
 def bits_per_pixel(likelihoods: Tensor, num_pixels: int) -> Tensor:
     """-sum log2 p / pixels of the image, [B], for likelihoods [B, C, h, w] in (0, 1]."""
-    return -likelihoods.log2().sum(dim=(1, 2, 3)) / num_pixels
+    bits = -likelihoods.log2().sum(dim=(1, 2, 3), dtype=torch.float64)
+    return (bits / num_pixels).to(likelihoods.dtype)
 
 
 def mean_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     """Mean over channels and pixels, [B], for two [B, 3, H, W]; in the square of their unit."""
-    return (x_hat - x).square().mean(dim=(1, 2, 3))
+    return (x_hat - x).square().mean(dim=(1, 2, 3), dtype=torch.float64).to(x.dtype)
 
 
 def rate_distortion_loss(bpp: Tensor, mse: Tensor, lmbda: float) -> Tensor:

@@ -12,6 +12,7 @@ Minnen, Balle, Toderici 2018 (arXiv 1809.02736); the networks are CompressAI's. 
 
 import hashlib
 import pickle
+import re
 import urllib.error
 import warnings
 import zipfile
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from config import Channels, InputError
 from metrics import bits_per_pixel, mean_squared_error, rate_distortion_loss
@@ -28,6 +30,7 @@ from metrics import bits_per_pixel, mean_squared_error, rate_distortion_loss
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
     warnings.simplefilter("ignore")
+    from compressai.layers import GDN
     from compressai.models import MeanScaleHyperprior
     from compressai.zoo import mbt2018_mean
 
@@ -148,13 +151,43 @@ def weights_hash(model: MeanScaleHyperprior) -> str:
     return digest.hexdigest()[:16]
 
 
+class FrozenGDN(nn.Module):
+    """Generalised divisive normalisation with fixed weights (arXiv 1511.06281, section 3.1).
+
+    x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse, for x [B, C, H, W]. It is CompressAI's
+    layer, but beta and gamma are re-parametrised once, and a matrix product over channels stands
+    for the 1x1 convolution, whose result would depend on the number of threads.
+    """
+
+    def __init__(self, gdn: GDN):
+        super().__init__()
+        gamma = gdn.gamma_reparam(gdn.gamma)
+        self.register_buffer("beta", gdn.beta_reparam(gdn.beta).detach())  # [C]
+        self.register_buffer("gamma", gamma.reshape(gamma.size(0), -1).detach())  # [C, C]
+        self.inverse = gdn.inverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, [B, C, H, W]."""
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C], a view of channels-last data
+        norm = F.linear(x.square(), self.gamma, self.beta)
+        x = x * (norm.sqrt() if self.inverse else norm.rsqrt())
+        return x.permute(0, 3, 1, 2)
+
+
 def freeze(model: MeanScaleHyperprior) -> MeanScaleHyperprior:
-    """The same model in eval mode, its weights without gradients: only latents are optimised."""
-    return model.eval().requires_grad_(False)
+    """The same model made ready for refinement, in place: only latents will be optimised.
+
+    Eval mode, weights without gradients, channels-last, every GDN a `FrozenGDN`.
+    """
+    for network in (model.g_a, model.g_s):
+        for index, layer in enumerate(network):
+            if isinstance(layer, GDN):
+                network[index] = FrozenGDN(layer)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (a GPU if there is one), or a torch device by name.
+    """`auto` (a GPU if there is one), `cpu`, `cuda` (this rank's) or `cuda:N`.
 
     Raises:
         InputError: no such device here.
@@ -163,14 +196,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise InputError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device = {name!r}: not usable here ({reason}); try auto or cpu"
-        ) from None
+        raise InputError(f"device = {name!r}: not usable here ({reason})") from None
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False

@@ -43,13 +43,13 @@ def main(argv=None) -> int:
     rounding = rounding_from_config(config)
     ranks = join_ranks()
     device = pick_device(config.device, ranks.local)
-    model = freeze(load_checkpoint(config.pretrain, config.channels))
+    model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     run = open_run(config, ranks, {
         "method": rounding.name, "params": rounding.params, "lmbda": config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
-    model = model.to(device)
+    model = freeze(model).to(device)
 
     for image in images.load(run.pending(images.names), config.num_workers):
         if image.x is None:

@@ -1,16 +1,19 @@
 """The model's steps against CompressAI's own forward and float64 autograd; every checkpoint."""
 
+import copy
 import urllib.error
 
 import pytest
 import skimage
 import torch
+from compressai.layers import GDN
 from compressai.models import JointAutoregressiveHierarchicalPriors, ScaleHyperprior
 
 from config import Channels, InputError
 from conftest import WEIGHTS, to_x
 from experimental_inference_methods import hard_round
 from models import (
+    FrozenGDN,
     Latents,
     analyze,
     build_model,
@@ -33,7 +36,7 @@ def small():
     net = build_model(Channels(N=8, M=12))
     with torch.no_grad():
         net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
-    return freeze(net)
+    return net.eval().requires_grad_(False)
 
 
 def test_true_pass_is_compressais_forward(model):
@@ -41,7 +44,7 @@ def test_true_pass_is_compressais_forward(model):
     x = to_x(skimage.data.astronaut()[128:320, 128:256])
     ours = rd_pass(model, x, analyze(model, x), hard_round, 0.01)
     with torch.no_grad():
-        stock = model(x)
+        stock = load_checkpoint(str(WEIGHTS))(x)
     bpp = sum(-p.log2().sum() for p in stock["likelihoods"].values()) / (192 * 128)
     mse = (stock["x_hat"] - x).square().mean()
     torch.testing.assert_close(ours["x_hat"], stock["x_hat"], atol=1e-5, rtol=0)
@@ -72,12 +75,30 @@ def test_every_size_works(small, size):
     assert z.grad.abs().sum() > 0
 
 
-def test_networks_collect_no_gradients(small):
+def test_frozen_networks_collect_no_gradients(small):
+    small = freeze(copy.deepcopy(small))
     x = torch.rand(1, 3, 64, 64)
     latents = Latents(*(v.requires_grad_() for v in analyze(small, x)))
     rd_pass(small, x, latents, lambda v: v, 0.01)["loss"].sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in small.parameters())
     assert not small.training
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_frozen_gdn_is_compressais(inverse):
+    """Value and gradient in float64, with weights at and above their lower bounds."""
+    torch.manual_seed(0)
+    gdn = GDN(6, inverse=inverse).double()
+    with torch.no_grad():
+        gdn.gamma += torch.rand(6, 6) * 0.2 - 0.05
+        gdn.beta += torch.rand(6) - 0.5
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    ours, theirs = FrozenGDN(gdn)(x), gdn(x)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(x)
+    (our_grad,) = torch.autograd.grad(ours, x, weight, retain_graph=True)
+    (their_grad,) = torch.autograd.grad(theirs, x, weight)
+    torch.testing.assert_close(our_grad, their_grad)
 
 
 def test_latents_lie_on_the_lattice_that_a_coder_codes(small):
@@ -281,5 +302,5 @@ def test_other_zoo_names_are_refused(name):
 
 def test_devices():
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="device = 'gpu': not usable here"):
+    with pytest.raises(InputError, match="device = 'gpu': must be auto, cpu, cuda"):
         pick_device("gpu")

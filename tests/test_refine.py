@@ -438,7 +438,7 @@ def test_a_loss_that_is_not_finite_stops_the_image_at_its_best(config_values, wr
     [
         ("pretrain=nowhere.pth.tar", "pretrain nowhere.pth.tar: no such file"),
         ("dev_options.path_test.folder=nowhere", "path_test.folder = nowhere: no such folder"),
-        ("device=abacus", "device = 'abacus': not usable here"),
+        ("device=abacus", "device = 'abacus': must be auto, cpu"),
         ("dev_options.tmp_rate=1", "unknown key 'dev_options.tmp_rate'"),
         ("dev_options.sga_logits_params.logits=cosx", "sga_logits_3c has absx"),
         ("output_dir=/dev/null/results", "/dev/null/results/run: Not a directory"),
