@@ -50,7 +50,8 @@ class Images(Protocol):
 
 def seed_of(seed: int, name: str) -> int:
     """A seed in [0, 2^48) of one image, whatever the order or the subset of the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")
+    text = f"{seed}:{name}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def weights_hash(model: MeanScaleHyperprior) -> str:
 class FrozenGDN(nn.Module):
     """Generalised divisive normalisation with fixed weights (arXiv 1511.06281, section 3.1).
 
-    x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse, for x [B, C, H, W]. It is CompressAI's
+    x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse, for x [B, C, H, W]. CompressAI's
     layer, but beta and gamma are re-parametrised once, and a matrix product over channels stands
     for the 1x1 convolution, whose result would depend on the number of threads.
     """

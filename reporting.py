@@ -244,7 +244,7 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         plots = [
             write_whole(self.folder / "trajectory.png", plot_trajectory(trajectory).savefig),
-            write_whole(self.folder / "before_after.png", plot_before_after(own).savefig),
+            write_whole(self.folder / "before_after.png", plot_rate_distortion(own).savefig),
         ]
         pictures = self.folder / "reconstructions"
         shown = [record["name"] for record in own if (pictures / record["name"]).is_dir()]
@@ -489,7 +489,7 @@ def plot_trajectory(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_before_after(records: Sequence[dict]) -> Figure:
+def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     """Every image's way from base to refined in the rate-distortion plane, and the mean's."""
     figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
     axis = figure.subplots()
@@ -598,7 +598,7 @@ def start_logging(path: Path) -> None:
     for handler in list(log.handlers):
         handler.close()
         log.removeHandler(handler)
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(to_file)
     log.addHandler(_ThroughTqdm())

@@ -59,8 +59,13 @@ def main(argv=None) -> int:
             log.info("%s: %s", image.name, note)
         watch = Stopwatch(device)
         x = image.x[None].to(device)  # [1, 3, H, W]
-        with run.progress(image.name) as progress:
-            result = refine(model, x, rounding, config, seed_of(config.seed, image.name), progress)
+        try:
+            with run.progress(image.name) as progress:
+                seed = seed_of(config.seed, image.name)
+                result = refine(model, x, rounding, config, seed, progress)
+        except torch.OutOfMemoryError:
+            run.skip(image.name, f"does not fit into the memory of {device}")
+            continue
         if result.latents is None:
             run.skip(image.name, "its loss is not finite even before refinement")
             continue

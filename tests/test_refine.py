@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pandas as pd
@@ -177,6 +178,19 @@ def test_evaluations_come_every_eval_freq_steps_and_at_the_end(model, config_val
     assert result.trajectory[0]["true_ms_ssim"] is None
 
 
+def test_the_temperature_schedule_of_the_json_is_the_one_that_runs(config_values, write_config):
+    options = config_values["dev_options"]
+    options |= {"temp_schedule": "exp0", "temp_rate": 0.5}
+    options["sga_logits_params"]["ub"] = 0.7
+    values = config_values | {"tot_batches": 1, "tot_inference_iterations": 4, "eval_freq": 2}
+    run(write_config(values))
+    assert pd.read_csv(results(values) / "trajectory.csv")["temperature"].tolist() == [0.7] * 3
+    options["temp_schedule"] = "exp"
+    run(write_config(values | {"save_name": "exp"}))
+    taus = pd.read_csv(results(values | {"save_name": "exp"}) / "trajectory.csv")["temperature"]
+    assert taus.tolist() == pytest.approx([0.7, math.exp(-1), math.exp(-2)])
+
+
 def test_augmented_loss_halves_the_gradient(model, config_values, write_config):
     """Under SGD a halved gradient at twice the rate is the same path."""
     plain = ["optimizer.name=sgd", "optimizer.lr=1.0"]
@@ -263,6 +277,21 @@ def _check_latents_decode(folder, record, model, photos):
     assert metrics["psnr"] == pytest.approx(record["refined"]["psnr"], rel=1e-4)
     picture = Image.open(folder / "reconstructions" / record["name"] / "refined.png")
     torch.testing.assert_close(to_x(np.asarray(picture)), shown, rtol=0, atol=1.01 / 255)
+
+
+def test_wandb_gets_every_row_or_says_how_to_install_it(
+    config_values, write_config, monkeypatch, capsys
+):
+    path = write_config(config_values | {"tracker": "wandb", "tot_batches": 1})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(path) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    rows = []
+    session = types.SimpleNamespace(log=rows.append)
+    stand_in = types.SimpleNamespace(init=lambda **_: session)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    assert run(path) == 0
+    assert [row["a_chelsea.png/step"] for row in rows] == [0, 4, 8]
 
 
 def test_tiny_and_odd_images_work(config_values, write_config, photos):
