@@ -148,6 +148,7 @@ class Run:
         own = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
         self._own_path = folder / own
         self._own: dict[str, dict] = {}
+        self._mentioned: set[str] = set()
         self._tracker = open_tracker(config, folder)
 
     def pending(self, names: Sequence[str]) -> list[str]:
@@ -179,20 +180,27 @@ class Run:
         log.warning("%s: skipped: %s", name, reason)
         self.failed[name] = reason
 
+    def mention(self, name: str, notes: Sequence[str]) -> None:
+        """Log what was converted in an image, each kind of conversion once."""
+        for note in notes:
+            if note not in self._mentioned:
+                log.info("%s: %s (said once; images.jsonl has it of each image)", name, note)
+        self._mentioned.update(notes)
+
     def progress(self, name: str) -> "Progress":
         """A bar on a terminal, lines elsewhere."""
         return Progress(name, self.config.tot_inference_iterations, self.config.print_freq)
 
-    def save(self, name: str, x: Tensor, result: Any, symbols: Any, watch: "Stopwatch") -> None:
+    def save(self, image: Any, result: Any, symbols: Any, watch: "Stopwatch") -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         Args:
-            x: the image, [1, 3, H, W].
+            image: `datasets.LoadedImage`.
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
         """
-        seconds, peak = watch.read()
-        record = self._record(name, x, result, seconds, peak)
+        name, (seconds, peak) = image.name, watch.read()
+        record = self._record(image, result, seconds, peak)
         table = pd.DataFrame(result.trajectory)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -202,8 +210,9 @@ class Run:
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
         if self.config.dev_options.save_final:
-            for label, x_hat in {"original": x, **result.pictures}.items():
-                save_picture(self.folder / "reconstructions" / name / f"{label}.png", x_hat[0])
+            pictures = {label: x_hat[0] for label, x_hat in result.pictures.items()}
+            for label, x in {"original": image.x, **pictures}.items():
+                save_picture(self.folder / "reconstructions" / name / f"{label}.png", x)
         self._own[name] = record
         write_records(self._own_path, self._own.values())
         self._tracker(name, result.trajectory)
@@ -212,10 +221,11 @@ class Run:
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  seconds)  # fmt: skip
 
-    def _record(self, name: str, x: Tensor, result: Any, seconds: float, peak: float) -> dict:
+    def _record(self, image: Any, result: Any, seconds: float, peak: float) -> dict:
         steps = result.trajectory[-1]["step"]
         return _finite({
-            "name": name, "width": x.size(3), "height": x.size(2),
+            "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
+            "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "lmbda", "weights")},
             "seed": self.config.seed, "base": _side(result.trajectory[0]),
             "refined": _side(result.best), "best_step": result.best["step"], "steps": steps,

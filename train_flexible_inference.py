@@ -33,7 +33,7 @@ from models import (
     rd_pass,
     weights_hash,
 )
-from reporting import Stopwatch, join_ranks, log, machine_facts, open_run
+from reporting import Stopwatch, join_ranks, machine_facts, open_run
 
 
 @exits_with_one_line
@@ -55,8 +55,7 @@ def main(argv=None) -> int:
         if image.x is None:
             run.skip(image.name, image.error)
             continue
-        for note in image.notes:
-            log.info("%s: %s", image.name, note)
+        run.mention(image.name, image.notes)
         watch = Stopwatch(device)
         x = image.x[None].to(device)  # [1, 3, H, W]
         try:
@@ -69,7 +68,7 @@ def main(argv=None) -> int:
         if result.latents is None:
             run.skip(image.name, "its loss is not finite even before refinement")
             continue
-        run.save(image.name, x, result, integer_latents(model, result.latents), watch)
+        run.save(image, result, integer_latents(model, result.latents), watch)
     return run.finish()
 
 

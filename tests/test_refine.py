@@ -308,6 +308,17 @@ def test_tiny_and_odd_images_work(config_values, write_config, photos):
     assert by_name["ms_ssim.png"]["base"]["ms_ssim"] > 0.5
 
 
+def test_conversions_are_mentioned_once_and_recorded_of_each(
+    config_values, write_config, photos, capsys
+):
+    for name in NAMES:
+        Image.open(photos / name).convert("L").save(photos / name)
+    assert run(write_config(config_values)) == 0
+    assert capsys.readouterr().out.count("L converted to RGB") == 1
+    records = numbers(results(config_values))
+    assert [record["converted"] for record in records] == [["L converted to RGB"]] * 3
+
+
 def test_a_short_data_set_is_used_once_and_said_so(config_values, write_config, capsys):
     assert run(write_config(config_values | {"tot_batches": 12, "batch_size": 2})) == 0
     assert "the data set has 3 images, fewer than tot_batches * batch_size = 24" in (
