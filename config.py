@@ -102,7 +102,7 @@ class DevOptions(Section):
     scale_factor: Positive | None = None
     power_3c: Positive | None = Field(None, alias="3c_power")
     factor_3c: Positive | None = Field(None, alias="3c_factor")
-    rounding_params: dict[str, Any] = {}
+    rounding_params: dict[str, bool | int | float | str] = {}
     augmented_loss: bool = False
     save_final: bool = False
     inference_lambda: Positive | None = None
@@ -139,11 +139,13 @@ DATA_SETS = ("kodak", "tecnick", "pathology", "clic", "folder", "sample")
 class TrainPath(Section):
     """Kept so that published files load; refinement reads no training data."""
 
-    train_imagenet: str = ""
+    train_imagenet: str | None = ""
 
 
 def channels_of_lambda(train_lambda: float) -> Channels:
-    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 below 0.1 (arXiv 2401.17789, appendix).
+    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 above (arXiv 2401.17789, appendix).
+
+    Lambdas between the published seven follow the same steps, up to 0.1, where we draw the line.
 
     Raises:
         ValueError: no rule for this lambda.
@@ -321,7 +323,8 @@ def parse_command_line(
         action="append",
         default=[],
         metavar="KEY.SUB=VALUE",
-        help="override one key of the config; VALUE is JSON, or else a string",
+        help="override one key of the config; VALUE is JSON, or else a string "
+        "(a number that is meant as a string needs JSON's quotes)",
     )
     parser.add_argument(
         "--load_json",

@@ -5,6 +5,7 @@ A data set has `names`, known before anything is read, and `load(names)`, which 
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import skimage
+import tifffile
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
@@ -25,6 +27,7 @@ IMAGE_SUFFIXES = frozenset((
     ".pnm", ".gif",
 ))  # fmt: skip
 TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
+ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
 
 # Public domain or CC0, shipped inside scikit-image's package.
 SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -49,7 +52,10 @@ class Images(Protocol):
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed in [0, 2^48) of one image, whatever the order or the subset of the others."""
+    """A seed in [0, 2^48) of one image, whatever the order or the subset of the others.
+
+    Of these, torch's CPU generator uses the low 32 bits.
+    """
     text = f"{seed}:{name}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
@@ -71,7 +77,9 @@ def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> 
     found = [
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.is_file()
     ]
     if not found:
         raise InputError(f"{path}: no image in it (looked for {' '.join(sorted(suffixes))})")
@@ -97,13 +105,7 @@ class ImageFiles(Dataset):
         name = self.names[index]
         try:
             image, notes = read_rgb(self.files[name])
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            MemoryError,
-            Image.DecompressionBombError,
-        ) as error:
+        except Exception as error:  # damaged files make decoders raise dozens of kinds
             reason = str(error).replace(str(self.files[name]), name) or type(error).__name__
             return LoadedImage(name, None, error=reason.splitlines()[0])
         if self.crop is not None:
@@ -127,51 +129,81 @@ def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
     """An upright 8-bit RGB picture, and what had to be converted for it.
 
     Raises:
-        OSError, ValueError: unreadable, or pixels without a meaning in 8 bits.
+        OSError, ValueError, and whatever else a decoder makes of a damaged file: unreadable, or
+            pixels without a meaning in 8 bits.
     """
-    try:
-        image = Image.open(path)
-        layout = str(image.tile[0].args) if image.tile else ""
-        image.load()
-    except UnidentifiedImageError:
-        if path.suffix.lower() not in TIFF_SUFFIXES:
-            raise
-        # Pillow has no multi-channel 16-bit mode; scikit-image reads such TIFFs.
-        return _array_to_rgb(skimage.io.imread(path))
+    # From memory: Pillow's memory-mapped TIFFs come out scrambled where EXIF turns them.
+    data = io.BytesIO(path.read_bytes())
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        deep = _read_deep_tiff(data)
+        if deep is not None:
+            return deep
+    image = Image.open(data)
+    layout = str(image.tile[0].args) if image.tile else ""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    image.load()
     notes = []
-    if image.getexif().get(0x0112, 1) != 1:
+    if orientation != 1:
         notes.append("turned upright as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        rgb, converted = _array_to_rgb(np.asarray(image))
-        return rgb, (*notes, *converted)
+        image = _from_16_bits(np.asarray(image))
+        return image, (*notes, "16 bits of grey scaled to 8 bits and RGB")
     if image.mode == "F":
         raise ValueError("32-bit floating-point pixels; save it with 8 or 16 bits")
     if ";16" in layout:
         notes.append("16 bits reduced to 8")
     if image.has_transparency_data:
         notes.append(f"{image.mode} with transparency composited on white")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        image = _on_white(image)
     elif image.mode != "RGB":
         notes.append(f"{image.mode} converted to RGB")
         image = image.convert("RGB")
     return image, tuple(notes)
 
 
-def _array_to_rgb(pixels: np.ndarray) -> tuple[Image.Image, tuple[str, ...]]:
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"{pixels.dtype} pixels outside 0 to 65535; save it with 8 or 16 bits")
-    scaled = np.rint(pixels / (1 if pixels.dtype == np.uint8 else 257)).astype(np.uint8)
+def _read_deep_tiff(data: io.BytesIO) -> tuple[Image.Image, tuple[str, ...]] | None:
+    """A TIFF of more than 8 bits, which Pillow reads in part only; None for every other."""
+    with tifffile.TiffFile(data) as file:
+        page = file.pages[0]
+        bits = np.max(page.bitspersample)
+        if bits <= 8:
+            data.seek(0)
+            return None
+        pixels = page.asarray()
+        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
+            pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] to [H, W, C]
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            pixels = np.iinfo(pixels.dtype).max - pixels
+        orientation = int(page.tags[ORIENTATION].value) if ORIENTATION in page.tags else 1
+    if bits > 16:
+        raise ValueError(f"{bits}-bit pixels; save it with 8 or 16 bits")
+    image = _from_16_bits(pixels)
+    notes = (f"{bits} bits scaled to 8 bits and RGB",)
+    if orientation == 1:
+        return image, notes
+    image.getexif()[ORIENTATION] = orientation
+    return ImageOps.exif_transpose(image), (*notes, "turned upright as its orientation says")
+
+
+def _from_16_bits(pixels: np.ndarray) -> Image.Image:
+    """RGB of [H, W] or [H, W, 1 to 4] (grey, grey and alpha, colour, colour and alpha) values."""
+    if pixels.dtype not in (np.uint16, np.int32):  # Pillow gives some 16-bit files as int32
+        raise ValueError(f"{pixels.dtype} pixels; save it with 8 or 16 bits")
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("pixels outside 0 to 65535; save it with 8 or 16 bits")
+    scaled = np.rint(pixels / 257).astype(np.uint8)
     if scaled.ndim == 3 and scaled.shape[2] == 1:
         scaled = scaled[:, :, 0]
-    if scaled.ndim > 3 or (scaled.ndim == 3 and scaled.shape[2] not in (3, 4)):
+    if scaled.ndim not in (2, 3) or (scaled.ndim == 3 and scaled.shape[2] not in (2, 3, 4)):
         raise ValueError(f"an array of shape {scaled.shape} is no picture")
     image = Image.fromarray(scaled)
-    if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB"), (f"16 bits ({image.mode}) scaled to 8 bits and RGB",)
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -354,14 +354,19 @@ def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, 
     JSON names (`3c_power`, `3c_factor`) and the functions' own (`power`, `factor`) both count.
 
     Raises:
-        InputError: a hyper-parameter the method does not have, or one without a default is missing.
+        InputError: a hyper-parameter the method does not have, one without a default is missing,
+            or text where the default is a number.
     """
     given = {key.removeprefix("3c_"): value for key, value in params.items()}
+    if len(given) < len(params):
+        raise InputError(f"{name}: a hyper-parameter is given with and without its 3c_ prefix")
     has = ", ".join(sorted(method.defaults)) or "none"
     for key in given.keys() - method.defaults.keys():
         raise InputError(f"{name} has no hyper-parameter {key!r}; it has {has}")
     bound = {**method.defaults, **given}
     for key, value in bound.items():
+        if isinstance(method.defaults[key], float) and type(value) not in (int, float):
+            raise InputError(f"{name}: the hyper-parameter {key} = {value!r} must be a number")
         if value is inspect.Parameter.empty:
             raise InputError(
                 f"{name} needs the hyper-parameter {key!r}: add it to dev_options.rounding_params"

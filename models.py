@@ -117,12 +117,12 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleH
     weights = {
         key: value.float() if value.is_floating_point() else value for key, value in weights.items()
     }
-    for key, value in weights.items():
-        if not value.isfinite().all():
-            raise InputError(f"pretrain {source}: {key} holds NaN or infinite weights")
     try:
+        for key, value in weights.items():
+            if not value.isfinite().all():
+                raise InputError(f"pretrain {source}: {key} holds NaN or infinite weights")
         return MeanScaleHyperprior.from_state_dict(weights).eval()
-    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
         raise InputError(f"{wrong} ({reason})") from None
@@ -195,7 +195,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
     if not re.fullmatch(r"cpu|cuda:\d+", name):
         raise InputError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
     try:
@@ -208,6 +208,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     return device
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised this because a GPU or the machine has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 # --- the steps of one pass ------------------------------------------------------------------------

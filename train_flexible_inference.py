@@ -28,6 +28,7 @@ from models import (
     analyze,
     freeze,
     integer_latents,
+    is_out_of_memory,
     load_checkpoint,
     pick_device,
     rd_pass,
@@ -57,18 +58,21 @@ def main(argv=None) -> int:
             continue
         run.mention(image.name, image.notes)
         watch = Stopwatch(device)
-        x = image.x[None].to(device)  # [1, 3, H, W]
+        seed = seed_of(config.seed, image.name)
         try:
+            x = image.x[None].to(device)  # [1, 3, H, W]
             with run.progress(image.name) as progress:
-                seed = seed_of(config.seed, image.name)
                 result = refine(model, x, rounding, config, seed, progress)
-        except torch.OutOfMemoryError:
+            if result.latents is None:
+                run.skip(image.name, "its loss is not finite even before refinement")
+                continue
+            symbols = integer_latents(model, result.latents)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             run.skip(image.name, f"does not fit into the memory of {device}")
             continue
-        if result.latents is None:
-            run.skip(image.name, "its loss is not finite even before refinement")
-            continue
-        run.save(image, result, integer_latents(model, result.latents), watch)
+        run.save(image, result, symbols, watch)
     return run.finish()
 
 
@@ -88,9 +92,9 @@ class Refinement:
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor) -> None:
         """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
         self.trajectory.append(row)
-        if not math.isfinite(row["true_loss"]) or not math.isfinite(row["relaxed_loss"]):
+        if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
-        elif self.best is None or row["true_loss"] < self.best["true_loss"]:
+        if row["true_loss"] < (self.best["true_loss"] if self.best else math.inf):
             self.best = row
             self.latents = Latents(*(v.detach().clone() for v in latents))
             self.pictures["refined"] = x_hat
@@ -125,18 +129,23 @@ def refine(
         loss = rd_pass(model, x, latents, relaxed_rounding(), config.lmbda)["loss"].sum()
         # The augmented loss averages in the true loss, a constant: half the gradient.
         (loss / 2 if options.augmented_loss else loss).backward()
+        for v in latents:
+            # LBFGS flattens gradients, which channels-last networks leave strided.
+            v.grad = v.grad.contiguous()
         return loss
 
     for step in range(steps + 1):
-        if step % config.eval_freq == 0 or step == steps or step in pictured:
-            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), config.lmbda)
+        due = step % config.eval_freq == 0 or step == steps
+        if due or step in pictured:
             true, x_hat = evaluate(model, x, latents, hard_round, config.lmbda)
+        if step in pictured:
+            result.pictures["base" if step == 0 else f"step_{step:04d}"] = x_hat
+        if due:
+            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), config.lmbda)
             row = {"step": step, "temperature": rounding.temperature(step)}
             row |= {f"relaxed_{key}": value for key, value in relaxed.items()}
             row |= {f"true_{key}": value for key, value in true.items()}
             result.add(row, latents, x_hat)
-            if step in pictured:
-                result.pictures["base" if step == 0 else f"step_{step:04d}"] = x_hat
             if step == steps or result.stopped:
                 break
         if options.custom_lr is not None:
