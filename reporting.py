@@ -24,6 +24,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -34,14 +35,20 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from config import InputError, RefineConfig, read_json_object, resolved
+from datasets import LoadedImage
+from models import Latents
 
 log = logging.getLogger("refine")
 
-# Keys that may change between a run and its resumption: they do not change any image's result.
+# Keys that may change between a run and its resumption: they do not change any image's result
+# (another device does; the records say which it was, and are compared).
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "batch_size",
     "tracker", "device",
 ))  # fmt: skip
+
+
+ANOTHER_RUN = "choose another save_name, or delete the folder"
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -67,7 +74,11 @@ def join_ranks() -> Ranks:
 
 
 def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
-    """What `action` returns or raises on rank 0, on every rank; the others wait for it."""
+    """What `action` returns on rank 0, on every rank; the others wait for it.
+
+    Raises:
+        InputError, OSError: what `action` raised, on every rank.
+    """
     outcome: list[Any] = [None]
     if ranks.rank == 0:
         try:
@@ -94,9 +105,13 @@ def gather(ranks: Ranks, value: Any) -> list[Any]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
+
+    Raises:
+        OSError: no folder can be made there, or the disk is full; it names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{uuid4().hex}.tmp{path.suffix}")
     try:
         write(temporary)
         temporary.replace(path)
@@ -155,9 +170,10 @@ class Run:
         """The names that this process has to refine: all without a record, split over the ranks."""
         wanted = self.config.tot_batches * self.config.batch_size
         self.names = list(names[:wanted])
-        done = read_records(self.folder / "images.jsonl")
+        found = read_records(self.folder / "images.jsonl")
         if self.ranks.world == 1:
-            self._own = done
+            self._own = found
+        done = {name for name in found if self._is_whole(name)}
         todo = [name for name in self.names if name not in done]
         if self.ranks.rank == 0:
             log.info(
@@ -191,13 +207,15 @@ class Run:
         """A bar on a terminal, lines elsewhere."""
         return Progress(name, self.config.tot_inference_iterations, self.config.print_freq)
 
-    def save(self, image: Any, result: Any, symbols: Any, watch: "Stopwatch") -> None:
+    def save(self, image: LoadedImage, result: Any, symbols: Latents, watch: "Stopwatch") -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         Args:
-            image: `datasets.LoadedImage`.
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
+
+        Raises:
+            OSError: a file cannot be written.
         """
         name, (seconds, peak) = image.name, watch.read()
         record = self._record(image, result, seconds, peak)
@@ -221,12 +239,12 @@ class Run:
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  seconds)  # fmt: skip
 
-    def _record(self, image: Any, result: Any, seconds: float, peak: float) -> dict:
+    def _record(self, image: LoadedImage, result: Any, seconds: float, peak: float) -> dict:
         steps = result.trajectory[-1]["step"]
         return _finite({
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
-            **{key: self.facts[key] for key in ("method", "params", "lmbda", "weights")},
+            **{key: self.facts[key] for key in ("method", "params", "lmbda", "weights", "device")},
             "seed": self.config.seed, "base": _side(result.trajectory[0]),
             "refined": _side(result.best), "best_step": result.best["step"], "steps": steps,
             "stopped": result.stopped, "seconds": seconds,
@@ -234,7 +252,11 @@ class Run:
         })  # fmt: skip
 
     def finish(self) -> int:
-        """Merge what all processes did, write tables and plots, print them; the exit code."""
+        """Merge what all processes did, write tables and plots, print them; the exit code.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         failed = {key: why for part in gather(self.ranks, self.failed) for key, why in part.items()}
         return first_rank_does(self.ranks, lambda: self._report(failed))
 
@@ -252,6 +274,7 @@ class Run:
         )
         summary = summarize(own, failed) | self.facts
         write_json(self.folder / "summary.json", summary)
+        log.info("\n%s\n", format_table(own, summary))
         plots = [
             write_whole(self.folder / "trajectory.png", plot_trajectory(trajectory).savefig),
             write_whole(self.folder / "before_after.png", plot_rate_distortion(own).savefig),
@@ -261,7 +284,6 @@ class Run:
         if shown:
             figure = plot_comparison(pictures, own, shown[:4])
             plots.append(write_whole(self.folder / "comparison.png", figure.savefig))
-        log.info("\n%s\n", format_table(own, summary))
         log.info("results:  %s", self.folder)
         for label, path in zip(("plot:", "plot:", "images:"), plots, strict=False):
             log.info("%-9s %s", label, path)
@@ -270,6 +292,12 @@ class Run:
         if failed:
             log.error("%d images failed: %s", len(failed), ", ".join(sorted(failed)))
         return 1 if failed else 0
+
+    def _is_whole(self, name: str) -> bool:
+        return all(
+            self._file(kind, name, suffix).is_file()
+            for kind, suffix in (("trajectories", ".csv"), ("latents", ".npz"))
+        )
 
     def _file(self, kind: str, name: str, suffix: str) -> Path:
         return self.folder / kind / f"{name}{suffix}"
@@ -293,35 +321,38 @@ def open_run(config: RefineConfig, ranks: Ranks, facts: dict[str, Any]) -> Run:
             config or other weights.
     """
     folder = Path(config.output_dir) / config.save_name
-    first_rank_does(ranks, lambda: _prepare_folder(folder, config, facts["weights"]))
+    first_rank_does(ranks, lambda: _prepare_folder(folder, config, facts))
     start_logging(folder / "log.txt")
     return Run(folder, config, ranks, facts)
 
 
-def _prepare_folder(folder: Path, config: RefineConfig, weights: str) -> None:
+def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = merge_records(folder, [])
     if records and not config.resume:
         raise InputError(
             f"{folder}: holds the results of {len(records)} images; "
-            'go on with "resume": true, or choose another save_name'
+            f'go on with "resume": true, or {ANOTHER_RUN}'
         )
     if records:
         _refuse_another_config(folder, config)
-        for record in records.values():
-            if record["weights"] != weights:
+        for key in ("weights", "device"):
+            before = next(iter(records.values()))[key]
+            if before != facts[key]:
                 raise InputError(
-                    f"{folder}: its results are of other weights than {config.pretrain}; "
-                    "choose another save_name"
+                    f"{folder}: cannot resume, its results were made with other {key} "
+                    f"({before} then, {facts[key]} now); {ANOTHER_RUN}"
                 )
-    for leftover in folder.rglob(".*.tmp*"):
-        leftover.unlink()
+    for place in ("*", "latents/**/*", "trajectories/**/*", "reconstructions/**/*"):
+        for leftover in folder.glob(place):
+            if leftover.name.startswith(".") and ".tmp" in leftover.suffixes:
+                leftover.unlink()
     write_json(folder / "config.json", resolved(config))
 
 
 def _refuse_another_config(folder: Path, config: RefineConfig) -> None:
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: has results but no config.json; choose another save_name")
+        raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
     before, now = read_json_object(folder / "config.json"), resolved(config)
     changed = _differences(
         {key: value for key, value in before.items() if key not in FREE_KEYS},
@@ -329,8 +360,7 @@ def _refuse_another_config(folder: Path, config: RefineConfig) -> None:
     )
     if changed:
         raise InputError(
-            f"{folder}: cannot resume, its config differs in {', '.join(changed)}; "
-            "choose another save_name"
+            f"{folder}: cannot resume, its config differs in {', '.join(changed)}; {ANOTHER_RUN}"
         )
 
 
@@ -349,11 +379,23 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def read_records(path: Path) -> dict[str, dict]:
-    """The records of one images.jsonl by name; none where there is no file."""
+    """The records of one images.jsonl by name; none where there is no file.
+
+    Raises:
+        InputError: a line that is no record.
+    """
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {record["name"]: record for record in map(json.loads, filter(str.strip, lines))}
+    records = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["name"]] = record
+        except (ValueError, TypeError, KeyError):
+            raise InputError(
+                f"{path}: line {number} is no record of an image; delete that line, then resume"
+            ) from None
+    return records
 
 
 def write_records(path: Path, records: Iterable[dict]) -> Path:
@@ -437,6 +479,11 @@ def _percent(before: float, after: float) -> float:
     return 100 * (after / before - 1)
 
 
+def printable(name: str) -> str:
+    """A file name as any console and plot can show it: bytes that are no text are escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     """The before/after table, one line an image and the mean."""
     width = max(5, *(len(record["name"]) for record in records))
@@ -515,7 +562,8 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     if len(known) <= 12:
         for record, point in zip(known, points["refined"], strict=True):
             axis.annotate(
-                Path(record["name"]).stem, point, textcoords="offset points", xytext=(6, 3),
+                printable(Path(record["name"]).stem), point, parse_math=False,
+                textcoords="offset points", xytext=(6, 3),
                 fontsize=8,
             )  # fmt: skip
     axis.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title="Up and to the left is better")
@@ -546,7 +594,7 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
                 side = record[label]
                 db = "" if side["psnr"] is None else f", {side['psnr']:.2f} dB"
                 title = f"{label}: {side['bpp']:.3f} bpp{db}"
-            axis.set_title(title, fontsize=9)
+            axis.set_title(printable(title), fontsize=9, parse_math=False)
     return figure
 
 
@@ -599,7 +647,9 @@ class _ThroughTqdm(logging.Handler):
     """Lines above a progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        encoding = sys.stdout.encoding or "utf-8"
+        line = self.format(record).encode(encoding, errors="backslashreplace").decode(encoding)
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -694,7 +744,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     """Where numbers were made, for summary.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "device": f"{device} ({name})",
+        "device": device.type,
+        "machine": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import skimage
+import tifffile
 import torch
 from PIL import Image
 
@@ -112,6 +113,71 @@ def _write_16_bit_png(path, values):
     )
 
 
+def _tiff(path, pixels, **options):
+    tifffile.imwrite(path, pixels, **options)
+    return load_one(path)
+
+
+def test_deep_tiffs_of_every_layout(tmp_path):
+    """Separate planes, white as zero, alpha: 16 bits that Pillow reads in part or wrongly."""
+    generator = np.random.default_rng(0)
+    colour = generator.integers(0, 65536, (40, 60, 3), dtype=np.uint16)
+    grey = colour[..., 0]
+    exact = torch.from_numpy(colour / 65535).permute(2, 0, 1).float()
+
+    def check(image, x):
+        torch.testing.assert_close(image.x, x, rtol=0, atol=0.51 / 255)
+        assert "16 bits" in image.notes[0]
+
+    planes = _tiff(
+        tmp_path / "p.tif", colour.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"
+    )
+    check(planes, exact)
+    check(_tiff(tmp_path / "c.tif", colour, photometric="rgb", compression="deflate"), exact)
+    check(
+        _tiff(tmp_path / "w.tif", grey, photometric="miniswhite"), 1 - exact[:1].expand(3, -1, -1)
+    )
+    alpha = np.stack([grey, np.zeros_like(grey)], -1)
+    clear = _tiff(tmp_path / "a.tif", alpha, photometric="minisblack", extrasamples=["unassalpha"])
+    assert (clear.x == 1).all()
+    turned = _tiff(tmp_path / "t.tif", grey, extratags=[(274, "H", 1, 6, True)])
+    check(turned, torch.rot90(exact[:1], -1, (1, 2)).expand(3, -1, -1))
+    assert "upright" in turned.notes[1]
+    for dtype in (np.int32, np.uint32, np.float32):
+        image = _tiff(tmp_path / "wide.tif", grey.astype(dtype))
+        assert "32-bit" in image.error
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK"])
+def test_turned_tiffs_are_upright(tmp_path, mode):
+    image = Image.fromarray(PHOTO).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path, "turned.tif", image, exif=exif)
+    loaded = load_one(path)
+    upright = np.rot90(np.array(image.convert("RGB")), -1)
+    torch.testing.assert_close(loaded.x, expected(upright), rtol=0, atol=0)
+    assert "upright" in loaded.notes[0]
+
+
+def test_damaged_tiffs_never_raise(tmp_path):
+    """Two hundred random damages of a compressed TIFF: each is read, or named with its error."""
+    path = tmp_path / "whole.tif"
+    tifffile.imwrite(path, PHOTO.astype(np.uint16) * 257, photometric="rgb", compression="deflate")
+    whole = bytearray(path.read_bytes())
+    generator = np.random.default_rng(0)
+    errors = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for position in generator.integers(0, len(whole) // 8, 3):
+            damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged[: int(generator.integers(len(whole) // 2, len(whole) + 1))])
+        image = load_one(path)
+        assert (image.x is None) == bool(image.error)
+        errors += image.x is None
+    assert errors > 50
+
+
 def test_cmyk_is_converted(tmp_path):
     image = load_one(save(tmp_path, "print.jpg", Image.fromarray(PHOTO).convert("CMYK")))
     torch.testing.assert_close(image.x, expected(PHOTO), rtol=0, atol=0.25)
@@ -142,7 +208,15 @@ def test_unreadable_files_are_named_and_do_not_raise(tmp_path):
 
 
 def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
-    for name in ("b/2.PNG", "a.jpg", "b/1.webp", ".hidden.png", "notes.txt", "b/c/3.JPEG"):
+    for name in (
+        "b/2.PNG",
+        "a.jpg",
+        "b/1.webp",
+        ".hidden.png",
+        "notes.txt",
+        "b/c/3.JPEG",
+        ".git/x.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"")
     found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]

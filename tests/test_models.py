@@ -254,6 +254,7 @@ def test_other_contents_and_architectures_are_refused(saved, small):
         "not the weights of a mean-scale hyperprior": [scale, joint, missing, {"a": torch.ones(1)}],
         "holds no state dict": [{"iter": 3}, [1, 2], torch.ones(3)],
         r"g_s\.0\.bias holds NaN": [broken],
+        "weights of a mean": [{k: v.to_sparse() for k, v in small.state_dict().items()}],
         "only weights": [{"model": Unsafe()}],
     }
     for message, contents in cases.items():

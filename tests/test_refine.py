@@ -20,7 +20,7 @@ from PIL import Image
 from config import RefineConfig, load_config
 from conftest import ROOT, WEIGHTS, read_jsonl, to_x
 from experimental_inference_methods import METHODS, Temperature, build_rounding
-from models import Latents, analyze, medians_of, prior_params
+from models import Latents, analyze, load_checkpoint, medians_of, prior_params
 from train_flexible_inference import evaluate, hard_round, main, refine
 
 NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
@@ -61,7 +61,8 @@ def test_a_refinement_agrees_with_a_plain_second_writing(model):
     ]
     x = torch.cat([to_x(crop) for crop in crops])
     steps, lmbda = 60, 0.01
-    plain = _plain_loop(model, x, steps, lmbda)
+    stock = load_checkpoint(str(WEIGHTS)).requires_grad_(False)
+    plain = _plain_loop(stock, x, steps, lmbda)
     config = RefineConfig.model_validate(
         {
             "train_lambda": lmbda,
@@ -135,6 +136,9 @@ def test_every_method_refines(config_values, write_config, key):
     (record,) = read_jsonl(results(values) / "images.jsonl")
     assert record["method"] == (f"{method}/{logits}" if logits else method)
     assert record["refined"]["true_loss"] <= record["base"]["true_loss"]
+    trajectory = pd.read_csv(results(values) / "trajectory.csv")
+    assert trajectory["true_loss"].nunique() == 3
+    assert trajectory["relaxed_loss"].nunique() == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "LBFGS"])
@@ -176,6 +180,36 @@ def test_evaluations_come_every_eval_freq_steps_and_at_the_end(model, config_val
     taus = [row["temperature"] for row in result.trajectory]
     assert taus == [0.2] * 4
     assert result.trajectory[0]["true_ms_ssim"] is None
+
+
+def test_momentum_is_sgds(model, config_values, write_config):
+    overrides = ["optimizer.name=sgd", "optimizer.lr=1.0", "eval_freq=1"]
+    _, plain = _refine_photo(model, overrides, config_values, write_config)
+    overrides.append("optimizer.momentum=0.9")
+    _, heavy = _refine_photo(model, overrides, config_values, write_config)
+    losses = [[row["true_loss"] for row in one.trajectory] for one in (plain, heavy)]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][3:] != losses[1][3:]
+
+
+def test_a_smaller_inference_lambda_spends_fewer_bits(model, config_values, write_config):
+    def bpp(lmbda):
+        overrides = [f"dev_options.inference_lambda={lmbda}", "tot_inference_iterations=30"]
+        _, result = _refine_photo(model, overrides, config_values, write_config)
+        last = result.trajectory[-1]
+        loss = last["true_bpp"] + lmbda * 255**2 * 10 ** (-last["true_psnr_raw"] / 10)
+        assert last["true_loss"] == pytest.approx(loss, rel=1e-4)
+        return last["true_bpp"]
+
+    assert bpp(0.001) < 0.9 * bpp(0.01)
+
+
+def test_pictures_do_not_change_the_result(model, config_values, write_config):
+    _, plain = _refine_photo(model, [], config_values, write_config)
+    overrides = ["dev_options.save_final=true"]
+    _, pictured = _refine_photo(model, overrides, config_values, write_config)
+    assert pictured.trajectory == plain.trajectory
+    assert {"base", "refined", "step_0001", "step_0008"} == set(pictured.pictures)
 
 
 def test_the_temperature_schedule_of_the_json_is_the_one_that_runs(config_values, write_config):
@@ -246,7 +280,7 @@ def test_a_run_leaves_everything_behind(config_values, write_config, model, phot
             "original.png", "base.png", "step_0001.png", "step_0008.png", "refined.png",
         }  # fmt: skip
     trajectory = pd.read_csv(folder / "trajectory.csv")
-    assert trajectory["step"].tolist() == [0, 1, 4, 8]
+    assert trajectory["step"].tolist() == [0, 4, 8]
     mean_base = np.mean([record["base"]["true_loss"] for record in records])
     assert trajectory["true_loss"][0] == pytest.approx(mean_base)
     assert {"temperature", "relaxed_loss", "true_loss", "true_bpp", "true_psnr"} <= set(trajectory)
@@ -375,7 +409,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config):
     killed.wait()
     done = len(read_jsonl(folder / "images.jsonl"))
     assert 1 <= done < 3
-    (folder / ".123.tmp.npz").write_bytes(b"left behind")
+    (folder / "latents" / ".123.tmp.npz").write_bytes(b"left behind")
     refused = start(path)
     assert refused.wait() == 2
     assert 'go on with "resume": true' in refused.stderr.read()
@@ -401,6 +435,8 @@ def test_two_processes_give_the_result_of_one(config_values, write_config):
     assert "1 images failed: d_broken.png" in out
     both = results(values | {"save_name": "two"})
     assert numbers(both) == numbers(results(values))
+    log = (both / "log.txt").read_text()
+    assert [log.count(f"{name}: 0.") for name in NAMES] == [1, 1, 1]
     assert not list(both.glob("images.rank*"))
     summary = json.loads((both / "summary.json").read_text())
     assert summary["images"] == 3
@@ -448,7 +484,7 @@ def test_a_run_is_not_resumed_with_other_weights(config_values, write_config, tm
     weights["model_state_dict"]["g_s.6.bias"] += 0.01
     torch.save(weights, path)
     assert run(write_config(values), "resume=true") == 2
-    assert "of other weights" in capsys.readouterr().err
+    assert "its results were made with other weights" in capsys.readouterr().err
 
 
 # --- trouble --------------------------------------------------------------------------------------
@@ -473,6 +509,72 @@ def test_a_loss_that_is_not_finite_stops_the_image_at_its_best(config_values, wr
     assert "stopped, the loss is not finite at step 4; kept step 0" in capsys.readouterr().out
 
 
+def test_an_image_without_a_finite_loss_is_skipped(config_values, write_config, tmp_path, capsys):
+    """Weights that overflow: nothing can be kept, not even the encoder's latents."""
+    weights = torch.load(WEIGHTS, weights_only=True)
+    weights["model_state_dict"]["g_s.6.bias"] += 1e38
+    path = tmp_path / "overflow.pth.tar"
+    torch.save(weights, path)
+    assert run(write_config(config_values | {"pretrain": str(path)})) == 1
+    printed = capsys.readouterr().out
+    assert "a_chelsea.png: skipped: its loss is not finite even before refinement" in printed
+    assert "no image was refined" in printed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes")],
+)
+def test_an_image_that_does_not_fit_into_memory_is_skipped(
+    config_values, write_config, monkeypatch, capsys, error
+):
+    def no_memory_for_wide_images(model, x):
+        if x.size(3) == 100:
+            raise error
+        return analyze(model, x)
+
+    monkeypatch.setattr("train_flexible_inference.analyze", no_memory_for_wide_images)
+    assert run(write_config(config_values)) == 1
+    assert "c_rocket.png: skipped: does not fit into the memory of cpu" in capsys.readouterr().out
+    assert [record["name"] for record in numbers(results(config_values))] == NAMES[:2]
+
+
+def test_file_names_of_every_kind(config_values, write_config, photos, tmp_path):
+    """Names that plots take for formulas, that are no text, that the console has no letters for."""
+    names = ["a $_$ b.png", "日本.png", os.fsdecode(b"caf\xe9.png")]
+    for old, new in zip(NAMES, names, strict=True):
+        (photos / old).rename(photos / new)
+    config_values["dev_options"]["save_final"] = True
+    path = write_config(config_values)
+    command = [sys.executable, str(ROOT / "train_flexible_inference.py"), "--config", str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        env=environment() | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {record["name"] for record in numbers(results(config_values))} == set(names)
+    assert (results(config_values) / "comparison.png").is_file()
+
+
+def test_a_damaged_record_is_named_and_a_missing_file_is_made_again(
+    config_values, write_config, capsys
+):
+    path = write_config(config_values)
+    run(path)
+    folder = results(config_values)
+    before = numbers(folder)
+    with (folder / "images.jsonl").open("a") as file:
+        file.write('{"name": "x')
+    assert run(path, "resume=true") == 2
+    assert "images.jsonl: line 4 is no record of an image" in capsys.readouterr().err
+    lines = (folder / "images.jsonl").read_text().splitlines(keepends=True)
+    (folder / "images.jsonl").write_text("".join(lines[:3]))
+    (folder / "latents" / "b_coffee.png.npz").unlink()
+    assert run(path, "resume=true") == 0
+    assert "2 of 3 images are done already" in capsys.readouterr().out
+    assert numbers(folder) == before
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -494,19 +596,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not results(config_values).exists()
 
 
-def test_a_full_disk_is_one_line(config_values, write_config, capsys, monkeypatch):
+def test_a_full_disk_is_one_line(config_values, write_config, capsys):
     """A file-size limit is the kernel's own refusal of a write, as on a full disk."""
     import resource
 
     path = write_config(config_values)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(signal, "SIGXFSZ", signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, old[1]))
     try:
         code = run(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
     assert code == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1

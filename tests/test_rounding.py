@@ -173,6 +173,7 @@ def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config, 
     with pytest.raises(InputError, match="no hyper-parameter 'hight'; it has width"):
         rounding_from_config(load_config(write_config(config_values), RefineConfig))
     options["rounding_params"] = {"width": 0.5}
+    options["3c_power"] = 2
     rounding = rounding_from_config(load_config(write_config(config_values), RefineConfig))
     assert rounding.params == {"width": 0.5}
     assert rounding(torch.tensor([0.1, 1.8]), 1e-8).tolist() == [0.0, 2.0]
@@ -191,6 +192,21 @@ def test_unknown_methods_are_refused_by_name(config_values, write_config, flags,
     options = config_values["dev_options"]
     options["improving_methods"] = flags
     options["sga_logits_params"] = {"logits": logits}
+    with pytest.raises(InputError, match=message):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"power": "abc"}, "hyper-parameter power = 'abc' must be a number"),
+        ({"power": True}, "hyper-parameter power = True must be a number"),
+        ({"power": 1, "3c_power": 2}, "with and without its 3c_ prefix"),
+        ({"sharpness": 1}, "no hyper-parameter 'sharpness'; it has factor, power, scale_factor"),
+    ],
+)
+def test_wrong_hyper_parameters_are_refused_by_name(config_values, write_config, params, message):
+    config_values["dev_options"]["rounding_params"] = params
     with pytest.raises(InputError, match=message):
         rounding_from_config(load_config(write_config(config_values), RefineConfig))
 
