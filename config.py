@@ -10,7 +10,7 @@ import difflib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -192,7 +192,7 @@ class RefineConfig(ModelOfLambda):
     dev_options: DevOptions
     eval_freq: Count = 50
     device: str = "auto"
-    output_dir: str = "results"
+    output_dir: str = Field("results", min_length=1)
     num_workers: Index = 0
     resume: bool = False
     tracker: Tracker | None = None
@@ -206,6 +206,13 @@ class RefineConfig(ModelOfLambda):
     def method(self) -> str:
         """The one rounding method that is on: dev_options' before the top level's."""
         return (_true_in(self.dev_options.improving_methods) or _true_in(self.improving_methods))[0]
+
+    @property
+    def overruled_methods(self) -> list[str]:
+        """Methods that are true at the top level without effect, for dev_options has one."""
+        return (
+            _true_in(self.improving_methods) if _true_in(self.dev_options.improving_methods) else []
+        )
 
     @model_validator(mode="after")
     def _one_method(self) -> "RefineConfig":
@@ -279,7 +286,8 @@ def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str]
         return schema.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_describe(problem, schema) for problem in error.errors())
-        raise InputError(f"{path}: {problems}") from None
+        source = f"{path} with --set {' '.join(overrides)}" if overrides else path
+        raise InputError(f"{source}: {problems}") from None
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -362,23 +370,40 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _describe(problem: Any, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = sorted(set(_keys(schema)))
+        known = _keys(_section(schema, problem["loc"][:-1]))
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"unknown key {key!r}" + (f": did you mean {close[0]!r}?" if close else "")
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        return f"unknown key {key!r}: {hint}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
+    if problem["type"] == "model_type":
+        keys = ", ".join(_keys(_section(schema, problem["loc"])))
+        message = f"should be an object {{...}} with keys of {keys}"
+    if problem["type"] == "bool_type":
+        message = "should be true or false"
+    if problem["type"] == "string_type":
+        message = "should be a string (after --set: '\"...\"' with both quotes)"
+    if problem["loc"] == ("save_name",) and problem["type"] == "string_pattern_mismatch":
+        message = "should be a name, or names joined by /, of letters, digits, blank, . _ and -"
     return f"{key} = {json.dumps(problem['input'], default=str)}: {message}"
 
 
-def _keys(schema: type[BaseModel]) -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        yield field.alias or name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind)
+def _section(schema: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
+    """The model of the JSON object at `loc`."""
+    for part in loc:
+        fields = {field.alias or name: field for name, field in schema.model_fields.items()}
+        if part in fields:
+            annotation = fields[part].annotation
+            kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+            schema = next((kind for kind in kinds if issubclass(kind, BaseModel)), schema)
+    return schema
+
+
+def _keys(schema: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in schema.model_fields.items()]
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:

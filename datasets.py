@@ -69,7 +69,7 @@ def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> 
     Raises:
         InputError: nothing there, or no image in it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -285,7 +285,7 @@ def open_images(config: RefineConfig) -> Images:
     key = f"dev_options.path_test.{chosen}"
     if not path:
         raise InputError(f"{key}: {chosen} is switched on but has no path; name its folder here")
-    root = Path(path)
+    root = Path(path).expanduser()
     if chosen == "tecnick" and (root / "RGB" / "RGB_OR_1200x1200").is_dir():
         root = root / "RGB" / "RGB_OR_1200x1200"
     suffixes = TIFF_SUFFIXES if chosen == "pathology" else IMAGE_SUFFIXES

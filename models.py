@@ -74,15 +74,19 @@ def load_checkpoint(source: str, channels: Channels | None = None) -> MeanScaleH
 
 
 def _load_file(source: str) -> MeanScaleHyperprior:
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
         problem = "is a folder; a checkpoint file is wanted" if path.is_dir() else "no such file"
         raise InputError(f"pretrain {source}: {problem} (looked from {Path.cwd()})")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"pretrain {source}: truncated or no checkpoint ({reason})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise InputError(
+            f"pretrain {source}: truncated, or no file of torch.save ({reason})"
+        ) from None
     except (pickle.UnpicklingError, zipfile.BadZipFile):
         raise InputError(f"pretrain {source}: no checkpoint that holds only weights") from None
     return model_from_state_dict(find_state_dict(checkpoint, source), source)
@@ -220,7 +224,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @torch.no_grad()
 def analyze(model: MeanScaleHyperprior, x: Tensor) -> Latents:
-    """The encoder's latents of x [B, 3, H, W] in [0, 1], not rounded, without gradients."""
+    """The encoder's latents of x [B, 3, H, W] in [0, 1], not rounded, without gradients.
+
+    x is continued by its border pixels to multiples of 16, so that the zeros with which the
+    convolutions pad do not lie inside the last row and column of y, where the decoder has none.
+    """
+    height, width = x.shape[2:]
+    x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
     y = model.g_a(x)  # [B, M, ceil(H/16), ceil(W/16)]
     z = model.h_a(y)  # [B, N, ceil(H/64), ceil(W/64)]
     return Latents(y, z)

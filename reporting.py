@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -176,20 +177,26 @@ class Run:
         done = {name for name in found if self._is_whole(name)}
         todo = [name for name in self.names if name not in done]
         if self.ranks.rank == 0:
-            log.info(
-                "%s, lambda %g, %d steps, N = %d, M = %d, %s", self.facts["method"],
-                self.facts["lmbda"], self.config.tot_inference_iterations, self.facts["N"],
-                self.facts["M"], self.facts["device"],
-            )  # fmt: skip
-            if len(names) < wanted:
-                log.info(
-                    "the data set has %d images, fewer than tot_batches * batch_size = %d: "
-                    "each is used once", len(names), wanted,
-                )  # fmt: skip
-            if len(todo) < len(self.names):
-                log.info("%d of %d images are done already",
-                         len(self.names) - len(todo), len(self.names))  # fmt: skip
+            self._announce(len(names), wanted, len(self.names) - len(todo))
         return todo[self.ranks.rank :: self.ranks.world]
+
+    def _announce(self, found: int, wanted: int, done: int) -> None:
+        params = ", ".join(f"{key} {value:.6g}" for key, value in self.facts["params"].items())
+        log.info(
+            "%s (%s), lambda %g, %d steps, N = %d, M = %d, %s", self.facts["method"],
+            params or "no hyper-parameters", self.facts["lmbda"],
+            self.config.tot_inference_iterations, self.facts["N"], self.facts["M"],
+            self.facts["device"],
+        )  # fmt: skip
+        for name in self.config.overruled_methods:
+            log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
+        if found < wanted:
+            log.info("the data set has %d images, fewer than tot_batches * batch_size = %d: "
+                     "each is used once", found, wanted)  # fmt: skip
+        if found > wanted:
+            log.info("the first %d of %d images, as tot_batches * batch_size says", wanted, found)
+        if done:
+            log.info("%d of %d images are done already", done, len(self.names))
 
     def skip(self, name: str, reason: str) -> None:
         """Note an image that could not be refined; the run goes on and its exit code says so."""
@@ -290,7 +297,7 @@ class Run:
         if shown:
             log.info("%-9s %s", "images:", pictures)
         if failed:
-            log.error("%d images failed: %s", len(failed), ", ".join(sorted(failed)))
+            log.error("failed: %s", ", ".join(sorted(failed)))
         return 1 if failed else 0
 
     def _is_whole(self, name: str) -> bool:
@@ -337,7 +344,7 @@ def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -
     if records:
         _refuse_another_config(folder, config)
         for key in ("weights", "device"):
-            before = next(iter(records.values()))[key]
+            before = next(iter(records.values())).get(key)
             if before != facts[key]:
                 raise InputError(
                     f"{folder}: cannot resume, its results were made with other {key} "
@@ -548,6 +555,8 @@ def plot_trajectory(table: pd.DataFrame) -> Figure:
 
 def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     """Every image's way from base to refined in the rate-distortion plane, and the mean's."""
+    method, lmbda = records[0]["method"], records[0]["lmbda"]
+    title = f"{method}, lambda {lmbda:g}\nup and to the left is better"
     figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
     axis = figure.subplots()
     known = [r for r in records if None not in (r["base"]["psnr"], r["refined"]["psnr"])]
@@ -557,6 +566,11 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     }
     for start, end in zip(points["base"], points["refined"], strict=True):
         axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "grey"})
+    mean = {side: values.mean(axis=0) for side, values in points.items() if len(values)}
+    if len(known) > 1:
+        axis.annotate("", xy=mean["refined"], xytext=mean["base"],
+                      arrowprops={"arrowstyle": "->", "lw": 2})  # fmt: skip
+        axis.annotate("mean", mean["base"], textcoords="offset points", xytext=(6, 3))
     axis.scatter(*points["base"].T, color=RELAXED, label="base", zorder=3, s=22)
     axis.scatter(*points["refined"].T, color=TRUE, label="refined", zorder=3, s=22)
     if len(known) <= 12:
@@ -566,7 +580,7 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
                 textcoords="offset points", xytext=(6, 3),
                 fontsize=8,
             )  # fmt: skip
-    axis.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title="Up and to the left is better")
+    axis.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title=title)
     axis.margins(0.18)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -576,7 +590,11 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
 def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str]) -> Figure:
     """Original, base and refined, a detail of each image: where refinement changed most."""
     by_name = {record["name"]: record for record in records}
-    figure = Figure(figsize=(9, 3.2 * len(names)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 3.2 * len(names) + 0.4), dpi=110, layout="constrained")
+    figure.suptitle(
+        f"Details of {len(names)} of {len(records)} images; bpp and PSNR are of the whole image",
+        fontsize=9,
+    )
     axes = figure.subplots(len(names), 3, squeeze=False)
     for row, name in zip(axes, names, strict=True):
         record = by_name[name]
@@ -625,8 +643,9 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._bar = tqdm(
-            total=self.total, desc=self.name, leave=False, disable=not sys.stderr.isatty()
-        )
+            total=self.total, desc=printable(self.name), leave=False,
+            disable=not sys.stderr.isatty(), ncols=shutil.get_terminal_size().columns,
+        )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:

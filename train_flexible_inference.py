@@ -1,8 +1,8 @@
 """Refine the latents of images under a frozen mean-scale hyperprior.
 
-    python train_flexible_inference.py --config example_files/flexible_inference.json
-    python train_flexible_inference.py --config example_files/demo.json --set save_name=seed1 --set seed=1
-    torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/demo.json --set save_name=two
+python train_flexible_inference.py --config example_files/flexible_inference.json
+python train_flexible_inference.py --config example_files/baselines/sga.json --set save_name=mine
+torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/two_class_ssl.json
 
 For every image: encode it to y and z once, then move y and z by gradient descent on
 bpp + lambda * 255^2 * MSE, rounded by the chosen relaxation; keep what is best when truly rounded.
