@@ -642,9 +642,11 @@ class Progress:
         self.name, self.total, self.print_freq = name, total, print_freq
 
     def __enter__(self) -> "Progress":
+        # Terminals that report a size of 0 get the usual one.
+        columns, lines = shutil.get_terminal_size()
         self._bar = tqdm(
             total=self.total, desc=printable(self.name), leave=False,
-            disable=not sys.stderr.isatty(), ncols=shutil.get_terminal_size().columns,
+            disable=not sys.stderr.isatty(), ncols=columns, nrows=lines,
         )  # fmt: skip
         return self
 
