@@ -696,6 +696,8 @@ def open_tracker(
         InputError: wandb is asked for and not installed.
     """
     if config.tracker == "tensorboard":
+        # tensorboard imports tensorflow where it is installed, which is loud.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
