@@ -143,7 +143,7 @@ class TrainPath(Section):
 
 
 def channels_of_lambda(train_lambda: float) -> Channels:
-    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 above (arXiv 2401.17789, appendix).
+    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 above (arXiv 2401.17789).
 
     Lambdas between the published seven follow the same steps, up to 0.1, where we draw the line.
 

@@ -33,7 +33,7 @@ TAU_MIN = 1e-8
 
 @dataclass(frozen=True)
 class Temperature:
-    """tau(t), the annealing schedule, in [lb, ub] (arXiv 2401.17789, section 3).
+    """tau(t), the annealing schedule, in [lb, ub] (arXiv 2401.17789).
 
     `exp`: clip(exp(-rate t), lb, ub). `exp0`: ub * exp(-rate (t - 700)) with the same clip, which
     holds ub for the first 700 steps.
@@ -53,7 +53,7 @@ class Temperature:
         return min(max(tau, self.lb), self.ub)
 
 
-# arXiv 2006.04240, appendix: the schedule of SGA and deterministic annealing.
+# arXiv 2006.04240: the schedule of SGA and deterministic annealing.
 BASELINE_TEMPERATURE = Temperature(rate=4e-3, ub=0.2, lb=TAU_MIN)
 
 
@@ -124,7 +124,7 @@ def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
 def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> Tensor:
     """Weights over the last axis: softmax((logits / tau + Gumbel noise) / tau), [..., K].
 
-    tau scales the logits and relaxes the sample (arXiv 2006.04240, section 3.2).
+    tau scales the logits and relaxes the sample (arXiv 2006.04240).
     """
     tau = max(tau, TAU_MIN)
     exponential = torch.empty_like(logits).exponential_(generator=generator)
@@ -146,7 +146,7 @@ def hard_round(v: Tensor) -> Tensor:
     return v.round()
 
 
-# --- baselines (arXiv 2006.04240, section 4 and its supplement) -----------------------------------
+# --- baselines (arXiv 2006.04240) -----------------------------------------------------------------
 
 
 @rounding_method("ste")
@@ -169,7 +169,7 @@ def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
     return (candidates * weights).sum(dim=-1)
 
 
-# --- annealed noise and straight-through (arXiv 2401.17789, appendix; w = 1 - tau rises to 1) -----
+# --- annealed noise and straight-through, of the code of arXiv 2401.17789; w = 1 - tau rises to 1 -
 
 
 @rounding_method("temp_ste")
@@ -220,19 +220,19 @@ def _normal(v: Tensor, generator: Generator | None) -> Tensor:
 @rounding_method("sga", candidates=floor_ceil, temperature=BASELINE_TEMPERATURE)
 @rounding_method("sga_logits", logits="atanh", candidates=floor_ceil)
 def atanh(u: Tensor) -> Tensor:
-    """-atanh(u), SGA (arXiv 2006.04240, eq. 9)."""
+    """-atanh(u), SGA (arXiv 2006.04240)."""
     return -torch.atanh(u)
 
 
 @rounding_method("sga_logits", logits="logx", candidates=floor_ceil)
 def logx(u: Tensor) -> Tensor:
-    """Linear probabilities: log(1 - u) (arXiv 2401.17789, section 3.1)."""
+    """Linear probabilities: log(1 - u) (arXiv 2401.17789)."""
     return torch.log(1 - u)
 
 
 @rounding_method("sga_logits", logits="cosx", candidates=floor_ceil)
 def cosx(u: Tensor) -> Tensor:
-    """Cosine probabilities: log cos^2(pi u / 2) (arXiv 2401.17789, section 3.1)."""
+    """Cosine probabilities: log cos^2(pi u / 2) (arXiv 2401.17789)."""
     eps = 1e-7
     return torch.log((1 - eps) * torch.cos(math.pi / 2 * u) ** 2 + eps)
 
@@ -245,7 +245,7 @@ def expxlogx(u: Tensor, *, scale_factor: float = 1.0) -> Tensor:
 
 @rounding_method("sga_logits", logits="ssl", candidates=floor_ceil)
 def ssl(u: Tensor, *, scale_factor: float = 4 / 3) -> Tensor:
-    """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789, section 3.1).
+    """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789).
 
     a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third. On the bundled
     weights 4/3 ends lower after 2,000 steps, 2.3 after 500.
@@ -264,7 +264,7 @@ def absx(s: Tensor) -> Tensor:
 
 @rounding_method("sga_logits_3c", logits="log_absx_factor_pow", candidates=nearest_three)
 def log_absx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 1.5) -> Tensor:
-    """Extended linear: power * log(1 - factor s) (arXiv 2401.17789, section 3.2)."""
+    """Extended linear: power * log(1 - factor s) (arXiv 2401.17789)."""
     return power * torch.log((1 - factor * s).clamp_min(1e-6))
 
 
@@ -277,7 +277,7 @@ def log_cosx_n(s: Tensor, *, power: float = 3.0) -> Tensor:
 
 @rounding_method("sga_logits_3c", logits="log_cosx_factor_pow", candidates=nearest_three)
 def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) -> Tensor:
-    """Extended cosine: log cos(pi/2 factor s)^power (arXiv 2401.17789, section 3.2)."""
+    """Extended cosine: log cos(pi/2 factor s)^power (arXiv 2401.17789)."""
     cosine = torch.cos(math.pi / 2 * (factor * s).clamp(max=1))
     return torch.log(_power(cosine, power) + 1e-7)
 
@@ -286,7 +286,7 @@ def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) 
 def log_ssl_a_factor_pow(
     s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
 ) -> Tensor:
-    """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789, sec. 3.2)."""
+    """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789)."""
     u, eps = factor * s / 1.5, 1e-6
     # Not torch.logit: float32 has too few digits for 1 - (1 - eps).
     logit = torch.log(u.clamp(eps, 1 - eps)) - torch.log((1 - u).clamp(eps, 1 - eps))

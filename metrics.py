@@ -23,7 +23,7 @@ def mean_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def rate_distortion_loss(bpp: Tensor, mse: Tensor, lmbda: float) -> Tensor:
-    """bpp + lambda * 255^2 * MSE, [B], MSE of pixels in [0, 1] (arXiv 2401.17789, eq. 2)."""
+    """bpp + lambda * 255^2 * MSE, [B], MSE of pixels in [0, 1] (arXiv 2401.17789)."""
     return bpp + lmbda * 255**2 * mse
 
 

@@ -156,7 +156,7 @@ def weights_hash(model: MeanScaleHyperprior) -> str:
 
 
 class FrozenGDN(nn.Module):
-    """Generalised divisive normalisation with fixed weights (arXiv 1511.06281, section 3.1).
+    """Generalised divisive normalisation with fixed weights (arXiv 1511.06281).
 
     x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse, for x [B, C, H, W]. CompressAI's
     layer, but beta and gamma are re-parametrised once, and a matrix product over channels stands
@@ -256,7 +256,7 @@ def prior_params(
 
 
 def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
-    """p(z_hat) under the factorised prior, [B, N, h', w'] in [1e-9, 1] (arXiv 1802.01436, 6.1).
+    """p(z_hat) under the factorised prior, [B, N, h', w'] in [1e-9, 1] (arXiv 1802.01436).
 
     The difference of sigmoids is taken on the negative side of both tails, where float32 resolves
     it; CompressAI's own underflows far above the median, gradient and all.
@@ -276,7 +276,7 @@ def likelihood_y(
 ) -> Tensor:
     """p(y_hat) of a Gaussian convolved with a unit box, all [B, M, h, w], in [1e-9, 1].
 
-    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436, 6.2).
+    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436).
     """
     conditional = model.gaussian_conditional
     p = conditional._likelihood(y_hat, scales, means)
