@@ -32,6 +32,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Tracker = Literal["tensorboard", "wandb"]
+SAVE_NAME = r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$"
 
 
 class Channels(Section):
@@ -182,7 +183,7 @@ class RefineConfig(ModelOfLambda):
     batch_size: Count = 1
     image_size: Count = 256
     seed: Index = 0
-    save_name: str = Field(pattern=r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$")
+    save_name: str = Field(pattern=SAVE_NAME)
     pretrain: str = Field(min_length=1)
     path_train: TrainPath = TrainPath()
     tot_batches: Count = 24
@@ -232,25 +233,34 @@ def _true_in(flags: dict[str, bool]) -> list[str]:
 
 
 class LearningRate(Section):
-    """Adam's: linear warm-up over warmup_step steps to base, times decay every decay_interval."""
+    """Linear warm-up to `base` over warmup_step steps; times `decay` every decay_interval steps.
+
+    clip_grad bounds each gradient's absolute value, 0 does not. curl_lr is the current rate in the
+    published files: `at` computes it, so it has no effect.
+    """
 
     base: Positive = 1e-4
-    curl_lr: Positive | None = None
+    curl_lr: NonNegative | None = None
     clip_grad: NonNegative = 1.0
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     decay_interval: Count = 1_000_000
     warmup_step: Index = 1000
 
+    def at(self, step: int) -> float:
+        """The learning rate of step `step` (0 is the first)."""
+        warm = min(1.0, (step + 1) / max(self.warmup_step, 1))
+        return self.base * warm * self.decay ** (step // self.decay_interval)
+
 
 class PretrainPaths(Section):
-    """Folders of the training data."""
+    """Training data: tfrecords of ImageNet; tensorflow-datasets' folder of `clic`, "" its own."""
 
     train_clic: str = ""
     train_imagenet: str = ""
 
 
 class PretrainConfig(ModelOfLambda):
-    """What `example_files/pretrain.json` holds: the published pre-training."""
+    """What `train.py` reads."""
 
     tot_iterations: Count = 2_000_000
     lr: LearningRate = LearningRate()
@@ -258,14 +268,40 @@ class PretrainConfig(ModelOfLambda):
     batch_size: Count = 32
     print_freq: Count = 1000
     save_model_freq: Count = 50_000
-    image_size: Count = 256
-    seed: Index = 0
+    image_size: Annotated[int, Field(ge=64, multiple_of=64)] = 256
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     test: bool = False
-    save_name: str = Field(min_length=1)
+    save_name: str = Field(pattern=SAVE_NAME)
     pretrain: str = ""
     train_clic_imagenet: bool = True
     path_train: PretrainPaths = PretrainPaths()
     path_test_data: str = ""
+    train_folder: str = ""
+    optimizer: Literal["adam", "soap"] = "adam"
+    aux_lr: Positive = 1e-3
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    num_workers: Index = 0
+    keep_checkpoints: Count = 5
+    output_dir: str = Field("checkpoints", min_length=1)
+    resume: bool = False
+    tracker: Tracker | None = None
+
+    @property
+    def network_channels(self) -> Channels:
+        """`channels`, or those that the published rule gives for train_lambda."""
+        return self.channels or channels_of_lambda(self.train_lambda)
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "PretrainConfig":
+        if self.test and not self.path_test_data:
+            raise ValueError("test is true, but path_test_data names no images to test on")
+        if not self.test and not (self.train_folder or self.path_train.train_imagenet):
+            raise ValueError(
+                "no training data: name tfrecords in path_train.train_imagenet "
+                "or a folder of images in train_folder"
+            )
+        return self
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -1,15 +1,30 @@
-"""Image files and data sets become named tensors x [3, H, W] in [0, 1].
+"""Files become tensors: named images to refine, and endless batches of crops to train on.
 
-A data set has `names`, known before anything is read, and `load(names)`, which yields one
-`LoadedImage` a name. A file that cannot be read is one too, with its `error`.
+python datasets.py make-tfrecords --images FOLDER --out FOLDER --shards K
+
+A data set to refine has `names`, known before anything is read, and `load(names)`, which yields
+one `LoadedImage` a name, x [3, H, W] in [0, 1], also of a file that cannot be read: its `error`.
+
+Training data are drawn: draw g = 0, 1, 2, ... is an image, a crop and a flip, all a function of the
+seed and g alone. Rank r of w takes the draws g = r (mod w), so that any batch can be found again.
 """
 
+import argparse
 import hashlib
 import io
+import itertools
+import json
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
 
 import numpy as np
 import skimage
@@ -19,8 +34,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
+from tqdm import tqdm
 
-from config import InputError, RefineConfig
+from config import InputError, PretrainConfig, RefineConfig, exits_with_one_line
 
 IMAGE_SUFFIXES = frozenset((
     ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm",
@@ -63,6 +79,25 @@ def seed_of(seed: int, name: str) -> int:
 # --- files ----------------------------------------------------------------------------------------
 
 
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
+
+    Raises:
+        OSError: no folder can be made there, or the disk is full; it names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid4().hex}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return path
+
+
 def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files below a folder, sorted by their path in it; or the one file at `path`.
 
@@ -103,14 +138,21 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> LoadedImage:
         name = self.names[index]
+        picture, notes, error = self.picture(index)
+        if picture is None:
+            return LoadedImage(name, None, error=error)
+        if self.crop is not None:
+            picture = seeded_crop(picture, self.crop, seed_of(self.seed, name))
+        return LoadedImage(name, to_tensor(picture), notes)
+
+    def picture(self, index: int) -> tuple[Image.Image | None, tuple[str, ...], str | None]:
+        """An upright RGB picture and what was converted in it, or None and what is wrong."""
+        name = self.names[index]
         try:
-            image, notes = read_rgb(self.files[name])
+            return *read_rgb(self.files[name]), None
         except Exception as error:  # damaged files make decoders raise dozens of kinds
             reason = str(error).replace(str(self.files[name]), name) or type(error).__name__
-            return LoadedImage(name, None, error=reason.splitlines()[0])
-        if self.crop is not None:
-            image = seeded_crop(image, self.crop, seed_of(self.seed, name))
-        return LoadedImage(name, to_tensor(image), notes)
+            return None, (), reason.splitlines()[0]
 
     def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
         """The images of these names, in this order, read ahead by `num_workers` processes."""
@@ -229,16 +271,11 @@ class ClicImages:
 
     def __init__(self, data_dir: str | None):
         self._tfds = import_tensorflow_datasets()
-        try:
-            self._builder = self._tfds.builder("clic", data_dir=data_dir)
-            self._builder.download_and_prepare()
-        except Exception as error:  # tfds and its HTTP libraries raise dozens of kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"dev_options.clic: cannot prepare tensorflow-datasets' clic ({reason}); where "
-                "there is no network, prepare it elsewhere and name its folder in "
-                'dev_options.path_test.clic, or use "folder" with CLIC\'s image files'
-            ) from None
+        self._builder = prepare_clic(
+            data_dir,
+            "dev_options.clic",
+            'dev_options.path_test.clic, or use "folder" with CLIC\'s image files',
+        )
         count = self._builder.info.splits[self.split].num_examples
         self.names = [f"clic_{self.split}_{index:04d}" for index in range(count)]
 
@@ -255,13 +292,39 @@ class ClicImages:
                 yield LoadedImage(name, to_tensor(Image.fromarray(record["image"])))
 
 
-def import_tensorflow_datasets():
-    """tensorflow-datasets, imported late (4 s), after torch, and kept off the GPU."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+def prepare_clic(data_dir: str | None, key: str, remedy: str, **options: Any):
+    """tensorflow-datasets' builder of `clic`, downloaded and prepared if it is not yet.
+
+    Raises:
+        InputError: it cannot be; the line starts with `key` and names the folder `remedy`.
+    """
+    tfds = import_tensorflow_datasets()
+    try:
+        builder = tfds.builder("clic", data_dir=data_dir, **options)
+        builder.download_and_prepare()
+    except Exception as error:  # tfds and its HTTP libraries raise dozens of kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{key}: cannot prepare tensorflow-datasets' clic ({reason}); where there is no "
+            f"network, prepare it elsewhere and name its folder in {remedy}"
+        ) from None
+    return builder
+
+
+def import_tensorflow():
+    """tensorflow, imported late (4 s), after torch, quiet, and kept off the GPU."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
-    import tensorflow_datasets as tfds
 
     tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def import_tensorflow_datasets():
+    """tensorflow-datasets, imported late like tensorflow."""
+    import_tensorflow()
+    import tensorflow_datasets as tfds
+
     return tfds
 
 
@@ -277,8 +340,7 @@ def open_images(config: RefineConfig) -> Images:
     options = config.dev_options
     chosen = options.data_set
     if chosen == "sample":
-        root = Path(skimage.__file__).parent / "data"
-        return ImageFiles([root / name for name in SAMPLE_PHOTOS], root)
+        return sample_photos()
     path = getattr(options.path_test, chosen)
     if chosen == "clic" and not (path and _holds_images(Path(path))):
         return ClicImages(path)
@@ -288,14 +350,702 @@ def open_images(config: RefineConfig) -> Images:
     root = Path(path).expanduser()
     if chosen == "tecnick" and (root / "RGB" / "RGB_OR_1200x1200").is_dir():
         root = root / "RGB" / "RGB_OR_1200x1200"
-    suffixes = TIFF_SUFFIXES if chosen == "pathology" else IMAGE_SUFFIXES
+    if chosen == "pathology":
+        return open_folder(root, key, TIFF_SUFFIXES, config.image_size, config.seed)
+    return open_folder(root, key)
+
+
+def sample_photos() -> ImageFiles:
+    """The four photos that come with scikit-image."""
+    root = Path(skimage.__file__).parent / "data"
+    return ImageFiles([root / name for name in SAMPLE_PHOTOS], root)
+
+
+def open_folder(
+    path: str | Path,
+    key: str,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    crop: int | None = None,
+    seed: int = 0,
+) -> ImageFiles:
+    """The images below a folder, or the one file; "sample" is the sample photos.
+
+    Raises:
+        InputError: nothing there; the line starts with `key`, which named the path.
+    """
+    if path == "sample":
+        return sample_photos()
+    root = Path(path).expanduser()
     try:
         files = find_images(root, suffixes)
     except InputError as error:
         raise InputError(f"{key} = {error}") from None
-    crop = config.image_size if chosen == "pathology" else None
-    return ImageFiles(files, root if root.is_dir() else root.parent, crop, config.seed)
+    return ImageFiles(files, root if root.is_dir() else root.parent, crop, seed)
 
 
 def _holds_images(path: Path) -> bool:
     return path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+
+
+# --- drawing for training -------------------------------------------------------------------------
+
+READ_FAILED, TOO_SMALL = "not readable", "smaller than the crop"
+
+
+class Batch(NamedTuple):
+    """x, uint8 [B, 3, S, S] in channels-last memory; `position`: this rank's draws so far."""
+
+    x: Tensor
+    position: int
+
+
+class Draws(NamedTuple):
+    """Which draws are this process's: those g = rank (mod world), from its own `position` on."""
+
+    seed: int
+    rank: int = 0
+    world: int = 1
+    position: int = 0
+
+    def numbers(self) -> Iterator[int]:
+        """This process's draws g, without end."""
+        return itertools.count(self.position * self.world + self.rank, self.world)
+
+    def position_after(self, g: int) -> int:
+        """How many draws this process has consumed once it has used draw g."""
+        return g // self.world + 1
+
+
+class TrainingData(Protocol):
+    """What pre-training needs of its data."""
+
+    count: int
+    name: str
+
+    def batches(self, draws: Draws, on_skip: Callable[[str, str], None]) -> Iterator[Batch]:
+        """Batches without end; on_skip(name, reason) hears of what could not be used."""
+
+
+def open_training_data(config: PretrainConfig) -> TrainingData:
+    """The training data of a config: a folder of images, or tfrecords of ImageNet and CLIC.
+
+    Raises:
+        InputError: nothing there, or CLIC cannot be prepared.
+    """
+    if config.train_folder:
+        images = open_folder(config.train_folder, "train_folder")
+        return FolderCrops(images, config.image_size, config.batch_size, config.num_workers)
+    records = imagenet_tfrecords(config.path_train.train_imagenet)
+    if config.train_clic_imagenet:
+        records = records.joined(clic(config.path_train.train_clic or None))
+    return RecordCrops(
+        records, config.image_size, config.batch_size, config.cycle_length, config.num_workers
+    )
+
+
+class FolderCrops:
+    """Random crops of image files, decoded by torch's data loader; needs no tensorflow."""
+
+    def __init__(self, images: ImageFiles, size: int, batch_size: int, num_workers: int = 0):
+        self.images = images
+        self.size = size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.count = len(images)
+        self.name = "image files"
+
+    def batches(self, draws: Draws, on_skip: Callable[[str, str], None]) -> Iterator[Batch]:
+        """Batches without end, see `TrainingData`.
+
+        Raises:
+            InputError: no image gives a crop.
+        """
+        loader = DataLoader(
+            _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
+            sampler=_EndlessSampler(draws), num_workers=self.num_workers,
+            collate_fn=_as_it_is, worker_init_fn=_leave_interrupts_to_the_main_process,
+        )  # fmt: skip
+        crops, failures = [], 0
+        for g, name, crop, problem in loader:
+            if problem:
+                on_skip(name, problem)
+                failures += 1
+                if failures > 2 * self.count:  # some whole epoch lies in so many draws
+                    raise InputError(_nothing_usable("train_folder", self.size, problem))
+                continue
+            failures = 0
+            crops.append(crop)
+            if len(crops) == self.batch_size:
+                x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # [B, 3, S, S]
+                yield Batch(x, draws.position_after(g))
+                crops = []
+
+
+class _EndlessSampler:
+    def __init__(self, draws: Draws):
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[int]:
+        return self.draws.numbers()
+
+
+class _DrawnCrops(Dataset):
+    """Item g: (g, the image's name, its uint8 crop [S, S, 3] or None, what is wrong)."""
+
+    def __init__(self, images: ImageFiles, size: int, seed: int):
+        self.images = images
+        self.size = size
+        self.seed = seed
+
+    def __getitem__(self, g: int) -> tuple[int, str, np.ndarray | None, str | None]:
+        epoch, place = divmod(g, len(self.images))
+        index = _permutation(len(self.images), self.seed, epoch)[place]
+        name = self.images.names[index]
+        picture, _, error = self.images.picture(int(index))
+        if picture is None:
+            return g, name, None, f"{READ_FAILED}: {error}"
+        if min(picture.size) < self.size:
+            return g, name, None, TOO_SMALL
+        rng = np.random.default_rng((self.seed, g))
+        left = int(rng.integers(picture.width - self.size + 1))
+        top = int(rng.integers(picture.height - self.size + 1))
+        crop = picture.crop((left, top, left + self.size, top + self.size))
+        if rng.random() < 0.5:
+            crop = ImageOps.mirror(crop)
+        return g, name, np.array(crop), None
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _leave_interrupts_to_the_main_process(*_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _nothing_usable(source: str, size: int, example: str) -> str:
+    return (
+        f"{source}: not one image gives a crop of {size}x{size} (the last one: {example}); "
+        "a smaller image_size, or other images"
+    )
+
+
+# --- tfrecords ------------------------------------------------------------------------------------
+
+# A record on disk: 8 bytes of length, 4 of checksum, the payload, 4 of checksum.
+RECORD_HEAD, RECORD_PAYLOAD, RECORD_FRAME = 8, 12, 16
+INDEX_NAME = ".record_index.npz"
+
+
+class Records(NamedTuple):
+    """Where every record of some tfrecord files lies; n records.
+
+    `resized` says of each file whether its crops are random resized ones (CLIC); `damaged`, of
+    files that break off, why.
+    """
+
+    files: tuple[str, ...]
+    resized: tuple[bool, ...]
+    file: np.ndarray  # int64 [n], index into files
+    offset: np.ndarray  # int64 [n], bytes
+    length: np.ndarray  # int64 [n], bytes of payload
+    damaged: Mapping[str, str]
+
+    def joined(self, other: "Records") -> "Records":
+        """The records of both."""
+        return Records(
+            self.files + other.files,
+            self.resized + other.resized,
+            np.concatenate((self.file, other.file + len(self.files))),
+            np.concatenate((self.offset, other.offset)),
+            np.concatenate((self.length, other.length)),
+            {**self.damaged, **other.damaged},
+        )
+
+    def name(self, record: int) -> str:
+        """The record's file and its place in it, counted from 0."""
+        file = int(self.file[record])
+        place = record - int(np.searchsorted(self.file, file))
+        return f"{self.files[file]} record {place}"
+
+
+def imagenet_tfrecords(path: str | Path) -> Records:
+    """The records below a folder, or of one file; their places are kept in a file beside them.
+
+    Raises:
+        InputError: no such folder, or no record in it.
+    """
+    root = Path(path).expanduser()
+    key = f"path_train.train_imagenet = {path}"
+    if root.is_file():
+        files = [root]
+    elif root.is_dir():
+        files = sorted(
+            file for file in root.rglob("*")
+            if "tfrecord" in file.name and file.suffix != ".json"
+            and not file.name.startswith(".") and file.is_file()
+        )  # fmt: skip
+    else:
+        raise InputError(f"{key}: no such folder or file (looked from {Path.cwd()})")
+    if not files:
+        raise InputError(
+            f"{key}: no *tfrecord* file in it; python datasets.py make-tfrecords makes them"
+        )
+    records = index_records(files, root / INDEX_NAME if root.is_dir() else None)
+    if not len(records.file):
+        raise InputError(f"{key}: not one record in {len(files)} files; is it no tfrecord?")
+    return records
+
+
+def clic(data_dir: str | None = None) -> Records:
+    """The train split of tensorflow-datasets' `clic` (CLIC 2020), downloaded on first use.
+
+    Raises:
+        InputError: it cannot be prepared, or its files are gone.
+    """
+    key = "train_clic_imagenet"
+    builder = prepare_clic(
+        data_dir, key, "path_train.train_clic, or set train_clic_imagenet to false",
+        file_format="tfrecord",
+    )  # fmt: skip
+    files = [Path(file) for file in builder.info.splits["train"].filepaths]
+    try:
+        records = index_records(files, None)
+    except OSError as error:
+        raise InputError(f"{key}: {error.filename}: {error.strerror}") from None
+    return records._replace(resized=(True,) * len(files))
+
+
+def index_records(files: Sequence[Path], cache: Path | None) -> Records:
+    """Find every record by the lengths that stand before each; reads no payload.
+
+    Args:
+        cache: where the places are kept; it holds while names, sizes and times stay the same.
+    """
+    stamps = [f"{file}|{file.stat().st_size}|{file.stat().st_mtime_ns}" for file in files]
+    stamp = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()
+    if cache is not None:
+        with suppress(OSError, ValueError, KeyError), np.load(cache) as kept:
+            if str(kept["stamp"]) == stamp:
+                return _records(files, kept["places"], json.loads(str(kept["damaged"])))
+    found = [_scan(file) for file in files]
+    places = np.concatenate([
+        np.stack((np.full(len(offset), index), offset, length), axis=1)
+        for index, (offset, length, _) in enumerate(found)
+    ])  # fmt: skip
+    damaged = {str(file): why for file, (_, _, why) in zip(files, found, strict=True) if why}
+    if cache is not None:
+        kept = {"stamp": stamp, "places": places, "damaged": json.dumps(damaged)}
+        with suppress(OSError):  # data often lie where nobody may write
+            write_whole(cache, lambda path: np.savez(path, **kept))
+    return _records(files, places, damaged)
+
+
+def _records(files: Sequence[Path], places: np.ndarray, damaged: dict[str, str]) -> Records:
+    names = tuple(str(file) for file in files)
+    return Records(names, (False,) * len(names), *places.astype(np.int64).T, damaged)
+
+
+def _scan(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Offset and payload length of a file's records, int64, and why it breaks off if it does."""
+    size, at = path.stat().st_size, 0
+    offsets, lengths, problem = [], [], None
+    with path.open("rb", buffering=0) as file:
+        while at < size:
+            file.seek(at)
+            length = int.from_bytes(file.read(RECORD_HEAD), "little")
+            if at + RECORD_FRAME + length > size:
+                problem = (
+                    f"no whole record from byte {at} on, {size - at} bytes left out: "
+                    "truncated, compressed, or no tfrecord"
+                )
+                break
+            offsets.append(at)
+            lengths.append(length)
+            at += RECORD_FRAME + length
+    return np.array(offsets, np.int64), np.array(lengths, np.int64), problem
+
+
+def epoch_order(records: Records, seed: int, epoch: int, cycle_length: int) -> np.ndarray:
+    """Every record once, int64 [n], in the seeded order of an epoch.
+
+    Files come in random order, cycle_length of them open at a time, whose records are drawn at
+    random. CLIC's few files are spread evenly at random over the epoch's whole length.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    starts = np.searchsorted(records.file, np.arange(len(records.files) + 1))
+    resized = np.array(records.resized)[records.file]
+    order = np.empty(len(records.file), np.int64)
+    place = rng.permutation(resized)
+    for kind in (False, True):
+        files = rng.permutation([f for f, flag in enumerate(records.resized) if flag == kind])
+        step = max(len(files), 1) if kind else cycle_length
+        groups = [
+            rng.permutation(
+                np.concatenate([np.arange(starts[f], starts[f + 1]) for f in files[at : at + step]])
+            )
+            for at in range(0, len(files), step)
+        ]
+        order[place == kind] = np.concatenate([np.empty(0, np.int64), *groups])
+    return order
+
+
+class RecordCrops:
+    """Random crops of tfrecords, read and decoded by tf.data in parallel.
+
+    A record is an Example whose bytes feature `image` is an encoded picture; a JPEG is decoded
+    only where the crop needs it. Crops of `resized` files are torchvision's RandomResizedCrop.
+    """
+
+    def __init__(
+        self, records: Records, size: int, batch_size: int, cycle_length: int, num_workers: int = 0
+    ):
+        self.records = records
+        self.size = size
+        self.batch_size = batch_size
+        self.cycle_length = cycle_length
+        self.parallel = num_workers or os.cpu_count() or 1
+        self.count = len(records.file)
+        self.name = f"records in {len(records.files)} files"
+
+    def batches(self, draws: Draws, on_skip: Callable[[str, str], None]) -> Iterator[Batch]:
+        """Batches without end, see `TrainingData`.
+
+        Raises:
+            InputError: no record gives a crop.
+        """
+        for file, why in self.records.damaged.items():
+            on_skip(file, why)
+        pipeline = _Pipeline(self, draws, on_skip)
+        pipeline.find_one_usable()
+        yield from pipeline.batches()
+
+
+class _Pipeline:
+    """tf.data from the places of records to batches of crops, in the order of the draws.
+
+    Whatever fails on a record only drops its draw: the gap in the draws' numbers tells which.
+    """
+
+    def __init__(self, data: RecordCrops, draws: Draws, on_skip: Callable[[str, str], None]):
+        self.tf = import_tensorflow()
+        self.data = data
+        self.draws = draws
+        self.on_skip = on_skip
+        self._small: set[int] = set()
+        self._files = self.tf.constant([os.fsencode(file) for file in data.records.files])
+        resized = data.records.resized
+        self._resized = self.tf.constant(resized) if any(resized) else None
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches without end; reports what lay between their draws."""
+        tf = self.tf
+        first = self.draws.position * self.draws.world // self.data.count
+        epochs = tf.data.Dataset.range(first, 2**62)
+        batches = self._crops(epochs).batch(self.data.batch_size, drop_remainder=True)
+        expected = next(self.draws.numbers())
+        for x, g in batches.prefetch(4):
+            for used in g.numpy().tolist():
+                for dropped in range(expected, used, self.draws.world):
+                    self._report(dropped)
+                expected = used + self.draws.world
+            # Both libraries look at the same memory.
+            x = torch.from_dlpack(tf.experimental.dlpack.to_dlpack(x))  # [B, S, S, 3]
+            yield Batch(x.permute(0, 3, 1, 2), self.draws.position_after(used))
+
+    def find_one_usable(self) -> None:
+        """Draw until one record gives a crop; the rest would wait for ever where none does.
+
+        Raises:
+            InputError: a whole epoch gives none.
+        """
+        epoch = self.draws.position * self.draws.world // self.data.count
+        epochs = self.tf.data.Dataset.range(epoch + 1, epoch + 2)
+        if not any(True for _ in self._crops(epochs).take(1)):
+            example = self.data.records.name(0)
+            reason = TOO_SMALL if self._small else READ_FAILED
+            raise InputError(_nothing_usable("path_train", self.data.size, f"{example}, {reason}"))
+        self._small.clear()
+
+    def _report(self, g: int) -> None:
+        if g in self._small:
+            self._small.remove(g)
+            return
+        self.on_skip(self.data.records.name(self._record_of(g)), READ_FAILED)
+
+    def _note_small(self, g: np.ndarray) -> np.bool_:
+        """Report a record that is too small; False, as a filter has it."""
+        self._small.add(int(g))
+        self.on_skip(self.data.records.name(self._record_of(int(g))), TOO_SMALL)
+        return np.bool_(False)
+
+    def _record_of(self, g: int) -> int:
+        epoch, place = divmod(g, self.data.count)
+        return int(self._order(epoch)[place])
+
+    @lru_cache(maxsize=3)  # noqa: B019  a pipeline lives as long as its run
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.data.records, self.draws.seed, epoch, self.data.cycle_length)
+
+    def _epoch_table(self, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """g, file, offset and length of this rank's draws, int64 [k, 4], and their luck [k, 3]."""
+        records, draws, count = self.data.records, self.draws, self.data.count
+        g = np.arange(count, dtype=np.int64) + epoch * count
+        mine = (g % draws.world == draws.rank) & (g >= draws.position * draws.world)
+        order = self._order(int(epoch))[mine]
+        luck = np.random.default_rng((draws.seed, int(epoch), 1)).random((count, 3), np.float32)
+        columns = (g[mine], records.file[order], records.offset[order], records.length[order])
+        return np.stack(columns, axis=1), luck[mine]
+
+    def _crops(self, epochs):
+        """x uint8 [S, S, 3] and g of every usable draw of these epochs."""
+        tf, data = self.tf, self.data
+
+        def rows_of(epoch):
+            rows, luck = tf.numpy_function(self._epoch_table, [epoch], (tf.int64, tf.float32))
+            table = tf.ensure_shape(rows, [None, 4]), tf.ensure_shape(luck, [None, 3])
+            return tf.data.Dataset.from_tensor_slices(table)
+
+        def with_bytes(row, luck):
+            """The record beside its row; none where its checksum is wrong."""
+            _, file, offset, length = tf.unstack(row, num=4)
+            record = tf.raw_ops.TFRecordDatasetV2(
+                filenames=self._files[file][None], compression_type="",
+                buffer_size=length + RECORD_FRAME, byte_offsets=offset[None],
+            )  # fmt: skip
+            record = tf.data.experimental.from_variant(record, tf.TensorSpec([], tf.string))
+            known = tf.data.Dataset.from_tensors((row, luck))
+            return tf.data.Dataset.zip((record.take(1).ignore_errors(), known))
+
+        def crop(record, known):
+            row, luck = known
+            seed = tf.stack([tf.constant(self.draws.seed, tf.int64), row[0]])
+            is_resized = None if self._resized is None else self._resized[row[1]]
+            return *_crop_of_record(tf, record, data.size, luck, seed, is_resized), row[0]
+
+        def big_enough(x, small, g):
+            return tf.cond(
+                small,
+                lambda: tf.numpy_function(self._note_small, [g], tf.bool),
+                lambda: tf.constant(True),
+            )
+
+        reads = max(1, min(data.cycle_length, data.parallel - 1))
+        records = epochs.flat_map(rows_of).interleave(
+            with_bytes, cycle_length=reads, num_parallel_calls=reads, deterministic=True
+        )
+        # One more than the cores: one always waits for its turn.
+        crops = records.map(crop, num_parallel_calls=data.parallel + 1, deterministic=True)
+        return crops.ignore_errors().filter(big_enough).map(lambda x, small, g: (x, g))
+
+
+def _crop_of_record(tf, record, size: int, luck, seed, is_resized):
+    """A crop x, uint8 [S, S, 3], of a serialised Example, and False; or zeros and True, too small.
+
+    luck: three uniform numbers, for the flip and the crop's place. is_resized: whether it is to be
+    a random resized crop, which `seed` places; None where no file's are.
+    """
+    features = {"image": tf.io.FixedLenFeature([], tf.string)}
+    data = tf.io.parse_single_example(record, features)["image"]
+
+    def window_in(shape):
+        room = tf.maximum(shape - size, 0)
+        corner = tf.minimum(tf.cast(luck[1:] * tf.cast(room + 1, tf.float32), tf.int32), room)
+        extent = tf.minimum(shape, size)
+        if is_resized is None:
+            return corner, extent
+        other_corner, other_extent = _resized_window(tf, shape, seed)
+        return (
+            tf.where(is_resized, other_corner, corner), tf.where(is_resized, other_extent, extent)
+        )  # fmt: skip
+
+    def from_jpeg():  # only the window is decoded
+        window = tf.concat(window_in(tf.io.extract_jpeg_shape(data)[:2]), axis=0)
+        # What PIL and every viewer show; tensorflow's default is a coarser transform.
+        return tf.io.decode_and_crop_jpeg(data, window, 3, dct_method="INTEGER_ACCURATE")
+
+    def from_another():
+        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
+        corner, extent = window_in(tf.shape(pixels)[:2])
+        return tf.slice(pixels, tf.pad(corner, [[0, 1]]), tf.concat([extent, [3]], axis=0))
+
+    x = tf.ensure_shape(tf.cond(tf.io.is_jpeg(data), from_jpeg, from_another), [None, None, 3])
+    if is_resized is not None:
+        x = tf.cond(is_resized, lambda: _resize(tf, x, size), lambda: x)
+    nothing = tf.zeros([size, size, 3], tf.uint8)
+    small = tf.reduce_any(tf.shape(x)[:2] < size)
+    # Branches, not tf.where and tf.pad: those cost as much as the decoding.
+    x = tf.cond(small, lambda: nothing, lambda: x)
+    x = tf.cond(luck[0] < 0.5, lambda: tf.reverse(x, [1]), lambda: x)
+    return tf.ensure_shape(x, [size, size, 3]), small
+
+
+def _resize(tf, x, size: int):
+    """uint8 [size, size, 3] of uint8 [H, W, 3], bilinear with a filter as wide as the shrinking."""
+    scaled = tf.image.resize(tf.cast(x, tf.float32), [size, size], antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(scaled), 0, 255), tf.uint8)
+
+
+def _resized_window(tf, shape, seed):
+    """Corner and extent of a RandomResizedCrop: 8 to 100 % of the area, aspect 3/4 to 4/3."""
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.concat([shape, [3]], axis=0), tf.zeros([1, 1, 4]), seed, min_object_covered=0.0,
+        aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0), max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )  # fmt: skip
+    return begin[:2], extent[:2]
+
+
+# --- making tfrecords -----------------------------------------------------------------------------
+
+MANIFEST_NAME = "conversion.json"
+KEPT_FORMATS = frozenset(("JPEG", "PNG"))
+
+
+def write_tfrecords(
+    images: Path, out: Path, shards: int, workers: int = 0, seed: int = 0
+) -> dict[str, str]:
+    """Turn the images below a folder into `shards` tfrecord files, in parallel; resumable.
+
+    An Example has the bytes features image (the JPEG or PNG file as it is; any other format as
+    PNG), height, width and channels (decimal digits). Images come in a seeded random order, so
+    that a shard is a mixture of all classes. A shard is whole or absent; those that an earlier call
+    finished are kept.
+
+    Args:
+        workers: processes; 0 is one a core.
+
+    Returns:
+        The images that could not be read, by their path below `images`, and why.
+
+    Raises:
+        InputError: no images, fewer than shards, or `out` holds shards of other images.
+    """
+    files = find_images(images)
+    root = images if images.is_dir() else images.parent
+    if shards > len(files):
+        raise InputError(
+            f"--shards {shards}: more than there are images in {images} ({len(files)})"
+        )
+    names = np.random.default_rng(seed).permutation(
+        [file.relative_to(root).as_posix() for file in files]
+    )
+    parts = {
+        f"train-{index:05d}-of-{shards:05d}.tfrecord": part.tolist()
+        for index, part in enumerate(np.array_split(names, shards))
+    }
+    identity = {"images": len(files), "shards": shards, "seed": seed, "names": _digest(names)}
+    done = _read_manifest(out, identity)
+    todo = [shard for shard in parts if shard not in done or not (out / shard).is_file()]
+    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    bar = tqdm(total=len(files), unit=" images", disable=not sys.stderr.isatty())
+    bar.update(sum(len(parts[shard]) for shard in parts if shard not in todo))
+    with bar, ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_main_process
+    ) as pool:  # fmt: skip
+        jobs = {pool.submit(_write_shard, root, parts[shard], out / shard): shard for shard in todo}
+        try:
+            for job in as_completed(jobs):
+                done[jobs[job]] = job.result()
+                bar.update(len(parts[jobs[job]]))
+                text = json.dumps({**identity, "done": done}, indent=1)
+                write_whole(out / MANIFEST_NAME, lambda path, text=text: path.write_text(text))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {name: why for shard in parts for name, why in done[shard].items()}
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _read_manifest(out: Path, identity: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What earlier calls finished: unreadable images of each shard."""
+    path = out / MANIFEST_NAME
+    if not path.is_file():
+        if out.is_dir() and any("tfrecord" in file.name for file in out.iterdir()):
+            raise InputError(f"--out {out}: holds tfrecords already; choose an empty folder")
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        done = manifest.pop("done")
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{path}: damaged; delete {out} and start again") from None
+    if manifest != identity:
+        raise InputError(
+            f"--out {out}: holds shards of other images or another --shards "
+            f"({manifest.get('images')} images in {manifest.get('shards')} shards); "
+            "choose another folder"
+        )
+    return done
+
+
+def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]:
+    """Write one tfrecord file; the images that could not be read, and why."""
+    tf = import_tensorflow()
+    unreadable = {}
+
+    def feature(value: bytes):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    def write(temporary: Path) -> None:
+        with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+            for name in names:
+                try:
+                    fields = _encoded_picture(root / name)
+                except Exception as error:  # damaged files make decoders raise dozens of kinds
+                    reason = str(error).replace(str(root / name), name) or type(error).__name__
+                    unreadable[name] = reason.splitlines()[0]
+                    continue
+                example = {key: feature(value) for key, value in fields.items()}
+                writer.write(
+                    tf.train.Example(
+                        features=tf.train.Features(feature=example)
+                    ).SerializeToString()
+                )
+
+    write_whole(path, write)
+    return unreadable
+
+
+def _encoded_picture(path: Path) -> dict[str, bytes]:
+    """A record's four features of an image file, which is decoded whole to know that it can be."""
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        keeps = image.format in KEPT_FORMATS
+        width, height, channels = image.width, image.height, len(image.getbands())
+    if not keeps:
+        picture, _ = read_rgb(path)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        data, (width, height), channels = buffer.getvalue(), picture.size, 3
+    sizes = {"height": height, "width": width, "channels": channels}
+    return {"image": data, **{key: b"%d" % value for key, value in sizes.items()}}
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; exit code 1 when an image could not be read, every other was written."""
+    parser = argparse.ArgumentParser(description="Prepare training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make-tfrecords", help="turn a folder of images into tfrecords")
+    make.add_argument("--images", type=Path, required=True, help="folder, flat or with subfolders")
+    make.add_argument("--out", type=Path, required=True, help="folder of the tfrecords")
+    make.add_argument("--shards", type=int, required=True, help="number of tfrecord files")
+    make.add_argument("--workers", type=int, default=0, help="processes; 0 is one a core")
+    arguments = parser.parse_args(argv)
+    for option in ("shards", "workers"):
+        if getattr(arguments, option) < (option == "shards"):
+            raise InputError(f"--{option} {getattr(arguments, option)}: too small")
+    images, out = arguments.images.expanduser(), arguments.out.expanduser()
+    unreadable = write_tfrecords(images, out, arguments.shards, arguments.workers)
+    for name, why in sorted(unreadable.items()):
+        print(f"could not read {name}: {why}", file=sys.stderr)
+    print(f"{out}: {arguments.shards} shards; {len(unreadable)} images could not be read")
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,3 +50,21 @@ def ms_ssim(x_hat: Tensor, x: Tensor) -> Tensor | None:
 def ms_ssim_db(similarity: Tensor) -> Tensor:
     """-10 log10(1 - MS-SSIM), dB."""
     return -10 * torch.log10(1 - similarity)
+
+
+def picture_quality(x_hat: Tensor, x: Tensor) -> dict[str, float | None]:
+    """What a viewer gets of one image: psnr, ms_ssim and ms_ssim_db (dB) of 8-bit pixels.
+
+    Args:
+        x_hat, x: [1, 3, H, W] in [0, 1]; x_hat is clamped and rounded to 8 bits here.
+
+    Returns:
+        MS-SSIM is None where a side is under 161 pixels.
+    """
+    shown = to_8_bit(x_hat)
+    similarity = ms_ssim(shown, x)
+    return {
+        "psnr": psnr(mean_squared_error(shown, x)).item(),
+        "ms_ssim": None if similarity is None else similarity.item(),
+        "ms_ssim_db": None if similarity is None else ms_ssim_db(similarity).item(),
+    }

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Channels, InputError
-from metrics import bits_per_pixel, mean_squared_error, rate_distortion_loss
+from datasets import write_whole
+from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_loss
 
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
@@ -74,6 +75,15 @@ def load_checkpoint(source: str, channels: Channels | None = None) -> MeanScaleH
 
 
 def _load_file(source: str) -> MeanScaleHyperprior:
+    return model_from_state_dict(find_state_dict(read_checkpoint(source), source), source)
+
+
+def read_checkpoint(source: str | Path) -> object:
+    """What torch.save wrote into a file, on the CPU; nothing but tensors and plain values.
+
+    Raises:
+        InputError: no such file, or not such a file.
+    """
     path = Path(source).expanduser()
     if not path.is_file():
         problem = "is a folder; a checkpoint file is wanted" if path.is_dir() else "no such file"
@@ -81,7 +91,7 @@ def _load_file(source: str) -> MeanScaleHyperprior:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise InputError(
@@ -89,7 +99,6 @@ def _load_file(source: str) -> MeanScaleHyperprior:
         ) from None
     except (pickle.UnpicklingError, zipfile.BadZipFile):
         raise InputError(f"pretrain {source}: no checkpoint that holds only weights") from None
-    return model_from_state_dict(find_state_dict(checkpoint, source), source)
 
 
 def find_state_dict(checkpoint: object, source: str) -> dict[str, Tensor]:
@@ -144,6 +153,31 @@ def _load_zoo(source: str) -> MeanScaleHyperprior:
             f"pretrain {source}: cannot download CompressAI's weights ({error}); connect to the "
             f"network once, or put the file into {cache} by hand"
         ) from None
+
+
+def save_checkpoint(path: Path, model: MeanScaleHyperprior, state: dict[str, object]) -> Path:
+    """Write a checkpoint in the published layout, whole or not at all; `load_checkpoint` reads it.
+
+    Args:
+        state: what stands beside `model_state_dict`: `iter`, `optimizer_state_dict` and more.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    checkpoint = {"model_state_dict": model.state_dict(), **state}
+    return write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def save_weights(path: Path, model: MeanScaleHyperprior, step: int) -> Path:
+    """Write a trained model alone, in half precision: a quarter of a checkpoint or less.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    half = {key: value.half() if value.is_floating_point() else value
+            for key, value in model.state_dict().items()}  # fmt: skip
+    checkpoint = {"iter": step, "model_state_dict": half, "optimizer_state_dict": {}}
+    return write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def weights_hash(model: MeanScaleHyperprior) -> str:
@@ -259,12 +293,14 @@ def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
     """p(z_hat) under the factorised prior, [B, N, h', w'] in [1e-9, 1] (arXiv 1802.01436).
 
     The difference of sigmoids is taken on the negative side of both tails, where float32 resolves
-    it; CompressAI's own underflows far above the median, gradient and all.
+    it; CompressAI's own underflows far above the median, gradient and all. In float32, whatever
+    precision the networks have.
     """
     bottleneck = model.entropy_bottleneck
-    flat = z_hat.transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
-    lower = bottleneck._logits_cumulative(flat - 0.5, stop_gradient=True)
-    upper = bottleneck._logits_cumulative(flat + 0.5, stop_gradient=True)
+    flat = z_hat.float().transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
+    with torch.autocast(z_hat.device.type, enabled=False):
+        lower = bottleneck._logits_cumulative(flat - 0.5, stop_gradient=False)
+        upper = bottleneck._logits_cumulative(flat + 0.5, stop_gradient=False)
     sign = torch.where(lower + upper > 0, -1.0, 1.0)
     p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
     p = p.reshape(z_hat.size(1), z_hat.size(0), *z_hat.shape[2:]).transpose(0, 1)
@@ -276,16 +312,54 @@ def likelihood_y(
 ) -> Tensor:
     """p(y_hat) of a Gaussian convolved with a unit box, all [B, M, h, w], in [1e-9, 1].
 
-    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436).
+    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436). In float32,
+    whatever precision the networks have.
     """
     conditional = model.gaussian_conditional
-    p = conditional._likelihood(y_hat, scales, means)
+    p = conditional._likelihood(y_hat.float(), scales.float(), means.float())
     return conditional.likelihood_lower_bound(p)
 
 
 def synthesize(model: MeanScaleHyperprior, y_hat: Tensor, size: tuple[int, int]) -> Tensor:
     """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1]."""
-    return model.g_s(y_hat)[:, :, : size[0], : size[1]]
+    return model.g_s(y_hat)[:, :, : size[0], : size[1]].float()
+
+
+class TrainingPass(nn.Module):
+    """One forward pass of pre-training: uniform noise stands for rounding (arXiv 1809.02736).
+
+    A module of its own so that DistributedDataParallel can wrap the whole of it.
+    """
+
+    def __init__(self, model: MeanScaleHyperprior, lmbda: float, precision: str = "float32"):
+        super().__init__()
+        self.model = model
+        self.lmbda = lmbda
+        self.precision = getattr(torch, precision)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of x [B, 3, H, W] in [0, 1]; scalars.
+
+        The networks run in `precision`, the likelihoods and the distortion in float32. aux_loss
+        moves nothing but the quantiles, which no other loss sees. Height and width must be
+        multiples of 64.
+        """
+        reduced = self.precision != torch.float32
+        with torch.autocast(x.device.type, dtype=self.precision, enabled=reduced):
+            y = self.model.g_a(x)  # [B, M, H / 16, W / 16]
+            z = self.model.h_a(y)  # [B, N, H / 64, W / 64]
+            latents = Latents(y.float(), z.float())
+            terms = rd_pass(self.model, x, latents, _add_uniform_noise, self.lmbda)
+        means = {key: terms[key].mean() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
+        return {
+            **means,
+            "psnr": psnr(terms["mse"].detach()).mean(),
+            "aux_loss": self.model.aux_loss(),
+        }
+
+
+def _add_uniform_noise(v: Tensor) -> Tensor:
+    return v + torch.empty_like(v).uniform_(-0.5, 0.5)
 
 
 def rd_pass(

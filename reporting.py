@@ -16,16 +16,19 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -35,9 +38,9 @@ from PIL import Image
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from config import InputError, RefineConfig, read_json_object, resolved
-from datasets import LoadedImage
-from models import Latents
+from config import InputError, PretrainConfig, RefineConfig, read_json_object, resolved
+from datasets import LoadedImage, TrainingData, write_whole
+from models import Latents, model_from_state_dict, read_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
 
@@ -63,14 +66,19 @@ class Ranks(NamedTuple):
     local: int
 
 
-def join_ranks() -> Ranks:
-    """Meet the other processes if torchrun started this one (gloo: only small objects travel)."""
+def join_ranks(device: str = "cpu") -> Ranks:
+    """Meet the other processes if torchrun started this one.
+
+    Small objects travel through gloo; tensors on GPUs, if `device` may be one, through nccl.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks(0, 1, 0)
     if not distributed.is_initialized():
+        on_gpus = device != "cpu" and torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         # Ranks finish hours apart.
-        distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        distributed.init_process_group(backend, timeout=timedelta(days=7))
     return Ranks(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -102,26 +110,38 @@ def gather(ranks: Ranks, value: Any) -> list[Any]:
     return values
 
 
+class StopSignal:
+    """While it is open, SIGINT and SIGTERM only ask for a stop; a second one acts as usual."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._asked = False
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._usual[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+        signal.signal(number, self._usual[number])
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked; the same answer on all, who must all ask this."""
+        if self.ranks.world == 1:
+            return self._asked
+        asked = torch.tensor(int(self._asked))
+        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        return bool(asked)
+
+
 # --- files that are whole or absent ---------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
-
-    Raises:
-        OSError: no folder can be made there, or the disk is full; it names `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid4().hex}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return path
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -342,7 +362,7 @@ def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -
             f'go on with "resume": true, or {ANOTHER_RUN}'
         )
     if records:
-        _refuse_another_config(folder, config)
+        _refuse_another_config(folder, config, FREE_KEYS)
         for key in ("weights", "device"):
             before = next(iter(records.values())).get(key)
             if before != facts[key]:
@@ -357,13 +377,15 @@ def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -
     write_json(folder / "config.json", resolved(config))
 
 
-def _refuse_another_config(folder: Path, config: RefineConfig) -> None:
+def _refuse_another_config(
+    folder: Path, config: RefineConfig | PretrainConfig, free_keys: frozenset[str]
+) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
     before, now = read_json_object(folder / "config.json"), resolved(config)
     changed = _differences(
-        {key: value for key, value in before.items() if key not in FREE_KEYS},
-        {key: value for key, value in now.items() if key not in FREE_KEYS},
+        {key: value for key, value in before.items() if key not in free_keys},
+        {key: value for key, value in now.items() if key not in free_keys},
     )
     if changed:
         raise InputError(
@@ -380,6 +402,323 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
         elif old != new:
             found.append(f"{prefix}{key} ({old!r} then, {new!r} now)")
     return found
+
+
+# --- a training run -------------------------------------------------------------------------------
+
+FREE_TRAINING_KEYS = frozenset((
+    "resume", "num_workers", "output_dir", "save_name", "print_freq", "save_model_freq", "device",
+    "keep_checkpoints", "tot_iterations", "tracker", "test", "path_test_data",
+))  # fmt: skip
+TEST_KEYS = ("loss", "bpp", "bpp_y", "bpp_z", "psnr", "ms_ssim", "ms_ssim_db")
+# Skipped images are named in the log up to so many of a kind; all are counted.
+NAMED_SKIPS = 100
+
+
+class TrainingRun:
+    """checkpoints/<save_name>/ as one process sees it; only the first rank writes there.
+
+    config.json, log.txt, metrics.jsonl (rows of kind "train" and "test"), iter_<n>.pth.tar (the
+    newest few), training.png, and at the end weights.pth.tar, the model alone in half precision.
+    """
+
+    def __init__(self, folder: Path, config: PretrainConfig, ranks: Ranks):
+        self.folder = folder
+        self.config = config
+        self.ranks = ranks
+        self.skipped: dict[str, str] = {}
+        self._bar = None
+        self._tracker = open_tracker(config, folder) if ranks.rank == 0 else lambda *_: None
+
+    # what went before
+
+    def newest_checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None in a new run."""
+        for path in self._checkpoints():
+            try:
+                checkpoint = read_checkpoint(path)
+            except InputError as error:
+                log.warning("%s; going back to the one before", error)
+                continue
+            if isinstance(checkpoint, dict) and "aux_optimizer_state_dict" in checkpoint:
+                first_rank_does(self.ranks, lambda step=checkpoint["iter"]: self._forget(step))
+                return checkpoint
+        return None
+
+    def trained_model(self):
+        """The model of the newest checkpoint.
+
+        Raises:
+            InputError: there is none.
+        """
+        checkpoint = self.newest_checkpoint()
+        if checkpoint is None:
+            raise InputError(f"test: no checkpoint in {self.folder}, and pretrain names none")
+        log.info("testing step %d of %s", checkpoint["iter"], self.folder)
+        return model_from_state_dict(checkpoint["model_state_dict"], str(self.folder))
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = {
+            int(match[1]): path
+            for path in self.folder.glob("iter_*.pth.tar")
+            if (match := re.fullmatch(r"iter_(\d+)\.pth\.tar", path.name))
+        }
+        return [found[step] for step in sorted(found, reverse=True)]
+
+    def _forget(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, which will be made again, and a torn line."""
+        path = self.folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        if path.is_file():
+            write_records(path, kept)
+
+    # the way
+
+    def announce(self, step: int, model: Any, data: TrainingData, device: torch.device) -> None:
+        """Log what will be trained on what, and start the progress bar."""
+        if self.ranks.rank:
+            return
+        config = self.config
+        start = f"from step {step}" if step else f"from {config.pretrain or 'scratch'}"
+        log.info(
+            "N = %d, M = %d, lambda %g, %s, %s at %g, batches of %d%s, crops of %d, %d %s, %s (%s)",
+            model.N, model.M, config.train_lambda, start, config.optimizer, config.lr.base,
+            config.batch_size, f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1),
+            config.image_size, data.count, data.name, device, config.precision,
+        )  # fmt: skip
+        columns, lines = shutil.get_terminal_size()
+        self._bar = tqdm(
+            total=config.tot_iterations, initial=step, disable=not sys.stderr.isatty(),
+            ncols=columns, nrows=lines, unit=" steps",
+        )  # fmt: skip
+
+    def skip(self, name: str, reason: str) -> None:
+        """Count an image that cannot be trained on, once, and name it in the log."""
+        if name in self.skipped:
+            return
+        self.skipped[name] = reason.partition(":")[0]
+        of_kind = Counter(self.skipped.values())[self.skipped[name]]
+        if of_kind <= NAMED_SKIPS:
+            log.warning("%s: skipped: %s", name, reason)
+        if of_kind == NAMED_SKIPS:
+            log.warning("more that are %s are only counted", self.skipped[name])
+
+    def log_training(self, step: int, values: dict[str, Any], bad_steps: int) -> None:
+        """A row of metrics.jsonl and a line of the log; every rank must call this."""
+        parts = gather(self.ranks, self.skipped)
+        skipped = Counter(why for part in parts for why in part.values())
+        row = {"kind": "train", "step": step, **values, "bad_steps": bad_steps, "skipped": skipped}
+        if self.ranks.rank == 0:
+            self._write(row)
+            if self._bar is not None:
+                self._bar.update(step - self._bar.n)
+            log.info(
+                "step %d: loss %s, %s bpp, %s dB, lr %.3g, %.2f steps/s, %.1f images/s, "
+                "waiting for data %.0f %%", step, _digits(values["loss"], 4),
+                _digits(values["bpp"], 4), _digits(values["psnr"], 2), values["lr"],
+                values["steps_per_second"], values["images_per_second"],
+                100 * values["data_wait_share"],
+            )  # fmt: skip
+
+    def log_test(self, step: int, results: Sequence[dict[str, Any]]) -> None:
+        """A row of metrics.jsonl with the means over the test images; nothing without images."""
+        if not results or self.ranks.rank:
+            return
+        means = test_means(results)
+        self._write({"kind": "test", "step": step, **means})
+        log.info("step %d, %d test images: loss %s, %s bpp, %s dB", step, means["images"],
+                 _digits(means["loss"], 4), _digits(means["bpp"], 4),
+                 _digits(means["psnr"], 2))  # fmt: skip
+        for record in results:
+            if "error" in record:
+                log.warning("%s: not tested: %s", record["name"], record["error"])
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        self._tracker(row["kind"], [numbers])
+
+    def save(self, step: int, model: Any, state: dict[str, Any]) -> None:
+        """Write iter_<step>.pth.tar and delete the oldest beyond `keep_checkpoints`."""
+        if self.ranks.rank:
+            return
+        state = {**state, "config": resolved(self.config)}
+        save_checkpoint(self.folder / f"iter_{step}.pth.tar", model, state)
+        for old in self._checkpoints()[self.config.keep_checkpoints :]:
+            old.unlink()
+
+    # the end
+
+    def stopped(self, step: int) -> int:
+        """Say where a signal stopped the run; exit code 0."""
+        if self.ranks.rank == 0:
+            self._close()
+            log.info('stopped at step %d and saved; "resume": true goes on from here', step)
+        return 0
+
+    def diverged(self, step: int, bad: int) -> int:
+        """Say that the run makes no sense any more; exit code 1."""
+        if self.ranks.rank == 0:
+            self._close()
+            kept = next(iter(self._checkpoints()), None)
+            log.error(
+                "stopped at step %d: %d steps in a row without finite gradients; %s; a lower "
+                "lr.base may help", step, bad,
+                f"the last good checkpoint is {kept}" if kept else "nothing was saved before",
+            )  # fmt: skip
+        return 1
+
+    def finish(self, step: int, model: Any) -> int:
+        """Write the weights alone and the plot, and say where they are; exit code 0."""
+        if self.ranks.rank == 0:
+            self._close()
+            weights = save_weights(self.folder / "weights.pth.tar", model, step)
+            log.info("results:  %s", self.folder)
+            log.info("weights:  %s", weights)
+            if (self.folder / "training.png").is_file():
+                log.info("plot:     %s", self.folder / "training.png")
+        return 0
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        if any(row["kind"] == "train" for row in rows):
+            write_whole(self.folder / "training.png", plot_training(rows).savefig)
+
+    def report_test(self, results: Sequence[dict[str, Any]]) -> int:
+        """Print the table of a test alone and write test.json; exit code 1 if an image failed."""
+        failed = [record for record in results if "error" in record]
+        if self.ranks.rank == 0:
+            for record in failed:
+                log.warning("%s: not tested: %s", record["name"], record["error"])
+            if len(failed) < len(results):
+                means = test_means(results)
+                write_json(self.folder / "test.json", {"mean": means, "images": list(results)})
+                log.info("\n%s\n", format_test(results, means))
+                log.info("results:  %s", self.folder / "test.json")
+        return 1 if failed else 0
+
+
+def open_training_run(config: PretrainConfig, ranks: Ranks) -> TrainingRun:
+    """The run's folder, `output_dir/save_name`, new or to be resumed; logging goes there too.
+
+    Raises:
+        InputError: the folder holds checkpoints and `resume` is off, or they were made with
+            another config.
+    """
+    folder = Path(config.output_dir) / config.save_name
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.test:
+            return
+        holds = any(folder.glob("iter_*.pth.tar"))
+        if holds and not config.resume:
+            raise InputError(
+                f'{folder}: holds checkpoints; go on with "resume": true, or {ANOTHER_RUN}'
+            )
+        if holds:
+            _refuse_another_config(folder, config, FREE_TRAINING_KEYS)
+        else:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for leftover in folder.glob(".*.tmp*"):
+            leftover.unlink()
+        write_json(folder / "config.json", resolved(config))
+
+    first_rank_does(ranks, prepare)
+    start_logging(folder / "log.txt")
+    return TrainingRun(folder, config, ranks)
+
+
+class Window:
+    """Means over the steps since the last reading, kept on the device until they are read."""
+
+    def __init__(self, ranks: Ranks, batch_size: int):
+        self.ranks = ranks
+        self.batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._good = self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor] | None, waited: float) -> None:
+        """A step's terms, None if it was skipped, and the seconds it waited for data."""
+        self._steps += 1
+        self._waited += waited
+        if terms is not None:
+            self._good += 1
+            for key, value in terms.items():
+                self._sums[key] = self._sums.get(key, 0) + value
+
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """What happens inside counts in no speed."""
+        paused = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - paused
+
+    def read(self) -> dict[str, float | None]:
+        """Means over steps and ranks, and speeds; then starts anew. Every rank must call this."""
+        own = {key: value.item() / self._good for key, value in self._sums.items()}
+        seconds = time.perf_counter() - self._started
+        parts = gather(self.ranks, own)
+        means = {
+            key: _mean([part.get(key) for part in parts])
+            for key in ("loss", "psnr", "bpp", "bpp_y", "bpp_z", "aux_loss")
+        }
+        speed = self._steps / seconds
+        values = {
+            **means,
+            "steps_per_second": speed,
+            "images_per_second": speed * self.batch_size * self.ranks.world,
+            "data_wait_share": self._waited / seconds,
+        }
+        self._reset()
+        return values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill tore is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def test_means(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Unweighted means over the images that could be tested."""
+    known = [record for record in results if "error" not in record]
+    return {
+        "images": len(known),
+        **{key: _mean([record[key] for record in known]) for key in TEST_KEYS},
+    }
+
+
+def format_test(results: Sequence[dict[str, Any]], means: dict[str, Any]) -> str:
+    """The table of a test, one line an image and the mean."""
+    width = max(5, *(len(record["name"]) for record in results))
+    header = f"{'image':{width}}  {'bpp':>7}  {'PSNR':>6}  {'MS-SSIM':>7}  {'(dB)':>6}  {'loss':>7}"
+    lines = [header, "-" * len(header)]
+    for record in [*results, {"name": "mean", **means}]:
+        if "error" not in record:
+            lines.append(
+                f"{record['name']:{width}}  {_digits(record['bpp'], 4):>7}"
+                f"  {_digits(record['psnr'], 2):>6}  {_digits(record['ms_ssim'], 4):>7}"
+                f"  {_digits(record['ms_ssim_db'], 2):>6}  {_digits(record['loss'], 4):>7}"
+            )
+    return "\n".join(lines)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -553,6 +892,26 @@ def plot_trajectory(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_training(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Loss, rate and quality over the steps of training, and of the tests between."""
+    figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
+    panels = (("loss", "R-D loss"), ("bpp", "bits per pixel"), ("psnr", "PSNR (dB)"))
+    for axis, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for kind, style in (
+            ("train", {"color": RELAXED}),
+            ("test", {"color": TRUE, "marker": "o"}),
+        ):
+            known = [row for row in rows if row["kind"] == kind and row.get(key) is not None]
+            if known:
+                x, y = zip(*((row["step"], row[key]) for row in known), strict=True)
+                name = "training crops, noise" if kind == "train" else "test images, rounded"
+                axis.plot(x, y, lw=1.2, ms=4, label=name, **style)
+        axis.set(xlabel="step", ylabel=label, yscale="log" if key == "loss" else "linear")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    return figure
+
+
 def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     """Every image's way from base to refined in the rate-distortion plane, and the mean's."""
     method, lmbda = records[0]["method"], records[0]["lmbda"]
@@ -688,7 +1047,7 @@ def start_logging(path: Path) -> None:
 
 
 def open_tracker(
-    config: RefineConfig, folder: Path
+    config: RefineConfig | PretrainConfig, folder: Path
 ) -> Callable[[str, Sequence[dict[str, Any]]], None]:
     """What sends an image's trajectory to the chosen tracker, or does nothing.
 

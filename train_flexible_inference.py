@@ -22,7 +22,7 @@ from torch import Tensor
 from config import Optimizer, RefineConfig, exits_with_one_line, parse_command_line
 from datasets import open_images, seed_of
 from experimental_inference_methods import Rounding, hard_round, rounding_from_config
-from metrics import mean_squared_error, ms_ssim, ms_ssim_db, psnr, to_8_bit
+from metrics import picture_quality, psnr, to_8_bit
 from models import (
     Latents,
     analyze,
@@ -165,14 +165,9 @@ def evaluate(
     ms_ssim and ms_ssim_db of 8-bit pixels, None where a side is under 161 pixels.
     """
     terms = rd_pass(model, x, latents, rounding, lmbda)
-    shown = to_8_bit(terms["x_hat"])
-    similarity = ms_ssim(shown, x)
     metrics = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
-    metrics["psnr"] = psnr(mean_squared_error(shown, x)).item()
-    metrics["psnr_raw"] = psnr(terms["mse"]).item()
-    metrics["ms_ssim"] = None if similarity is None else similarity.item()
-    metrics["ms_ssim_db"] = None if similarity is None else ms_ssim_db(similarity).item()
-    return metrics, shown
+    metrics |= {"psnr_raw": psnr(terms["mse"]).item(), **picture_quality(terms["x_hat"], x)}
+    return metrics, to_8_bit(terms["x_hat"])
 
 
 def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimizer:
