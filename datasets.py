@@ -888,13 +888,23 @@ def _resize(tf, x, size: int):
 
 
 def _resized_window(tf, shape, seed):
-    """Corner and extent of a RandomResizedCrop: 8 to 100 % of the area, aspect 3/4 to 4/3."""
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.concat([shape, [3]], axis=0), tf.zeros([1, 1, 4]), seed, min_object_covered=0.0,
-        aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0), max_attempts=10,
-        use_image_if_no_bounding_boxes=True,
-    )  # fmt: skip
-    return begin[:2], extent[:2]
+    """Corner and extent of torchvision's RandomResizedCrop: 8 to 100 % of the area, aspect 3/4 to
+    4/3; ten tries to fit it in, then the largest central window of such an aspect.
+    """
+    luck = tf.unstack(tf.random.stateless_uniform([10, 4], seed), axis=1)
+    height, width = tf.unstack(tf.cast(shape, tf.float32), num=2)
+    area = height * width * (0.08 + 0.92 * luck[0])
+    aspect = tf.exp(np.log(4 / 3) * (2 * luck[1] - 1))
+    extents = tf.round(tf.stack((tf.sqrt(area / aspect), tf.sqrt(area * aspect)), axis=1))
+    sides = tf.stack((height, width))
+    fits = tf.reduce_all((extents > 0) & (extents <= sides), axis=1)
+    first = tf.argmax(fits)
+    central = tf.round(tf.minimum(sides, sides[::-1] * 4 / 3))
+    extent = tf.where(tf.reduce_any(fits), extents[first], central)
+    place = tf.where(tf.reduce_any(fits), tf.stack((luck[2][first], luck[3][first])), 0.5)
+    room = sides - extent
+    corner = tf.minimum(tf.floor(place * (room + 1)), room)
+    return tf.cast(corner, tf.int32), tf.cast(extent, tf.int32)
 
 
 # --- making tfrecords -----------------------------------------------------------------------------

@@ -1,0 +1,477 @@
+"""Crops to train on: from tfrecords, from folders, and the way from these to those."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from config import InputError, PretrainConfig
+from conftest import ROOT
+from datasets import (
+    INDEX_NAME,
+    READ_FAILED,
+    TOO_SMALL,
+    Draws,
+    FolderCrops,
+    ImageFiles,
+    RecordCrops,
+    clic,
+    epoch_order,
+    imagenet_tfrecords,
+    import_tensorflow,
+    open_training_data,
+)
+
+SIZE = 64
+
+
+def picture(number, width=100, height=90):
+    """Red counts columns, green rows, blue is the picture's number: a crop tells where it lay."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    return np.stack((columns, rows, np.full_like(rows, number)), axis=-1).astype(np.uint8)
+
+
+def encode(pixels, form="PNG", **options):
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(
+        buffer, form, **options
+    )
+    return buffer.getvalue()
+
+
+def write_records(path, images):
+    """A tfrecord of the published features, written by tensorflow itself."""
+    tf = import_tensorflow()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for image in images:
+            values = {"image": image, "height": b"1", "width": b"1", "channels": b"3"}
+            feature = {
+                key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+                for key, value in values.items()
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=feature))
+            writer.write(example.SerializeToString())
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Twenty pictures of distinct numbers in three files."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for shard, numbers in enumerate(np.array_split(np.arange(20), 3)):
+        write_records(
+            folder / f"train-{shard}.tfrecord", [encode(picture(number)) for number in numbers]
+        )
+    return folder
+
+
+def draw(folder, count, *, seed=0, rank=0, world=1, position=0, batch_size=1, size=SIZE, **options):
+    """`count` batches, and what was skipped."""
+    skipped = {}
+    data = RecordCrops(imagenet_tfrecords(folder), size, batch_size, 2, **options)
+    batches = data.batches(Draws(seed, rank, world, position), skipped.__setitem__)
+    drawn = [next(batches) for _ in range(count)]
+    batches.close()
+    return drawn, skipped
+
+
+def numbers_of(batches):
+    return [int(x[2, 0, 0]) for batch in batches for x in batch.x]
+
+
+def is_crop(x, number, size=SIZE):
+    """Whether x, uint8 [3, S, S], lies in picture(number), mirrored or not, pixel by pixel."""
+    pixels = x.permute(1, 2, 0).numpy()
+    if pixels[0, 0, 0] > pixels[0, -1, 0]:
+        pixels = pixels[:, ::-1]
+    left, top = pixels[0, 0, :2]
+    whole = picture(number)
+    return np.array_equal(pixels, whole[top : top + size, left : left + size])
+
+
+def test_an_epoch_has_every_record_once_as_a_crop_of_it(records):
+    drawn, skipped = draw(records, 10, batch_size=2)
+    assert drawn[0].x.shape == (2, 3, SIZE, SIZE)
+    assert drawn[0].x.dtype == torch.uint8
+    assert drawn[0].x.is_contiguous(memory_format=torch.channels_last)
+    assert sorted(numbers_of(drawn)) == list(range(20))
+    for batch in drawn:
+        assert all(is_crop(x, int(x[2, 0, 0])) for x in batch.x)
+    assert not skipped
+
+
+def test_crops_lie_everywhere_and_half_are_mirrored(records):
+    drawn, _ = draw(records, 200)
+    crops = [batch.x[0] for batch in drawn]
+    mirrored = sum(bool(x[0, 0, 0] > x[0, 0, -1]) for x in crops)
+    assert 70 < mirrored < 130
+    lefts = Counter(int(x[0, 0].min()) for x in crops)
+    tops = Counter(int(x[1, 0, 0]) for x in crops)
+    assert set(lefts) <= set(range(100 - SIZE + 1)) and len(lefts) > 28
+    assert set(tops) <= set(range(90 - SIZE + 1)) and len(tops) > 22
+    assert {0, 36} <= set(lefts) and {0, 26} <= set(tops)
+
+
+def test_the_seed_decides_order_and_crops(records):
+    first, _ = draw(records, 20)
+    again, _ = draw(records, 20, num_workers=1)
+    other, _ = draw(records, 20, seed=1)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(first, again, strict=True))
+    assert numbers_of(first) != numbers_of(other)
+    later, _ = draw(records, 40)
+    assert numbers_of(later)[20:] != numbers_of(later)[:20]
+
+
+@pytest.mark.parametrize("start", [3, 7, 15])
+def test_a_resumed_reading_goes_on_with_the_same_crops(records, start):
+    unbroken, _ = draw(records, 20, batch_size=3)
+    resumed, _ = draw(records, 20 - start, batch_size=3, position=unbroken[start - 1].position)
+    for a, b in zip(unbroken[start:], resumed, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert a.position == b.position
+
+
+def test_ranks_share_an_epoch(records):
+    parts = [numbers_of(draw(records, 10, rank=rank, world=2)[0]) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(20))
+    alone = numbers_of(draw(records, 20)[0])
+    assert alone[0::2] == parts[0]
+    assert alone[1::2] == parts[1]
+
+
+def test_cycle_length_files_are_open_at_a_time(records):
+    places = imagenet_tfrecords(records)
+    order = epoch_order(places, 0, 0, cycle_length=1)
+    files = places.file[order]
+    assert sum(np.diff(files) != 0) == 2  # one file after the other
+    assert sum(np.diff(places.file[epoch_order(places, 0, 0, cycle_length=3)]) != 0) > 4
+    assert sorted(order) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"),
+                       ("PNG", "L"), ("PNG", "P"), ("PNG", "I;16"), ("BMP", "RGB")]
+)  # fmt: skip
+def test_every_form_of_record_looks_as_in_pillow(tmp_path, form, mode):
+    base = np.add.outer(np.arange(SIZE), np.arange(SIZE)).astype(np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(base.astype(np.uint16) * 257)
+        expected = np.repeat(base[:, :, None], 3, axis=2)
+    else:
+        rgb = Image.fromarray(np.stack((base, base[::-1], base[:, ::-1] // 2), axis=-1))
+        image = rgb.convert(mode)
+        expected = None
+    data = encode(image, form)
+    if expected is None:
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    write_records(tmp_path / "a.tfrecord", [data])
+    ((batch,), skipped) = draw(tmp_path / "a.tfrecord", 1)
+    pixels = batch.x[0].permute(1, 2, 0).numpy().astype(int)
+    error = min(np.abs(pixels - expected).max(), np.abs(pixels[:, ::-1] - expected).max())
+    # CMYK has no one conversion; tensorflow's rounds otherwise than Pillow's.
+    assert error <= (2 if mode == "CMYK" else 0)
+    assert not skipped
+
+
+def test_damaged_and_small_records_are_named_and_all_others_used(tmp_path):
+    jpeg = encode(picture(0), "JPEG")
+    images = [encode(picture(number)) for number in range(8)]
+    images[2] = jpeg[: len(jpeg) // 3]
+    images[3] = b"no picture"
+    images[4] = encode(picture(4, width=SIZE - 1))
+    path = tmp_path / "bad.tfrecord"
+    write_records(path, images)
+    places = imagenet_tfrecords(path)
+    data = bytearray(path.read_bytes())
+    data[int(places.offset[6]) + 200] ^= 4  # breaks record 6's checksum alone
+    path.write_bytes(data)
+    drawn, skipped = draw(path, 9)
+    assert set(numbers_of(drawn)) == {0, 1, 5, 7}
+    assert skipped == {
+        f"{path} record 2": READ_FAILED,
+        f"{path} record 3": READ_FAILED,
+        f"{path} record 4": TOO_SMALL,
+        f"{path} record 6": READ_FAILED,
+    }
+
+
+def test_a_truncated_file_is_used_up_to_its_break(tmp_path):
+    path = tmp_path / "cut.tfrecord"
+    write_records(path, [encode(picture(number)) for number in range(4)])
+    path.write_bytes(path.read_bytes()[:-40])
+    drawn, skipped = draw(path, 6)
+    assert sorted(numbers_of(drawn)[:3]) == [0, 1, 2]
+    (message,) = skipped.values()
+    assert list(skipped) == [str(path)]
+    assert "truncated" in message
+
+
+@pytest.mark.parametrize("images", [[picture(1, width=30)] * 3, [b"x"] * 3])
+def test_data_without_one_usable_record_are_refused(tmp_path, images):
+    encoded = [image if isinstance(image, bytes) else encode(image) for image in images]
+    write_records(tmp_path / "a.tfrecord", encoded)
+    with pytest.raises(InputError, match=r"not one image gives a crop of 64x64"):
+        draw(tmp_path, 1)
+
+
+def test_places_are_kept_until_a_file_changes(records):
+    first = imagenet_tfrecords(records)
+    assert (records / INDEX_NAME).is_file()
+    again = imagenet_tfrecords(records)
+    assert np.array_equal(first.offset, again.offset)
+    write_records(records / "train-1.tfrecord", [encode(picture(50))])
+    assert len(imagenet_tfrecords(records).file) < len(first.file)
+    (records / INDEX_NAME).write_bytes(b"damaged")
+    assert len(imagenet_tfrecords(records).file) == len(imagenet_tfrecords(records).file)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.mkdir(), "make-tfrecords"),
+        (lambda path: path.write_bytes(b"these are no records"), "not one record"),
+    ],
+)
+def test_what_is_no_tfrecord_is_refused(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(InputError, match=message):
+        imagenet_tfrecords(tmp_path / "data")
+
+
+# --- CLIC -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared_clic(tmp_path):
+    """tensorflow-datasets' folder of a small `clic`: pictures 200 to 204 of 300x40 pixels."""
+    tfds = datasets.import_tensorflow_datasets()
+    builder = tfds.builder("clic", data_dir=tmp_path / "tfds")
+    splits = {
+        name: [{"image": picture(200 + number, 250, 40)} for number in range(count)]
+        for name, count in (("train", 5), ("validation", 1), ("test", 2))
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="clic", version=str(builder.info.version), data_dir=tmp_path / "tfds",
+        split_datasets={
+            name: import_tensorflow().data.Dataset.from_generator(
+                lambda images=images: iter(images),
+                output_signature={
+                    "image": import_tensorflow().TensorSpec((None, None, 3), "uint8")
+                },
+            )
+            for name, images in splits.items()
+        },
+        features=builder.info.features,
+    )  # fmt: skip
+    return tmp_path / "tfds"
+
+
+def pretrain_config(**values):
+    return PretrainConfig.model_validate({
+        "train_lambda": 0.01, "save_name": "x", "image_size": SIZE, "batch_size": 1, **values
+    })  # fmt: skip
+
+
+def test_clic_and_imagenet_are_mixed_by_their_sizes(records, prepared_clic):
+    config = pretrain_config(
+        path_train={"train_imagenet": str(records), "train_clic": str(prepared_clic)}
+    )
+    data = open_training_data(config)
+    assert data.count == 25
+    skipped = []
+    batches = data.batches(Draws(0), lambda *what: skipped.append(what))
+    for _ in range(2):
+        numbers = Counter(int(x.float().mean((0, 2, 3))[2].round()) for x in
+                          (next(batches).x for _ in range(25)))  # fmt: skip
+        assert sorted(numbers) == [*range(20), *range(200, 205)]
+        assert set(numbers.values()) == {1}
+    batches.close()
+    assert not skipped
+
+
+def test_clic_crops_are_random_resized_ones(prepared_clic):
+    """8 to 100 % of the area, aspect 3/4 to 4/3, enlarged to the crop's size."""
+    data = RecordCrops(clic(str(prepared_clic)), SIZE, 1, 2)
+    batches = data.batches(Draws(0), lambda *_: None)
+    spans = []
+    for _ in range(60):
+        x = next(batches).x[0].int()
+        assert x.shape == (3, SIZE, SIZE)
+        spans.append((abs(int(x[0, 0, -1] - x[0, 0, 0])), abs(int(x[1, -1, 0] - x[1, 0, 0]))))
+    batches.close()
+    for width, height in spans:  # first to last pixel's place: the window's extent less about 1
+        assert 0.68 < (width + 1) / (height + 1) < 1.48
+        assert (width + 2) * (height + 2) > 0.08 * 250 * 40
+        assert height < 40
+    assert len(set(spans)) > 15
+
+
+def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, records):
+    tfds = datasets.import_tensorflow_datasets()
+
+    def no_network(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds, "builder", no_network)
+    config = pretrain_config(path_train={"train_imagenet": str(records)})
+    with pytest.raises(InputError, match=r"train_clic_imagenet: .*no route.*train_clic, or set"):
+        open_training_data(config)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    (root / "class").mkdir(parents=True)
+    for number in range(6):
+        place = root / "class" if number % 2 else root
+        (place / f"{number}.png").write_bytes(encode(picture(number)))
+    return root
+
+
+def draw_files(root, count, *, position=0, rank=0, world=1, **options):
+    skipped = {}
+    images = ImageFiles(datasets.find_images(root), root)
+    data = FolderCrops(images, SIZE, 1, **options)
+    batches = data.batches(Draws(0, rank, world, position), skipped.__setitem__)
+    return [next(batches) for _ in range(count)], skipped
+
+
+def test_a_folder_gives_crops_without_tensorflow(folder):
+    drawn, skipped = draw_files(folder, 12)
+    assert sorted(numbers_of(drawn[:6])) == sorted(numbers_of(drawn[6:])) == list(range(6))
+    assert all(is_crop(batch.x[0], int(batch.x[0, 2, 0, 0])) for batch in drawn)
+    assert not skipped
+    parts = [numbers_of(draw_files(folder, 3, rank=rank, world=2)[0]) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(6))
+
+
+def test_a_folder_goes_on_where_it_was(folder):
+    unbroken, _ = draw_files(folder, 12)
+    resumed, _ = draw_files(folder, 7, position=unbroken[4].position, num_workers=2)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(unbroken[5:], resumed, strict=True))
+
+
+def test_a_folder_s_damaged_and_small_files_are_named(folder):
+    (folder / "broken.png").write_bytes(encode(picture(9))[:100])
+    (folder / "small.png").write_bytes(encode(picture(9, width=20)))
+    drawn, skipped = draw_files(folder, 12)
+    assert set(numbers_of(drawn)) == set(range(6))
+    assert skipped.pop("small.png") == TOO_SMALL
+    assert skipped.pop("broken.png").startswith(READ_FAILED)
+    assert not skipped
+    for file in folder.rglob("?.png"):
+        file.unlink()
+    with pytest.raises(InputError, match="not one image gives a crop"):
+        draw_files(folder, 1)
+
+
+# --- the converter --------------------------------------------------------------------------------
+
+
+def convert(images, out, shards=2):
+    return datasets.main([
+        "make-tfrecords", "--images", str(images), "--out", str(out),
+        "--shards", str(shards), "--workers", "1",
+    ])  # fmt: skip
+
+
+def read_records(folder):
+    """Every record's features, read by tensorflow itself."""
+    tf = import_tensorflow()
+    files = [str(file) for file in sorted(folder.glob("*.tfrecord"))]
+    found = []
+    for raw in tf.data.TFRecordDataset(files).as_numpy_iterator():
+        features = tf.train.Example.FromString(raw).features.feature
+        found.append({key: value.bytes_list.value[0] for key, value in features.items()})
+    return found
+
+
+def test_converted_images_are_the_files_themselves(folder, tmp_path, capsys):
+    (folder / "photo.jpg").write_bytes(encode(picture(7), "JPEG"))
+    (folder / "photo.webp").write_bytes(encode(picture(8), "WEBP", lossless=True))
+    (folder / "broken.jpg").write_bytes(encode(picture(9), "JPEG")[:300])
+    out = tmp_path / "out"
+    assert convert(folder, out, shards=3) == 1
+    assert "could not read broken.jpg" in capsys.readouterr().err
+    assert len(list(out.glob("*.tfrecord"))) == 3
+    found = read_records(out)
+    originals = {file.read_bytes() for file in folder.rglob("*.*") if "broken" not in file.name}
+    webp = (folder / "photo.webp").read_bytes()
+    assert originals - {record["image"] for record in found} == {webp}
+    assert len(found) == 8
+    for record in found:
+        pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
+        sizes = [int(record[key]) for key in ("height", "width", "channels")]
+        assert sizes == list(pixels.shape)
+        if record["image"] not in originals:
+            assert np.array_equal(pixels, picture(8))
+    drawn, skipped = draw(out, 8)
+    assert sorted(numbers_of(drawn))[:6] == list(range(6))
+    assert not skipped
+
+
+def test_a_conversion_goes_on_where_it_was(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert convert(folder, out) == 0
+    before = sorted(record["image"] for record in read_records(out))
+    first, second = sorted(out.glob("*.tfrecord"))
+    stamp = second.stat().st_mtime_ns
+    first.unlink()
+    assert convert(folder, out) == 0
+    assert second.stat().st_mtime_ns == stamp
+    assert sorted(record["image"] for record in read_records(out)) == before
+    assert convert(folder, out, shards=3) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_a_killed_conversion_leaves_whole_shards_only(tmp_path):
+    rng = np.random.default_rng(0)
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for number in range(60):
+        noise = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
+        (images / f"{number}.png").write_bytes(encode(noise))
+    command = [sys.executable, "datasets.py", "make-tfrecords", "--images", str(images),
+               "--out", str(out), "--shards", "30", "--workers", "1"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.time() + 120
+    while len(list(out.glob("*.tfrecord"))) < 2 and time.time() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(out.glob("*.tfrecord"))) >= 2
+    assert convert(images, out, shards=30) == 0
+    assert len({record["image"] for record in read_records(out)}) == 60
+    assert len(json.loads((out / datasets.MANIFEST_NAME).read_text())["done"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images", "nowhere", "--out", "out", "--shards", "1"), "nowhere: no such folder"),
+        (("--images", "IMAGES", "--out", "out", "--shards", "0"), "--shards 0"),
+        (("--images", "IMAGES", "--out", "out", "--shards", "99"), "--shards 99: more than"),
+        (("--images", "IMAGES", "--out", "RECORDS", "--shards", "1"), "holds tfrecords already"),
+    ],
+)
+def test_a_wrong_conversion_is_one_line(folder, records, tmp_path, capsys, options, message):
+    known = {"IMAGES": str(folder), "RECORDS": str(records), "out": str(tmp_path / "out")}
+    assert datasets.main(["make-tfrecords", *(known.get(part, part) for part in options)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
