@@ -159,8 +159,9 @@ class ImageFiles(Dataset):
         position = {name: index for index, name in enumerate(self.names)}
         chosen = Subset(self, [position[name] for name in names])
         yield from DataLoader(
-            chosen, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
-        )
+            chosen, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )  # fmt: skip
 
 
 def _as_it_is(image: LoadedImage) -> LoadedImage:
@@ -464,6 +465,8 @@ class FolderCrops:
             _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
             sampler=_EndlessSampler(draws), num_workers=self.num_workers,
             collate_fn=_as_it_is, worker_init_fn=_leave_interrupts_to_the_main_process,
+            # Its own: a loader draws from the global one, which a resumed run must find untouched.
+            generator=torch.Generator(),
         )  # fmt: skip
         crops, failures = [], 0
         for g, name, crop, problem in loader:
