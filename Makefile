@@ -1,11 +1,15 @@
-# make demo: refine the bundled sample photos; make test: run the tests. Both install first.
+# make demo: refine the sample photos; make train-demo: train on them; make test: run the tests.
+# All install first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo train-demo test lint install clean
 
 demo: install
 	$(BIN)/python train_flexible_inference.py --config example_files/demo.json
+
+train-demo: install
+	$(BIN)/python train.py --config example_files/train_demo.json
 
 test: install
 	$(BIN)/python -m pytest
