@@ -20,13 +20,13 @@ from PIL import Image
 
 from config import InputError, exits_with_one_line
 from datasets import (
-    RECORD_PAYLOAD,
     Draws,
     RecordCrops,
     Records,
     epoch_order,
     imagenet_tfrecords,
     import_tensorflow,
+    read_payload,
     sample_photos,
     write_tfrecords,
 )
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, option) <= 0:
             raise InputError(f"--{option} {getattr(arguments, option)}: must be above 0")
     if arguments.records is not None:
-        return compare_loaders(imagenet_tfrecords(arguments.records), arguments)
+        records = imagenet_tfrecords(arguments.records, "--records")
+        return compare_loaders(records, arguments)
     with tempfile.TemporaryDirectory() as folder:
         make_sample_records(Path(folder))
         return compare_loaders(imagenet_tfrecords(Path(folder) / "records"), arguments)
@@ -107,10 +108,7 @@ def pil_batches(
     batch, epoch = [], 0
     while True:
         for record in epoch_order(records, 0, epoch, cycle_length):
-            with Path(records.files[records.file[record]]).open("rb") as file:
-                file.seek(records.offset[record] + RECORD_PAYLOAD)
-                payload = file.read(records.length[record])
-            example = tf.train.Example.FromString(payload)
+            example = tf.train.Example.FromString(read_payload(records, record))
             data = example.features.feature["image"].bytes_list.value[0]
             picture = Image.open(io.BytesIO(data)).convert("RGB")
             if min(picture.size) < size:

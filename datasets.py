@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
+import google_crc32c
 import numpy as np
 import skimage
 import tifffile
@@ -89,6 +91,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     temporary = path.with_name(f".{uuid4().hex}.tmp{path.suffix}")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut leaves the new name on an empty file
         temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
@@ -464,7 +468,7 @@ class FolderCrops:
         loader = DataLoader(
             _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
             sampler=_EndlessSampler(draws), num_workers=self.num_workers,
-            collate_fn=_as_it_is, worker_init_fn=_leave_interrupts_to_the_main_process,
+            collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_main_process,
             # Its own: a loader draws from the global one, which a resumed run must find untouched.
             generator=torch.Generator(),
         )  # fmt: skip
@@ -473,7 +477,7 @@ class FolderCrops:
             if problem:
                 on_skip(name, problem)
                 failures += 1
-                if failures > 2 * self.count:  # some whole epoch lies in so many draws
+                if failures > 20 * self.count:  # even one usable image would have come up
                     raise InputError(_nothing_usable("train_folder", self.size, problem))
                 continue
             failures = 0
@@ -523,8 +527,9 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def _leave_interrupts_to_the_main_process(*_: int) -> None:
+def _leave_signals_to_the_main_process(*_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _nothing_usable(source: str, size: int, example: str) -> str:
@@ -573,14 +578,14 @@ class Records(NamedTuple):
         return f"{self.files[file]} record {place}"
 
 
-def imagenet_tfrecords(path: str | Path) -> Records:
+def imagenet_tfrecords(path: str | Path, key: str = "path_train.train_imagenet") -> Records:
     """The records below a folder, or of one file; their places are kept in a file beside them.
 
     Raises:
         InputError: no such folder, or no record in it.
     """
     root = Path(path).expanduser()
-    key = f"path_train.train_imagenet = {path}"
+    key = f"{key} = {path}"
     if root.is_file():
         files = [root]
     elif root.is_dir():
@@ -626,10 +631,10 @@ def index_records(files: Sequence[Path], cache: Path | None) -> Records:
     Args:
         cache: where the places are kept; it holds while names, sizes and times stay the same.
     """
-    stamps = [f"{file}|{file.stat().st_size}|{file.stat().st_mtime_ns}" for file in files]
-    stamp = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()
+    stamp = _digest([f"{f}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for f in files])
     if cache is not None:
-        with suppress(OSError, ValueError, KeyError), np.load(cache) as kept:
+        broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with suppress(*broken), np.load(cache) as kept:
             if str(kept["stamp"]) == stamp:
                 return _records(files, kept["places"], json.loads(str(kept["damaged"])))
     found = [_scan(file) for file in files]
@@ -657,17 +662,44 @@ def _scan(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     with path.open("rb", buffering=0) as file:
         while at < size:
             file.seek(at)
-            length = int.from_bytes(file.read(RECORD_HEAD), "little")
-            if at + RECORD_FRAME + length > size:
+            head = file.read(RECORD_PAYLOAD)
+            length = int.from_bytes(head[:RECORD_HEAD], "little")
+            sound = (
+                len(head) == RECORD_PAYLOAD and _checksum(head[:RECORD_HEAD]) == head[RECORD_HEAD:]
+            )
+            if not sound or at + RECORD_FRAME + length > size:
                 problem = (
-                    f"no whole record from byte {at} on, {size - at} bytes left out: "
-                    "truncated, compressed, or no tfrecord"
+                    f"{READ_FAILED}: no whole record from byte {at} on, {size - at} bytes left "
+                    "out: truncated, compressed, or no tfrecord"
                 )
                 break
             offsets.append(at)
             lengths.append(length)
             at += RECORD_FRAME + length
     return np.array(offsets, np.int64), np.array(lengths, np.int64), problem
+
+
+def _checksum(data: bytes) -> bytes:
+    """The four bytes that a tfrecord writes after `data`: its CRC32C, masked as the format says."""
+    crc = google_crc32c.value(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked.to_bytes(4, "little")
+
+
+def read_payload(records: Records, record: int) -> bytes:
+    """The bytes of a record.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the record's checksum is wrong.
+    """
+    length = int(records.length[record])
+    with open(records.files[records.file[record]], "rb", buffering=0) as file:  # noqa: PTH123  faster
+        file.seek(int(records.offset[record]) + RECORD_PAYLOAD)
+        data = file.read(length + 4)
+    if _checksum(data[:length]) != data[length:]:
+        raise ValueError("wrong checksum")
+    return data[:length]
 
 
 def epoch_order(records: Records, seed: int, epoch: int, cycle_length: int) -> np.ndarray:
@@ -719,7 +751,8 @@ class RecordCrops:
             InputError: no record gives a crop.
         """
         for file, why in self.records.damaged.items():
-            on_skip(file, why)
+            if draws.rank == 0:
+                on_skip(file, why)
         pipeline = _Pipeline(self, draws, on_skip)
         pipeline.find_one_usable()
         yield from pipeline.batches()
@@ -737,12 +770,16 @@ class _Pipeline:
         self.draws = draws
         self.on_skip = on_skip
         self._small: set[int] = set()
-        self._files = self.tf.constant([os.fsencode(file) for file in data.records.files])
+        self._failed_in_a_row = 0
         resized = data.records.resized
         self._resized = self.tf.constant(resized) if any(resized) else None
 
     def batches(self) -> Iterator[Batch]:
-        """Batches without end; reports what lay between their draws."""
+        """Batches without end; reports what lay between their draws.
+
+        Raises:
+            InputError: no file can be read any more.
+        """
         tf = self.tf
         first = self.draws.position * self.draws.world // self.data.count
         epochs = tf.data.Dataset.range(first, 2**62)
@@ -756,15 +793,17 @@ class _Pipeline:
             # Both libraries look at the same memory.
             x = torch.from_dlpack(tf.experimental.dlpack.to_dlpack(x))  # [B, S, S, 3]
             yield Batch(x.permute(0, 3, 1, 2), self.draws.position_after(used))
+        raise InputError(f"path_train: {self.data.records.files[0]} and all others: not readable")
 
     def find_one_usable(self) -> None:
         """Draw until one record gives a crop; the rest would wait for ever where none does.
 
         Raises:
-            InputError: a whole epoch gives none.
+            InputError: not one does.
         """
         epoch = self.draws.position * self.draws.world // self.data.count
-        epochs = self.tf.data.Dataset.range(epoch + 1, epoch + 2)
+        # Of so many epochs, every record is this rank's in one.
+        epochs = self.tf.data.Dataset.range(epoch + 1, epoch + 1 + self.draws.world)
         if not any(True for _ in self._crops(epochs).take(1)):
             example = self.data.records.name(0)
             reason = TOO_SMALL if self._small else READ_FAILED
@@ -772,60 +811,58 @@ class _Pipeline:
         self._small.clear()
 
     def _report(self, g: int) -> None:
-        if g in self._small:
-            self._small.remove(g)
-            return
-        self.on_skip(self.data.records.name(self._record_of(g)), READ_FAILED)
+        """Say what was wrong with a draw that gave no crop."""
+        reason = TOO_SMALL if g in self._small else READ_FAILED
+        self._small.discard(g)
+        epoch, place = divmod(g, self.data.count)
+        self.on_skip(self.data.records.name(int(self._order(epoch)[place])), reason)
 
     def _note_small(self, g: np.ndarray) -> np.bool_:
-        """Report a record that is too small; False, as a filter has it."""
+        """Remember, in tensorflow's thread, why a draw gives no crop; False, as a filter has it."""
         self._small.add(int(g))
-        self.on_skip(self.data.records.name(self._record_of(int(g))), TOO_SMALL)
         return np.bool_(False)
 
-    def _record_of(self, g: int) -> int:
-        epoch, place = divmod(g, self.data.count)
-        return int(self._order(epoch)[place])
+    def _read(self, record: np.ndarray) -> bytes:
+        self._failed_in_a_row += 1
+        payload = read_payload(self.data.records, int(record))
+        self._failed_in_a_row = 0
+        return payload
+
+    def _still_readable(self, epoch: np.ndarray) -> np.bool_:
+        """False where whole epochs of records could not be read: their files are gone."""
+        return np.bool_(self._failed_in_a_row <= 2 * self.data.count + 100)
 
     @lru_cache(maxsize=3)  # noqa: B019  a pipeline lives as long as its run
     def _order(self, epoch: int) -> np.ndarray:
         return epoch_order(self.data.records, self.draws.seed, epoch, self.data.cycle_length)
 
     def _epoch_table(self, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """g, file, offset and length of this rank's draws, int64 [k, 4], and their luck [k, 3]."""
+        """g, record and file of this rank's draws, int64 [k, 3], and their luck [k, 3]."""
         records, draws, count = self.data.records, self.draws, self.data.count
         g = np.arange(count, dtype=np.int64) + epoch * count
         mine = (g % draws.world == draws.rank) & (g >= draws.position * draws.world)
         order = self._order(int(epoch))[mine]
         luck = np.random.default_rng((draws.seed, int(epoch), 1)).random((count, 3), np.float32)
-        columns = (g[mine], records.file[order], records.offset[order], records.length[order])
-        return np.stack(columns, axis=1), luck[mine]
+        return np.stack((g[mine], order, records.file[order]), axis=1), luck[mine]
 
     def _crops(self, epochs):
         """x uint8 [S, S, 3] and g of every usable draw of these epochs."""
         tf, data = self.tf, self.data
 
+        def readable(epoch):
+            return tf.numpy_function(self._still_readable, [epoch], tf.bool)
+
         def rows_of(epoch):
             rows, luck = tf.numpy_function(self._epoch_table, [epoch], (tf.int64, tf.float32))
-            table = tf.ensure_shape(rows, [None, 4]), tf.ensure_shape(luck, [None, 3])
+            table = tf.ensure_shape(rows, [None, 3]), tf.ensure_shape(luck, [None, 3])
             return tf.data.Dataset.from_tensor_slices(table)
 
-        def with_bytes(row, luck):
-            """The record beside its row; none where its checksum is wrong."""
-            _, file, offset, length = tf.unstack(row, num=4)
-            record = tf.raw_ops.TFRecordDatasetV2(
-                filenames=self._files[file][None], compression_type="",
-                buffer_size=length + RECORD_FRAME, byte_offsets=offset[None],
-            )  # fmt: skip
-            record = tf.data.experimental.from_variant(record, tf.TensorSpec([], tf.string))
-            known = tf.data.Dataset.from_tensors((row, luck))
-            return tf.data.Dataset.zip((record.take(1).ignore_errors(), known))
-
-        def crop(record, known):
-            row, luck = known
-            seed = tf.stack([tf.constant(self.draws.seed, tf.int64), row[0]])
-            is_resized = None if self._resized is None else self._resized[row[1]]
-            return *_crop_of_record(tf, record, data.size, luck, seed, is_resized), row[0]
+        def crop(row, luck):
+            g, record, file = tf.unstack(row, num=3)
+            payload = tf.ensure_shape(tf.numpy_function(self._read, [record], tf.string), [])
+            seed = tf.stack([tf.constant(self.draws.seed, tf.int64), g])
+            is_resized = None if self._resized is None else self._resized[file]
+            return *_crop_of_record(tf, payload, data.size, luck, seed, is_resized), g
 
         def big_enough(x, small, g):
             return tf.cond(
@@ -834,12 +871,9 @@ class _Pipeline:
                 lambda: tf.constant(True),
             )
 
-        reads = max(1, min(data.cycle_length, data.parallel - 1))
-        records = epochs.flat_map(rows_of).interleave(
-            with_bytes, cycle_length=reads, num_parallel_calls=reads, deterministic=True
-        )
+        rows = epochs.take_while(readable).flat_map(rows_of)
         # One more than the cores: one always waits for its turn.
-        crops = records.map(crop, num_parallel_calls=data.parallel + 1, deterministic=True)
+        crops = rows.map(crop, num_parallel_calls=data.parallel + 1, deterministic=True)
         return crops.ignore_errors().filter(big_enough).map(lambda x, small, g: (x, g))
 
 
@@ -941,29 +975,36 @@ def write_tfrecords(
         raise InputError(
             f"--shards {shards}: more than there are images in {images} ({len(files)})"
         )
-    names = np.random.default_rng(seed).permutation(
-        [file.relative_to(root).as_posix() for file in files]
-    )
+    stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
+    stamps = [f"{name}|{stat.st_size}|{stat.st_mtime_ns}" for name, stat in stats]
+    names = np.random.default_rng(seed).permutation([name for name, _ in stats])
     parts = {
         f"train-{index:05d}-of-{shards:05d}.tfrecord": part.tolist()
         for index, part in enumerate(np.array_split(names, shards))
     }
-    identity = {"images": len(files), "shards": shards, "seed": seed, "names": _digest(names)}
+    identity = {"images": len(files), "shards": shards, "seed": seed, "stamp": _digest(stamps)}
     done = _read_manifest(out, identity)
+
+    def write_manifest() -> None:
+        text = json.dumps({**identity, "done": done}, indent=1)
+        write_whole(out / MANIFEST_NAME, lambda path: path.write_text(text))
+
+    write_manifest()
+    for leftover in out.glob(".*.tmp*"):
+        leftover.unlink()
     todo = [shard for shard in parts if shard not in done or not (out / shard).is_file()]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
     bar = tqdm(total=len(files), unit=" images", disable=not sys.stderr.isatty())
     bar.update(sum(len(parts[shard]) for shard in parts if shard not in todo))
     with bar, ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_main_process
+        workers, mp_context=get_context("spawn"), initializer=_leave_signals_to_the_main_process
     ) as pool:  # fmt: skip
         jobs = {pool.submit(_write_shard, root, parts[shard], out / shard): shard for shard in todo}
         try:
             for job in as_completed(jobs):
                 done[jobs[job]] = job.result()
                 bar.update(len(parts[jobs[job]]))
-                text = json.dumps({**identity, "done": done}, indent=1)
-                write_whole(out / MANIFEST_NAME, lambda path, text=text: path.write_text(text))
+                write_manifest()
         finally:
             pool.shutdown(cancel_futures=True)
     return {name: why for shard in parts for name, why in done[shard].items()}
@@ -977,7 +1018,7 @@ def _read_manifest(out: Path, identity: dict[str, Any]) -> dict[str, dict[str, s
     """What earlier calls finished: unreadable images of each shard."""
     path = out / MANIFEST_NAME
     if not path.is_file():
-        if out.is_dir() and any("tfrecord" in file.name for file in out.iterdir()):
+        if out.is_dir() and any("tfrecord" in f.name for f in out.iterdir() if f.name[0] != "."):
             raise InputError(f"--out {out}: holds tfrecords already; choose an empty folder")
         return {}
     try:
@@ -987,7 +1028,7 @@ def _read_manifest(out: Path, identity: dict[str, Any]) -> dict[str, dict[str, s
         raise InputError(f"{path}: damaged; delete {out} and start again") from None
     if manifest != identity:
         raise InputError(
-            f"--out {out}: holds shards of other images or another --shards "
+            f"--out {out}: holds shards of other or changed images, or another --shards "
             f"({manifest.get('images')} images in {manifest.get('shards')} shards); "
             "choose another folder"
         )
@@ -1018,7 +1059,10 @@ def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]
                     ).SerializeToString()
                 )
 
-    write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except tf.errors.OpError as error:  # such as a full disk
+        raise OSError(None, str(error).splitlines()[0], str(path)) from None
     return unreadable
 
 
@@ -1053,7 +1097,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, option) < (option == "shards"):
             raise InputError(f"--{option} {getattr(arguments, option)}: too small")
     images, out = arguments.images.expanduser(), arguments.out.expanduser()
-    unreadable = write_tfrecords(images, out, arguments.shards, arguments.workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers end with us
+    try:
+        unreadable = write_tfrecords(images, out, arguments.shards, arguments.workers)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     for name, why in sorted(unreadable.items()):
         print(f"could not read {name}: {why}", file=sys.stderr)
     print(f"{out}: {arguments.shards} shards; {len(unreadable)} images could not be read")

@@ -11,6 +11,7 @@ Minnen, Balle, Toderici 2018 (arXiv 1809.02736); the networks are CompressAI's. 
 """
 
 import hashlib
+import io
 import pickle
 import re
 import urllib.error
@@ -36,6 +37,7 @@ with warnings.catch_warnings():
     from compressai.zoo import mbt2018_mean
 
 LIKELIHOOD_MIN = 1e-9
+CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")
 
 
 class Latents(NamedTuple):
@@ -134,11 +136,21 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleH
         for key, value in weights.items():
             if not value.isfinite().all():
                 raise InputError(f"pretrain {source}: {key} holds NaN or infinite weights")
-        return MeanScaleHyperprior.from_state_dict(weights).eval()
+        model = MeanScaleHyperprior.from_state_dict(weights).eval()
+        _restore_constants(model)
+        return model
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
         raise InputError(f"{wrong} ({reason})") from None
+
+
+def _restore_constants(model: MeanScaleHyperprior) -> None:
+    """Give the buffers that nobody trains their exact values: half precision rounds 1e-9 to 0."""
+    exact = dict(MeanScaleHyperprior(model.N, model.M).named_buffers())
+    for name, value in model.named_buffers():
+        if name.endswith(CONSTANT_BUFFERS):
+            value.copy_(exact[name])
 
 
 def _load_zoo(source: str) -> MeanScaleHyperprior:
@@ -164,8 +176,7 @@ def save_checkpoint(path: Path, model: MeanScaleHyperprior, state: dict[str, obj
     Raises:
         OSError: the file cannot be written.
     """
-    checkpoint = {"model_state_dict": model.state_dict(), **state}
-    return write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
+    return _save(path, {"model_state_dict": model.state_dict(), **state})
 
 
 def save_weights(path: Path, model: MeanScaleHyperprior, step: int) -> Path:
@@ -174,10 +185,16 @@ def save_weights(path: Path, model: MeanScaleHyperprior, step: int) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    half = {key: value.half() if value.is_floating_point() else value
-            for key, value in model.state_dict().items()}  # fmt: skip
-    checkpoint = {"iter": step, "model_state_dict": half, "optimizer_state_dict": {}}
-    return write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
+    trained = dict(model.named_parameters())
+    weights = {key: value.half() if key in trained else value
+               for key, value in model.state_dict().items()}  # fmt: skip
+    return _save(path, {"iter": step, "model_state_dict": weights, "optimizer_state_dict": {}})
+
+
+def _save(path: Path, checkpoint: dict[str, object]) -> Path:
+    buffer = io.BytesIO()  # torch.save itself tells of a full disk in another way than files do
+    torch.save(checkpoint, buffer)
+    return write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def weights_hash(model: MeanScaleHyperprior) -> str:
@@ -243,6 +260,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device = {name!r}: not usable here ({reason})") from None
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     return device

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from config import InputError, PretrainConfig, RefineConfig, read_json_object, resolved
 from datasets import LoadedImage, TrainingData, write_whole
-from models import Latents, model_from_state_dict, read_checkpoint, save_checkpoint, save_weights
+from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
 
@@ -130,7 +130,7 @@ class StopSignal:
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
-        signal.signal(number, self._usual[number])
+        self.__exit__()
 
     def agreed(self) -> bool:
         """Whether any rank was asked; the same answer on all, who must all ask this."""
@@ -427,35 +427,47 @@ class TrainingRun:
         self.config = config
         self.ranks = ranks
         self.skipped: dict[str, str] = {}
+        self._skips: Counter[str] = Counter()
         self._bar = None
         self._tracker = open_tracker(config, folder) if ranks.rank == 0 else lambda *_: None
 
     # what went before
 
-    def newest_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole; None in a new run."""
+    def checkpoint_to_resume(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, after which metrics start anew; None in a new run.
+
+        Raises:
+            InputError: there are some, but none is whole.
+        """
+        if not first_rank_does(self.ranks, self._checkpoints):
+            return None
+        path = first_rank_does(self.ranks, self._newest_whole)
+        checkpoint = read_checkpoint(path)
+        first_rank_does(self.ranks, lambda: self._forget(checkpoint["iter"]))
+        return checkpoint
+
+    def model_to_test(self):
+        """The model of the newest checkpoint, or of `pretrain` where there is none."""
+        if not self._checkpoints():
+            log.info("testing %s", self.config.pretrain)
+            return load_checkpoint(self.config.pretrain, self.config.channels)
+        path = first_rank_does(self.ranks, self._newest_whole)
+        log.info("testing %s", path)
+        return load_checkpoint(str(path), self.config.channels)
+
+    def _newest_whole(self) -> Path:
+        """The newest checkpoint that can be read; those that cannot get another name."""
         for path in self._checkpoints():
             try:
                 checkpoint = read_checkpoint(path)
+                if isinstance(checkpoint, dict) and "aux_optimizer_state_dict" in checkpoint:
+                    return path
+                reason = f"{path}: holds no state of the optimizers"
             except InputError as error:
-                log.warning("%s; going back to the one before", error)
-                continue
-            if isinstance(checkpoint, dict) and "aux_optimizer_state_dict" in checkpoint:
-                first_rank_does(self.ranks, lambda step=checkpoint["iter"]: self._forget(step))
-                return checkpoint
-        return None
-
-    def trained_model(self):
-        """The model of the newest checkpoint.
-
-        Raises:
-            InputError: there is none.
-        """
-        checkpoint = self.newest_checkpoint()
-        if checkpoint is None:
-            raise InputError(f"test: no checkpoint in {self.folder}, and pretrain names none")
-        log.info("testing step %d of %s", checkpoint["iter"], self.folder)
-        return model_from_state_dict(checkpoint["model_state_dict"], str(self.folder))
+                reason = str(error)
+            log.warning("%s; renamed to *.damaged, going back to the one before", reason)
+            path.rename(f"{path}.damaged")
+        raise InputError(f"{self.folder}: no checkpoint in it can be read; {ANOTHER_RUN}")
 
     def _checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -497,17 +509,19 @@ class TrainingRun:
         """Count an image that cannot be trained on, once, and name it in the log."""
         if name in self.skipped:
             return
-        self.skipped[name] = reason.partition(":")[0]
-        of_kind = Counter(self.skipped.values())[self.skipped[name]]
-        if of_kind <= NAMED_SKIPS:
+        kind = self.skipped[name] = reason.partition(":")[0]
+        self._skips[kind] += 1
+        if self._skips[kind] <= NAMED_SKIPS:
             log.warning("%s: skipped: %s", name, reason)
-        if of_kind == NAMED_SKIPS:
-            log.warning("more that are %s are only counted", self.skipped[name])
+        if self._skips[kind] == NAMED_SKIPS:
+            log.warning("more that are %s are only counted", kind)
 
     def log_training(self, step: int, values: dict[str, Any], bad_steps: int) -> None:
         """A row of metrics.jsonl and a line of the log; every rank must call this."""
-        parts = gather(self.ranks, self.skipped)
-        skipped = Counter(why for part in parts for why in part.values())
+        skipped = self._skips
+        if self.ranks.world > 1:  # two ranks may have met the same image
+            parts = gather(self.ranks, self.skipped)
+            skipped = Counter({name: why for part in parts for name, why in part.items()}.values())
         row = {"kind": "train", "step": step, **values, "bad_steps": bad_steps, "skipped": skipped}
         if self.ranks.rank == 0:
             self._write(row)
@@ -526,7 +540,10 @@ class TrainingRun:
         if not results or self.ranks.rank:
             return
         means = test_means(results)
-        self._write({"kind": "test", "step": step, **means})
+        path = self.folder / "metrics.jsonl"
+        known = ((row["kind"], row["step"]) for row in read_metrics(path))
+        if ("test", step) not in known:  # a finished run, resumed, tests again
+            self._write({"kind": "test", "step": step, **means})
         log.info("step %d, %d test images: loss %s, %s bpp, %s dB", step, means["images"],
                  _digits(means["loss"], 4), _digits(means["bpp"], 4),
                  _digits(means["psnr"], 2))  # fmt: skip
@@ -564,9 +581,10 @@ class TrainingRun:
             self._close()
             kept = next(iter(self._checkpoints()), None)
             log.error(
-                "stopped at step %d: %d steps in a row without finite gradients; %s; a lower "
-                "lr.base may help", step, bad,
-                f"the last good checkpoint is {kept}" if kept else "nothing was saved before",
+                "stopped at step %d: %d steps in a row without finite gradients; %s, with a lower "
+                "lr.base and another save_name", step, bad,
+                f'the last good checkpoint is {kept}: start from it ("pretrain")'
+                if kept else "nothing was saved before: start again",
             )  # fmt: skip
         return 1
 
@@ -612,10 +630,12 @@ def open_training_run(config: PretrainConfig, ranks: Ranks) -> TrainingRun:
     folder = Path(config.output_dir) / config.save_name
 
     def prepare() -> None:
+        holds = any(folder.glob("iter_*.pth.tar"))
+        if config.test and not holds and not config.pretrain:
+            raise InputError(f"test: no checkpoint in {folder}, and pretrain names none")
         folder.mkdir(parents=True, exist_ok=True)
         if config.test:
             return
-        holds = any(folder.glob("iter_*.pth.tar"))
         if holds and not config.resume:
             raise InputError(
                 f'{folder}: holds checkpoints; go on with "resume": true, or {ANOTHER_RUN}'

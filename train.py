@@ -24,8 +24,24 @@ from config import PretrainConfig, exits_with_one_line, parse_command_line
 from datasets import Draws, ImageFiles, open_folder, open_training_data
 from experimental_inference_methods import hard_round
 from metrics import picture_quality
-from models import TrainingPass, analyze, build_model, load_checkpoint, pick_device, rd_pass
-from reporting import Ranks, StopSignal, Window, gather, join_ranks, open_training_run
+from models import (
+    TrainingPass,
+    analyze,
+    build_model,
+    load_checkpoint,
+    model_from_state_dict,
+    pick_device,
+    rd_pass,
+)
+from reporting import (
+    Ranks,
+    StopSignal,
+    Window,
+    first_rank_does,
+    gather,
+    join_ranks,
+    open_training_run,
+)
 
 # So many steps in a row without a finite gradient end a run.
 MAX_BAD_STEPS = 10
@@ -38,26 +54,28 @@ def main(argv=None) -> int:
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
     test_images = open_test_images(config)
-    model = load_checkpoint(config.pretrain, config.channels) if config.pretrain else None
-    run = open_training_run(config, ranks)
     if config.test:
-        model = (model or run.trained_model()).to(device)
+        run = open_training_run(config, ranks)
+        model = run.model_to_test().to(device)
         return run.report_test(validate(model, test_images, config.train_lambda, ranks))
 
-    data = open_training_data(config)
+    # Rank 0 first: it finds the records and keeps their places for the others.
+    data = first_rank_does(ranks, lambda: open_training_data(config))
+    run = open_training_run(config, ranks)
+    checkpoint = run.checkpoint_to_resume()
     torch.manual_seed(config.seed)
-    model = model or build_model(config.network_channels)
-    model = model.train().to(device, memory_format=torch.channels_last)
+    model = start_model(config, checkpoint).train().to(device, memory_format=torch.channels_last)
     network = wrap(TrainingPass(model, config.train_lambda, config.precision), ranks)
     state = TrainingState(model, *build_optimizers(model, config))
     torch.manual_seed(config.seed + ranks.rank)
-    state.restore(run.newest_checkpoint(), ranks)
+    if checkpoint is not None:
+        state.restore(checkpoint, ranks)
     batches = data.batches(
         Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
     )
     run.announce(state.step, model, data, device)
 
-    window = Window(ranks, config.batch_size)
+    window, due = Window(ranks, config.batch_size), False
     with StopSignal(ranks) as stop:
         while state.step < config.tot_iterations and not stop.agreed():
             started = time.perf_counter()
@@ -72,17 +90,31 @@ def main(argv=None) -> int:
                 return run.diverged(state.step, MAX_BAD_STEPS)
             if state.step % config.print_freq == 0:
                 run.log_training(state.step, {"lr": lr, **window.read()}, state.bad_steps)
-            due = state.step % config.save_model_freq == 0 and not state.bad_in_a_row
-            if due and state.step < config.tot_iterations:
+            due = due or state.step % config.save_model_freq == 0
+            if due and not state.bad_in_a_row and state.step < config.tot_iterations:
+                due = False
                 with window.stopped_clock():
                     run.save(state.step, model, state.checkpoint(ranks))
                     results = validate(model, test_images, config.train_lambda, ranks)
                     run.log_test(state.step, results)
-    run.save(state.step, model, state.checkpoint(ranks))
+        run.save(state.step, model, state.checkpoint(ranks))
     if state.step < config.tot_iterations:
         return run.stopped(state.step)
     run.log_test(state.step, validate(model, test_images, config.train_lambda, ranks))
     return run.finish(state.step, model)
+
+
+def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+    """The model of a checkpoint, or of `pretrain`, or a new one.
+
+    Raises:
+        InputError: `pretrain` cannot be read, or has other channels than the config asks for.
+    """
+    if checkpoint is not None:
+        return model_from_state_dict(checkpoint["model_state_dict"], config.save_name)
+    if config.pretrain:
+        return load_checkpoint(config.pretrain, config.channels)
+    return build_model(config.network_channels)
 
 
 @dataclass
@@ -118,11 +150,8 @@ class TrainingState:
             "bad_steps": self.bad_steps,
         }
 
-    def restore(self, checkpoint: dict[str, Any] | None, ranks: Ranks) -> None:
-        """Go on from a checkpoint, if there is one."""
-        if checkpoint is None:
-            return
-        self.model.load_state_dict(checkpoint["model_state_dict"])
+    def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
+        """Go on from a checkpoint whose weights `model` has already."""
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer_state_dict"])
         self.step, self.bad_steps = checkpoint["iter"], checkpoint["bad_steps"]
@@ -216,7 +245,7 @@ def wrap(network: TrainingPass, ranks: Ranks) -> nn.Module:
     """DistributedDataParallel where there are several ranks; it starts them from equal weights."""
     if ranks.world == 1:
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    return DistributedDataParallel(network)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from conftest import ROOT
 from experimental_inference_methods import rounding_from_config
 
 EXAMPLES = sorted((ROOT / "example_files").rglob("*.json"))
-REFINE_EXAMPLES = [path for path in EXAMPLES if path.name != "pretrain.json"]
+PRETRAIN_EXAMPLES = [path for path in EXAMPLES if "train" in f"{path.parent.name}{path.stem}"]
+REFINE_EXAMPLES = sorted(set(EXAMPLES) - set(PRETRAIN_EXAMPLES))
 
 
 @pytest.mark.parametrize("path", REFINE_EXAMPLES, ids=lambda p: p.stem)
@@ -28,6 +29,12 @@ def test_example_files_load_and_name_a_method(path):
     if path.parent.name == "baselines":
         assert rounding.name == path.stem == config.save_name.split("/")[1]
     assert (ROOT / config.pretrain).is_file()
+
+
+@pytest.mark.parametrize("path", PRETRAIN_EXAMPLES, ids=lambda p: p.stem)
+def test_pretraining_example_files_load(path):
+    config = load_config(path, PretrainConfig)
+    assert config.train_folder or config.path_train.train_imagenet
 
 
 def test_the_default_example_has_the_published_settings():

@@ -165,7 +165,7 @@ def test_cycle_length_files_are_open_at_a_time(records):
 def test_every_form_of_record_looks_as_in_pillow(tmp_path, form, mode):
     base = np.add.outer(np.arange(SIZE), np.arange(SIZE)).astype(np.uint8)
     if mode == "I;16":
-        image = Image.fromarray(base.astype(np.uint16) * 257)
+        image = Image.fromarray(base.astype(np.uint16) * 257 + np.uint16(100))
         expected = np.repeat(base[:, :, None], 3, axis=2)
     else:
         rgb = Image.fromarray(np.stack((base, base[::-1], base[:, ::-1] // 2), axis=-1))
@@ -226,13 +226,46 @@ def test_data_without_one_usable_record_are_refused(tmp_path, images):
 
 def test_places_are_kept_until_a_file_changes(records):
     first = imagenet_tfrecords(records)
-    assert (records / INDEX_NAME).is_file()
+    stamp = (records / INDEX_NAME).stat().st_mtime_ns
     again = imagenet_tfrecords(records)
+    assert (records / INDEX_NAME).stat().st_mtime_ns == stamp
     assert np.array_equal(first.offset, again.offset)
     write_records(records / "train-1.tfrecord", [encode(picture(50))])
-    assert len(imagenet_tfrecords(records).file) < len(first.file)
-    (records / INDEX_NAME).write_bytes(b"damaged")
-    assert len(imagenet_tfrecords(records).file) == len(imagenet_tfrecords(records).file)
+    assert len(imagenet_tfrecords(records).file) == len(first.file) - 6
+    whole = (records / INDEX_NAME).read_bytes()
+    for damaged in (b"", b"damaged", whole[:-30]):
+        (records / INDEX_NAME).write_bytes(damaged)
+        assert len(imagenet_tfrecords(records).file) == len(first.file) - 6
+
+
+def test_zeros_after_the_records_are_no_records(records):
+    path = records / "train-0.tfrecord"
+    path.write_bytes(path.read_bytes() + bytes(1600))
+    places = imagenet_tfrecords(records)
+    assert len(places.file) == 20
+    assert "1600 bytes left out" in places.damaged[str(path)]
+
+
+def test_a_file_that_vanishes_is_skipped_and_all_of_them_end_the_data(records):
+    data = RecordCrops(imagenet_tfrecords(records), SIZE, 1, 2)
+    (records / "train-2.tfrecord").unlink()
+    skipped = {}
+    batches = data.batches(Draws(0), skipped.__setitem__)
+    assert max(numbers_of([next(batches) for _ in range(40)])) < 14
+    assert set(skipped.values()) == {READ_FAILED}
+    assert len(skipped) == 6
+    for file in records.glob("*.tfrecord"):
+        file.unlink()
+    with pytest.raises(InputError, match="not readable"):
+        for _ in range(1000):
+            next(batches)
+
+
+def test_every_rank_finds_the_only_usable_record(tmp_path):
+    write_records(tmp_path / "a.tfrecord", [encode(picture(1))])
+    for rank in (0, 1, 2):
+        drawn, _ = draw(tmp_path, 2, rank=rank, world=3)
+        assert numbers_of(drawn) == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +287,7 @@ def test_what_is_no_tfrecord_is_refused(tmp_path, make, message):
 
 @pytest.fixture
 def prepared_clic(tmp_path):
-    """tensorflow-datasets' folder of a small `clic`: pictures 200 to 204 of 300x40 pixels."""
+    """tensorflow-datasets' folder of a small `clic`: pictures 200 to 204 of 250x40 pixels."""
     tfds = datasets.import_tensorflow_datasets()
     builder = tfds.builder("clic", data_dir=tmp_path / "tfds")
     splits = {
@@ -435,6 +468,27 @@ def test_a_conversion_goes_on_where_it_was(folder, tmp_path, capsys):
     assert second.stat().st_mtime_ns == stamp
     assert sorted(record["image"] for record in read_records(out)) == before
     assert convert(folder, out, shards=3) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_a_conversion_stopped_before_its_first_record_goes_on(folder, tmp_path):
+    """What a kill within the first shard leaves: a list of nothing and a torn temporary file."""
+    out = tmp_path / "out"
+    assert convert(folder, out) == 0
+    for file in out.glob("*.tfrecord"):
+        file.unlink()
+    (out / ".0123.tmp.tfrecord").write_bytes(b"torn")
+    manifest = json.loads((out / datasets.MANIFEST_NAME).read_text())
+    (out / datasets.MANIFEST_NAME).write_text(json.dumps({**manifest, "done": {}}))
+    assert convert(folder, out) == 0
+    assert len(read_records(out)) == 6
+    assert not list(out.glob(".*"))
+
+
+def test_changed_images_are_not_taken_for_converted_ones(folder, tmp_path, capsys):
+    assert convert(folder, tmp_path / "out") == 0
+    (folder / "0.png").write_bytes(encode(picture(77)))
+    assert convert(folder, tmp_path / "out") == 2
     assert "choose another folder" in capsys.readouterr().err
 
 
