@@ -11,6 +11,7 @@ loss sees and without which the entropy coder's tables fit nothing.
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ def main(argv=None) -> int:
     run.announce(state.step, model, data, device)
 
     window, due = Window(ranks, config.batch_size), False
-    with StopSignal(ranks) as stop:
+    # Closed on every way out: its workers do not end by SIGTERM.
+    with closing(batches), StopSignal(ranks) as stop:
         while state.step < config.tot_iterations and not stop.agreed():
             started = time.perf_counter()
             batch = next(batches)
