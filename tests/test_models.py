@@ -55,13 +55,13 @@ def test_true_pass_is_compressais_forward(model):
 
 def test_the_encoder_continues_odd_sizes_by_their_border(model):
     """On a photo of odd size this start beats the encoder's own, zero-padded inside a block."""
-    x = to_x(skimage.data.chelsea())
+    x = to_x(skimage.data.chelsea()[:289, :449])
     y = model.g_a(x)
     plain = Latents(y, model.h_a(y))
     ours = analyze(model, x)
     assert [v.shape for v in ours] == [v.shape for v in plain]
     losses = [rd_pass(model, x, one, hard_round, 0.01)["loss"].item() for one in (ours, plain)]
-    assert losses[0] < 0.95 * losses[1]
+    assert losses[0] < 0.9 * losses[1]
 
 
 def test_a_batch_is_its_images(model):
