@@ -259,6 +259,16 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
+def save_picture(path: Path, x: Tensor) -> Path:
+    """A PNG of x [3, H, W], clamped to [0, 1] and rounded to 8 bits."""
+    return write_whole(path, lambda file: Image.fromarray(to_pixels(x)).save(file, format="PNG"))
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] of x [3, H, W], clamped to [0, 1]."""
+    return (x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
 def seeded_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
     """torchvision's random resized crop to [size, size], the same one for the same seed."""
     with torch.random.fork_rng(devices=[]):

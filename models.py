@@ -32,6 +32,7 @@ from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_lo
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
     warnings.simplefilter("ignore")
+    from compressai.entropy_models import EntropyModel as EntropyModel
     from compressai.layers import GDN
     from compressai.models import MeanScaleHyperprior
     from compressai.zoo import mbt2018_mean
@@ -176,19 +177,39 @@ def save_checkpoint(path: Path, model: MeanScaleHyperprior, state: dict[str, obj
     Raises:
         OSError: the file cannot be written.
     """
-    return _save(path, {"model_state_dict": model.state_dict(), **state})
+    return _save(path, {"model_state_dict": without_tables(model), **state})
 
 
 def save_weights(path: Path, model: MeanScaleHyperprior, step: int) -> Path:
     """Write a trained model alone, in half precision: a quarter of a checkpoint or less.
+
+    The coding tables of z and the scales of y's lie beside: made anew on another machine, last bits
+    would differ, and no file of one machine would decode on the other.
 
     Raises:
         OSError: the file cannot be written.
     """
     trained = dict(model.named_parameters())
     weights = {key: value.half() if key in trained else value
-               for key, value in model.state_dict().items()}  # fmt: skip
+               for key, value in without_tables(model).items()}  # fmt: skip
+    reader = model_from_state_dict(weights, str(path))
+    build_tables(reader)
+    kept = ("entropy_bottleneck._", "gaussian_conditional.scale_table")
+    weights |= {key: value for key, value in reader.state_dict().items() if key.startswith(kept)}
     return _save(path, {"iter": step, "model_state_dict": weights, "optimizer_state_dict": {}})
+
+
+def build_tables(model: MeanScaleHyperprior) -> None:
+    """Give a model the coding tables that its checkpoint did not hold, as CompressAI does."""
+    scale_table = model.gaussian_conditional.scale_table
+    model.update(scale_table if len(scale_table) else None)
+
+
+def without_tables(model: MeanScaleHyperprior) -> dict[str, Tensor]:
+    """A model's state dict with empty coding tables: training makes any that it had wrong."""
+    tables = ("_offset", "_quantized_cdf", "_cdf_length", "scale_table")
+    return {key: value[:0] if key.rpartition(".")[2] in tables else value
+            for key, value in model.state_dict().items()}  # fmt: skip
 
 
 def _save(path: Path, checkpoint: dict[str, object]) -> Path:
@@ -432,3 +453,11 @@ def integer_latents(model: MeanScaleHyperprior, latents: Latents) -> Latents:
     z = (latents.z - medians).round()
     _, means = prior_params(model, z + medians, latents.y.shape[2:])
     return Latents((latents.y - means).round().int(), z.int())
+
+
+@torch.no_grad()
+def reconstruct(model: MeanScaleHyperprior, symbols: Latents, size: tuple[int, int]) -> Tensor:
+    """x_hat [1, 3, *size] in [0, 1] of the integers that `integer_latents` gives."""
+    z_hat = symbols.z + medians_of(model)
+    _, means = prior_params(model, z_hat, symbols.y.shape[2:])
+    return synthesize(model, symbols.y + means, size).clamp(0, 1)

@@ -39,7 +39,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from config import InputError, PretrainConfig, RefineConfig, read_json_object, resolved
-from datasets import LoadedImage, TrainingData, write_whole
+from datasets import LoadedImage, TrainingData, save_picture, write_whole
 from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
@@ -148,16 +148,6 @@ def write_json(path: Path, value: Any) -> Path:
     """Indented JSON; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2) + "\n"
     return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def save_picture(path: Path, x: Tensor) -> Path:
-    """A PNG of x [3, H, W], clamped to [0, 1] and rounded to 8 bits."""
-    return write_whole(path, lambda file: Image.fromarray(to_pixels(x)).save(file, format="PNG"))
-
-
-def to_pixels(x: Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of x [3, H, W], clamped to [0, 1]."""
-    return (x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,573 @@
+"""Integer latents become files, and files become pictures; no refinement in here.
+
+python codec.py compress photo.png photos/ --checkpoint WEIGHTS -o coded
+python codec.py decompress coded/*.olc --checkpoint WEIGHTS -o decoded
+python codec.py info coded/*.olc
+
+A file is a header (`HEADER`), the string of z, the index exceptions and the string of y. The
+strings are those of CompressAI's coders, and its stock `MeanScaleHyperprior.decompress` reads them
+where height and width are multiples of 64: z around the medians, y around the means that h_s
+predicts from z (arXiv 1809.02736).
+
+h_s also chooses, among 64 tables, the one that each symbol of y is coded with, and one other choice
+ruins a string. In float32 that choice hangs on the processor and the number of threads: in about
+every second photo one of 10^5 indices moves. So h_s is computed in float64 here, where the choice
+is the same everywhere, and the few indices that CompressAI's float32 path sees otherwise are listed
+in the file as exceptions. All of this runs on the CPU, image by image.
+"""
+
+import argparse
+import copy
+import math
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from config import InputError, exits_with_one_line
+from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture, write_whole
+from experimental_inference_methods import hard_round
+from metrics import picture_quality
+from models import (
+    EntropyModel,
+    FrozenGDN,
+    Latents,
+    MeanScaleHyperprior,
+    analyze,
+    build_tables,
+    integer_latents,
+    is_out_of_memory,
+    load_checkpoint,
+    medians_of,
+    rd_pass,
+    reconstruct,
+    weights_hash,
+)
+
+MAGIC, VERSION, SUFFIX = b"OLC", 1, ".olc"
+# name, type as in Python's struct (little-endian), meaning
+HEADER = (
+    ("magic", "3s", "OLC"),
+    ("version", "B", "of this layout: 1"),
+    ("height", "I", "of the picture, pixels"),
+    ("width", "I", "of the picture, pixels"),
+    ("N", "H", "channels of z"),
+    ("M", "H", "channels of y"),
+    ("weights", "4s", "start of the weights' SHA-256"),
+    ("tables", "I", "CRC-32 of the coders' tables"),
+    ("z_bytes", "I", "length of the string of z, which follows the header"),
+    ("exception_bytes", "H", "length of the index exceptions, which follow it; y's string is last"),
+    ("symbols", "I", "CRC-32 of z and y, int32, row by row"),
+    ("file", "I", "CRC-32 of all other bytes of the file"),
+)
+LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
+# Of a picture: what Pillow opens.
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+
+
+class BitstreamError(InputError):
+    """A file cannot be decoded exactly, or latents cannot be coded: one line that says why."""
+
+
+class Header(NamedTuple):
+    """The fields of `HEADER`, in its order."""
+
+    magic: bytes
+    version: int
+    height: int
+    width: int
+    N: int
+    M: int
+    weights: bytes
+    tables: int
+    z_bytes: int
+    exception_bytes: int
+    symbols: int
+    file: int
+
+
+class Bitstream(NamedTuple):
+    """The parts of a file: its header and three byte strings."""
+
+    header: Header
+    z_string: bytes
+    exceptions: bytes
+    y_string: bytes
+
+
+@dataclass(frozen=True)
+class Coder:
+    """A model made ready to code on the CPU; made by `build_coder`.
+
+    model: CompressAI's, float32, with tables. h_s: its hyper-decoder in float64. weights: 4 bytes
+    that tell weights apart; tables: the same of the tables. z_bits: what the coder needs at least
+    for the N symbols of one position of z.
+    """
+
+    model: MeanScaleHyperprior
+    h_s: nn.Sequential
+    weights: bytes
+    tables: int
+    z_bits: float
+
+
+def build_coder(model: MeanScaleHyperprior) -> Coder:
+    """A copy of a model, not yet frozen, that `encode_latents` and `decode_latents` work with.
+
+    The coders' tables are those of the checkpoint; where it has none, CompressAI builds them.
+
+    Raises:
+        ValueError: the model is frozen for refinement.
+        InputError: the checkpoint's tables are no tables.
+    """
+    if any(isinstance(layer, FrozenGDN) for layer in model.modules()):
+        raise ValueError("build the coder of a model before freezing it")
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = model.to(memory_format=torch.contiguous_format)
+    build_tables(model)
+    for entropy_model in (model.entropy_bottleneck, model.gaussian_conditional):
+        _check_tables(entropy_model)
+    tables = 0
+    for entropy_model in (model.entropy_bottleneck, model.gaussian_conditional):
+        for part in (entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset):
+            tables = zlib.crc32(_as_bytes(part), tables)
+    return Coder(
+        model=model,
+        h_s=copy.deepcopy(model.h_s).double(),
+        weights=bytes.fromhex(weights_hash(model))[:4],
+        tables=tables,
+        z_bits=_fewest_bits(model.entropy_bottleneck),
+    )
+
+
+def _check_tables(entropy_model: EntropyModel) -> None:
+    """Refuse tables with which CompressAI's coder, which checks nothing, would crash."""
+    cdf, lengths = entropy_model.quantized_cdf, entropy_model.cdf_length
+    scale = 2**entropy_model.entropy_coder_precision
+    sound = cdf.dim() == 2 and lengths.shape == entropy_model.offset.shape == cdf.shape[:1]
+    sound = sound and bool((lengths >= 3).all() and (lengths <= cdf.size(1)).all())
+    for row, length in zip(cdf, lengths, strict=True) if sound else ():
+        row = row[:length]
+        sound = sound and row[0] == 0 and row[-1] == scale and bool((row.diff() > 0).all())
+    if not sound:
+        name = type(entropy_model).__name__
+        raise InputError(f"the checkpoint's coding tables of {name} are broken: save it without")
+
+
+def _fewest_bits(entropy_model: EntropyModel) -> float:
+    """Bits that one symbol of every table needs at least, summed over the tables."""
+    scale = 2**entropy_model.entropy_coder_precision
+    likeliest = [
+        row[:length].diff().max().item() / scale
+        for row, length in zip(entropy_model.quantized_cdf, entropy_model.cdf_length, strict=True)
+    ]
+    return -sum(math.log2(p) for p in likeliest)
+
+
+# --- latents to bytes and back --------------------------------------------------------------------
+
+
+def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> bytes:
+    """A file of one image's integer latents, decoded and compared before it is returned.
+
+    Args:
+        symbols: integers as `integer_latents` gives them, on any device; y [1, M, ceil(H/16),
+            ceil(W/16)] and z [1, N, ceil(H/64), ceil(W/64)].
+        size: H, W of the picture.
+
+    Raises:
+        BitstreamError: the picture is too large for the format, or what was written does not
+            decode to the same symbols.
+        ValueError: the latents are not those of a picture of this size.
+    """
+    model, symbols = coder.model, Latents(*(v.cpu().int() for v in symbols))
+    shapes = _latent_shapes(size, model.N, model.M)
+    if tuple(v.shape for v in symbols) != shapes:
+        raise ValueError(f"latents of shapes {[tuple(v.shape) for v in symbols]}, not {shapes}")
+    _check_size(*size)
+    indexes, exceptions = _indexes_to_write(coder, symbols.z, shapes.y[2:])
+    z_string = _encode(model.entropy_bottleneck, symbols.z, _z_indexes(shapes.z))
+    y_string = _encode(model.gaussian_conditional, symbols.y, indexes)
+    if len(exceptions) > 0xFFFF:
+        raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
+    header = Header(
+        MAGIC, VERSION, *size, model.N, model.M, coder.weights, coder.tables,
+        len(z_string), len(exceptions), _checksum(symbols), file=0,
+    )  # fmt: skip
+    data = _sign(header, z_string + exceptions + y_string)
+    decoded, _ = decode_latents(coder, data)
+    if not all(torch.equal(a, b) for a, b in zip(decoded, symbols, strict=True)):
+        raise BitstreamError("what was written decodes to other symbols; nothing was kept")
+    return data
+
+
+def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]:
+    """The integer latents (int32) in a file and the picture's H, W; the inverse of the above.
+
+    Raises:
+        BitstreamError: the file is truncated, damaged, of another version or other weights, or
+            does not decode to the symbols that were coded.
+    """
+    header, z_string, exceptions, y_string = read_bitstream(data)
+    model, size = coder.model, (header.height, header.width)
+    _check_fits(coder, header)
+    shapes = _latent_shapes(size, model.N, model.M)
+    positions = shapes.z[2] * shapes.z[3]
+    # The coder ends at most 64 bits under what its tables say.
+    if positions * coder.z_bits > 8 * len(z_string) + 64:
+        raise BitstreamError(
+            f"damaged: {size[1]}x{size[0]} pixels cannot be in {len(z_string)} bytes of z"
+        )
+    try:
+        z = _decode(model.entropy_bottleneck, z_string, _z_indexes(shapes.z))
+        indexes = _apply_exceptions(_indexes(coder, z, shapes.y[2:]), exceptions)
+        symbols = Latents(_decode(model.gaussian_conditional, y_string, indexes), z)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise BitstreamError(f"no memory for {size[1]}x{size[0]} pixels") from None
+    if _checksum(symbols) != header.symbols:
+        raise BitstreamError(
+            "does not decode to the symbols that were coded: it was made to deceive, "
+            "or this machine computes otherwise than the encoder's"
+        )
+    return symbols, size
+
+
+def decode_picture(coder: Coder, data: bytes) -> Tensor:
+    """x_hat [1, 3, H, W] in [0, 1], on the CPU, of a file.
+
+    Raises:
+        BitstreamError: see `decode_latents`.
+    """
+    symbols, size = decode_latents(coder, data)
+    return reconstruct(coder.model, symbols, size)
+
+
+def read_bitstream(data: bytes) -> Bitstream:
+    """The header and the strings of a file, checked as far as that goes without the weights.
+
+    `[[y_string], [z_string]]` is what CompressAI's `decompress` takes.
+
+    Raises:
+        BitstreamError: no such file, another version, truncated or damaged.
+    """
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        raise BitstreamError(f"no file of this codec (they start with {MAGIC.decode()})")
+    if len(data) < LAYOUT.size:
+        raise BitstreamError(f"truncated: {len(data)} bytes, the header alone has {LAYOUT.size}")
+    header = Header(*LAYOUT.unpack_from(data))
+    if header.version != VERSION:
+        raise BitstreamError(f"of version {header.version}: this code reads version {VERSION}")
+    body = data[LAYOUT.size :]
+    if header.file != _sign_of(header, body):
+        raise BitstreamError("truncated or damaged: its checksum does not match its bytes")
+    z_end = header.z_bytes
+    y_start = z_end + header.exception_bytes
+    if y_start > len(body):
+        raise BitstreamError(f"damaged: strings of {y_start} bytes in {len(body)}")
+    _check_size(header.height, header.width)
+    return Bitstream(header, body[:z_end], body[z_end:y_start], body[y_start:])
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise BitstreamError(f"{width}x{height} pixels: from 1 to {MAX_PIXELS} can be coded")
+
+
+def _check_fits(coder: Coder, header: Header) -> None:
+    model = coder.model
+    if (header.N, header.M) != (model.N, model.M):
+        raise BitstreamError(
+            f"made with N = {header.N}, M = {header.M}; these weights have "
+            f"N = {model.N}, M = {model.M}"
+        )
+    if header.weights != coder.weights:
+        raise BitstreamError(
+            f"made with other weights ({header.weights.hex()}; these are {coder.weights.hex()})"
+        )
+    if header.tables != coder.tables:
+        raise BitstreamError(
+            "made with other coding tables: the weights are the same, but hold no tables (those of "
+            "train.py's weights.pth.tar do), and another machine computed others from them"
+        )
+
+
+def _latent_shapes(size: tuple[int, int], N: int, M: int) -> Latents:
+    """The shapes of y and z of a picture of H, W."""
+    height, width = size
+    return Latents((1, M, -(-height // 16), -(-width // 16)),
+                   (1, N, -(-height // 64), -(-width // 64)))  # fmt: skip
+
+
+def _sign(header: Header, body: bytes) -> bytes:
+    return LAYOUT.pack(*header._replace(file=_sign_of(header, body))) + body
+
+
+def _sign_of(header: Header, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(LAYOUT.pack(*header._replace(file=0))))
+
+
+def _checksum(symbols: Latents) -> int:
+    return zlib.crc32(_as_bytes(symbols.y), zlib.crc32(_as_bytes(symbols.z)))
+
+
+def _as_bytes(v: Tensor) -> bytes:
+    return v.contiguous().numpy().astype("<i4").tobytes()
+
+
+# --- CompressAI's coders --------------------------------------------------------------------------
+
+
+def _encode(entropy_model: EntropyModel, symbols: Tensor, indexes: Tensor) -> bytes:
+    """The string of integer symbols, each coded with the table of its index; both [1, C, h, w]."""
+    # Float32 holds integers up to 2^24; the decoding after it finds out the others.
+    return EntropyModel.compress(entropy_model, symbols.float(), indexes)[0]
+
+
+def _decode(entropy_model: EntropyModel, string: bytes, indexes: Tensor) -> Tensor:
+    """The symbols, int32 [1, C, h, w], of a string."""
+    # CompressAI's decoder checks no end. Behind the string it reads zeros here: once its state is
+    # zero it takes one word a symbol, and no escape code, so that it stays inside them.
+    padded = string + bytes(4 * (indexes.numel() + 256))
+    return EntropyModel.decompress(entropy_model, [padded], indexes, torch.int32)
+
+
+def _z_indexes(shape: Sequence[int]) -> Tensor:
+    """Table c for channel c, int32 [1, N, h', w']."""
+    return torch.arange(shape[1], dtype=torch.int32).reshape(1, -1, 1, 1).expand(*shape)
+
+
+def _indexes(coder: Coder, z: Tensor, size: tuple[int, int]) -> Tensor:
+    """The table of every symbol of y, int32 [1, M, *size], from h_s in float64."""
+    z_hat = (z + medians_of(coder.model)).double()  # [1, N, h', w']
+    scales = coder.h_s(z_hat)[:, : coder.model.M, : size[0], : size[1]]
+    return coder.model.gaussian_conditional.build_indexes(scales)
+
+
+def _indexes_to_write(coder: Coder, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, bytes]:
+    """The tables that CompressAI's float32 path chooses, and where `_indexes` differs."""
+    model = coder.model
+    scales = model.h_s(z + medians_of(model))[:, : model.M, : size[0], : size[1]]
+    stock = model.gaussian_conditional.build_indexes(scales)
+    return stock, _list_exceptions(_indexes(coder, z, size), stock)
+
+
+def _list_exceptions(indexes: Tensor, wanted: Tensor) -> bytes:
+    """One number for each step by which an index must move: 2 * gap, plus 1 if it moves down.
+
+    The gap counts positions since the last such number, row by row. Numbers are written seven bits
+    a byte, the low ones first, the high bit on all but the last byte.
+    """
+    moves = (wanted - indexes).flatten().numpy()
+    written, last = bytearray(), 0
+    for position in np.flatnonzero(moves).tolist():
+        for _ in range(abs(int(moves[position]))):
+            number = 2 * (position - last) + int(moves[position] < 0)
+            last = position
+            while number >= 128:
+                written.append(number & 127 | 128)
+                number >>= 7
+            written.append(number)
+    return bytes(written)
+
+
+def _apply_exceptions(indexes: Tensor, exceptions: bytes) -> Tensor:
+    """The indexes moved as `_list_exceptions` wrote.
+
+    Raises:
+        BitstreamError: they lead outside the picture or the tables.
+    """
+    flat, position, number, shift = indexes.flatten(), 0, 0, 0
+    for byte in exceptions:
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            position += number >> 1
+            if position >= len(flat):
+                raise BitstreamError("damaged: an index exception lies outside the picture")
+            flat[position] += -1 if number & 1 else 1
+            number = shift = 0
+    if shift or flat.min() < 0 or flat.max() > 63:
+        raise BitstreamError("damaged: its index exceptions make no sense")
+    return flat.reshape(indexes.shape)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A file to work on, and the name, below the output folder, of what becomes of it."""
+
+    source: Path
+    target: str
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """compress, decompress, info; exit code 0, 2 if anything was wrong with any file."""
+    parser = argparse.ArgumentParser(description="Pictures become files and files pictures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compress = commands.add_parser("compress", help="code images, without refinement")
+    decompress = commands.add_parser("decompress", help="decode files to PNG")
+    info = commands.add_parser("info", help="print what the headers of files say")
+    compress.add_argument("paths", nargs="+", metavar="IMAGE", help="a file or a folder")
+    for command in (decompress, info):
+        command.add_argument(
+            "paths", nargs="+", metavar="FILE", help=f"a {SUFFIX} file or a folder"
+        )
+    for command in (compress, decompress):
+        command.add_argument("--checkpoint", required=True, metavar="WEIGHTS")
+        command.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        return for_each(find_jobs(arguments.paths, (SUFFIX,), str), print_header)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise InputError(f"-o {arguments.output}: is a file; a folder is wanted")
+    if arguments.command == "compress":
+        jobs = find_jobs(arguments.paths, IMAGE_SUFFIXES, lambda name: name + SUFFIX)
+        return compress_images(jobs, arguments.checkpoint, arguments.output)
+    jobs = find_jobs(arguments.paths, (SUFFIX,), picture_name)
+    coder = build_coder(load_checkpoint(arguments.checkpoint))
+    return for_each(jobs, partial(decompress_file, coder, arguments.output))
+
+
+def picture_name(name: str) -> str:
+    """a.png.olc gives a.png, a.jpg.olc gives a.jpg.png: no two files give the same."""
+    name = name.removesuffix(SUFFIX)
+    return name if name.endswith(".png") else f"{name}.png"
+
+
+def find_jobs(
+    paths: Sequence[str], suffixes: Iterable[str], target_of: Callable[[str], str]
+) -> list[Job]:
+    """The files that paths name, files or folders, and what `target_of` makes of their names.
+
+    Raises:
+        InputError: a path leads to no such file, or two files to one name.
+    """
+    jobs: dict[str, Job] = {}
+    for path in paths:
+        root = Path(path).expanduser()
+        for source in find_images(path, frozenset(suffixes)):
+            name = source.name if source == root else source.relative_to(root).as_posix()
+            job = Job(source, target_of(name))
+            other = jobs.setdefault(job.target, job)
+            if other.source != source:
+                raise InputError(f"{other.source} and {source} would both become {job.target}")
+    return list(jobs.values())
+
+
+def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
+    """Let `act` have every job; one that fails is one line and exit code 2, the rest goes on."""
+    code = 0
+    for job in jobs:
+        try:
+            act(job)
+        except BrokenPipeError:
+            raise
+        except (InputError, OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            if isinstance(error, RuntimeError):
+                if not is_out_of_memory(error):
+                    raise
+                reason = "no memory for a picture of this size"
+            print(f"error: {job.source}: {reason}", file=sys.stderr)
+            code = 2
+    return code
+
+
+def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
+    """Write a file for each image into `folder`, and print its rate beside the estimated one."""
+    coder = build_coder(load_checkpoint(checkpoint))
+    width = max(4, *(len(job.target) for job in jobs))
+    rows: list[dict[str, float]] = []
+
+    def line(name: str, size: str, row: dict[str, float]) -> str:
+        return (
+            f"{name:{width}} {size:>11} {row['bytes']:9.0f} {row['bpp']:8.4f} "
+            f"{row['estimate']:8.4f} {100 * (row['bpp'] / row['estimate'] - 1):+6.2f}% "
+            f"{row['psnr']:5.2f} dB {row['coding']:6.2f} s {row['decoding']:6.2f} s"
+        )
+
+    def compress(job: Job) -> None:
+        image = ImageFiles([job.source], job.source.parent)[0]
+        if image.x is None:
+            raise InputError(image.error)
+        x = image.x[None]  # [1, 3, H, W]
+        data, row = compress_picture(coder, x)
+        write_whole(folder / job.target, lambda file: file.write_bytes(data))
+        rows.append(row)
+        print(line(job.target, f"{x.size(3)}x{x.size(2)}", row))
+
+    print(f"{'file':{width}} {'size':>11} {'bytes':>9} {'bpp':>8} {'estimate':>8} {'over':>7} "
+          f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
+    code = for_each(jobs, compress)
+    if len(rows) > 1:
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        print(line("mean", "", means))
+    return code
+
+
+def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
+    """The file of x [1, 3, H, W] in [0, 1], as the encoder's latents have it, and its measures.
+
+    Returns:
+        The file; its `bytes`, `bpp`, the `estimate` of it by the likelihoods, `psnr` (dB, 8-bit
+        pixels of the decoded file), and the seconds of `coding` and `decoding`.
+
+    Raises:
+        BitstreamError: see `encode_latents`.
+    """
+    size = tuple(x.shape[2:])
+    start = time.perf_counter()
+    latents = analyze(coder.model, x)
+    data = encode_latents(coder, integer_latents(coder.model, latents), size)
+    coded = time.perf_counter()
+    x_hat = decode_picture(coder, data)
+    decoded = time.perf_counter()
+    with torch.no_grad():
+        estimate = rd_pass(coder.model, x, latents, hard_round, lmbda=0.0)["bpp"].item()
+    return data, {
+        "bytes": len(data),
+        "bpp": 8 * len(data) / (size[0] * size[1]),
+        "estimate": estimate,
+        "psnr": picture_quality(x_hat, x)["psnr"],
+        "coding": coded - start,
+        "decoding": decoded - coded,
+    }
+
+
+def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
+    """Write the picture of one file into `folder`, and print where."""
+    x_hat = decode_picture(coder, job.source.read_bytes())
+    print(save_picture(folder / job.target, x_hat[0]))
+
+
+def print_header(job: Job) -> None:
+    """Print what a file's header says, and how its bytes divide."""
+    data = job.source.read_bytes()
+    header, z_string, exceptions, y_string = read_bitstream(data)
+    bpp = 8 * len(data) / (header.height * header.width)
+    print(
+        f"{job.source}: version {header.version}, {header.width}x{header.height} pixels, "
+        f"{bpp:.4f} bpp\n"
+        f"  N = {header.N}, M = {header.M}, weights {header.weights.hex()}, "
+        f"tables {header.tables:08x}, symbols {header.symbols:08x}\n"
+        f"  {len(data)} bytes: header {LAYOUT.size}, z {len(z_string)}, "
+        f"index exceptions {len(exceptions)}, y {len(y_string)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
