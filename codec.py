@@ -254,6 +254,21 @@ def decode_picture(coder: Coder, data: bytes) -> Tensor:
     return reconstruct(coder.model, symbols, size)
 
 
+def file_measures(coder: Coder, data: bytes, x: Tensor) -> tuple[dict[str, float | None], Tensor]:
+    """What a file of x [1, 3, H, W] in [0, 1] costs and gives, and the picture in it.
+
+    Returns:
+        file_bytes; file_bpp, header and all; psnr, ms_ssim and ms_ssim_db as `picture_quality` has
+        them; and x_hat [1, 3, H, W] in [0, 1], decoded.
+
+    Raises:
+        BitstreamError: see `decode_latents`.
+    """
+    x_hat = decode_picture(coder, data)
+    rate = {"file_bytes": len(data), "file_bpp": 8 * len(data) / (x.size(2) * x.size(3))}
+    return {**rate, **picture_quality(x_hat, x.cpu())}, x_hat
+
+
 def read_bitstream(data: bytes) -> Bitstream:
     """The header and the strings of a file, checked as far as that goes without the weights.
 
@@ -495,8 +510,8 @@ def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
 
     def line(name: str, size: str, row: dict[str, float]) -> str:
         return (
-            f"{name:{width}} {size:>11} {row['bytes']:9.0f} {row['bpp']:8.4f} "
-            f"{row['estimate']:8.4f} {100 * (row['bpp'] / row['estimate'] - 1):+6.2f}% "
+            f"{name:{width}} {size:>11} {row['file_bytes']:9.0f} {row['file_bpp']:8.4f} "
+            f"{row['estimate']:8.4f} {100 * (row['file_bpp'] / row['estimate'] - 1):+6.2f}% "
             f"{row['psnr']:5.2f} dB {row['coding']:6.2f} s {row['decoding']:6.2f} s"
         )
 
@@ -514,7 +529,8 @@ def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
           f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
     code = for_each(jobs, compress)
     if len(rows) > 1:
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        shown = ("file_bytes", "file_bpp", "estimate", "psnr", "coding", "decoding")
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in shown}
         print(line("mean", "", means))
     return code
 
@@ -523,29 +539,23 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
     """The file of x [1, 3, H, W] in [0, 1], as the encoder's latents have it, and its measures.
 
     Returns:
-        The file; its `bytes`, `bpp`, the `estimate` of it by the likelihoods, `psnr` (dB, 8-bit
-        pixels of the decoded file), and the seconds of `coding` and `decoding`.
+        The file; those of `file_measures`, the `estimate` of its bpp by the likelihoods, and the
+        seconds of `coding` and `decoding`.
 
     Raises:
         BitstreamError: see `encode_latents`.
     """
-    size = tuple(x.shape[2:])
     start = time.perf_counter()
     latents = analyze(coder.model, x)
-    data = encode_latents(coder, integer_latents(coder.model, latents), size)
+    data = encode_latents(coder, integer_latents(coder.model, latents), tuple(x.shape[2:]))
     coded = time.perf_counter()
-    x_hat = decode_picture(coder, data)
+    decode_picture(coder, data)
     decoded = time.perf_counter()
+    measures, _ = file_measures(coder, data, x)
     with torch.no_grad():
         estimate = rd_pass(coder.model, x, latents, hard_round, lmbda=0.0)["bpp"].item()
-    return data, {
-        "bytes": len(data),
-        "bpp": 8 * len(data) / (size[0] * size[1]),
-        "estimate": estimate,
-        "psnr": picture_quality(x_hat, x)["psnr"],
-        "coding": coded - start,
-        "decoding": decoded - coded,
-    }
+    times = {"coding": coded - start, "decoding": decoded - coded}
+    return data, {**measures, "estimate": estimate, **times}
 
 
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -175,6 +175,19 @@ class ModelOfLambda(Section):
         return self
 
 
+class Target(NamedTuple):
+    """A file's `bpp`, to be met within 2 %, or its picture's `psnr`, within 0.05 dB."""
+
+    kind: Literal["bpp", "psnr"]
+    wanted: float
+
+    def miss(self, value: float) -> float:
+        """How far a value is off, in units of what is allowed: at most 1 is met."""
+        if self.kind == "bpp":
+            return abs(value / self.wanted - 1) / 0.02
+        return abs(value - self.wanted) / 0.05
+
+
 class RefineConfig(ModelOfLambda):
     """What `train_flexible_inference.py` reads."""
 
@@ -197,10 +210,13 @@ class RefineConfig(ModelOfLambda):
     num_workers: Index = 0
     resume: bool = False
     tracker: Tracker | None = None
+    save_bitstreams: bool = False
+    target_bpp: Positive | None = None
+    target_psnr: Positive | None = None
 
     @property
     def lmbda(self) -> float:
-        """The lambda of the refinement's loss."""
+        """The lambda of the refinement's loss; with a target, the first that is tried."""
         return self.dev_options.inference_lambda or self.train_lambda
 
     @property
@@ -214,6 +230,24 @@ class RefineConfig(ModelOfLambda):
         return (
             _true_in(self.improving_methods) if _true_in(self.dev_options.improving_methods) else []
         )
+
+    @property
+    def target(self) -> Target | None:
+        """What every image's file must meet, if the config asks for it."""
+        if self.target_bpp is not None:
+            return Target("bpp", self.target_bpp)
+        return None if self.target_psnr is None else Target("psnr", self.target_psnr)
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether refined images become files; a target is always met by one."""
+        return self.save_bitstreams or self.target is not None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "RefineConfig":
+        if self.target_bpp is not None and self.target_psnr is not None:
+            raise ValueError("target_bpp and target_psnr: only one of them can be met")
+        return self
 
     @model_validator(mode="after")
     def _one_method(self) -> "RefineConfig":

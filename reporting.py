@@ -4,6 +4,7 @@ results/<save_name>/
     config.json          the config with every default filled in
     images.jsonl         one record an image, written the moment it is done
     latents/*.npz        the refined integer latents
+    bitstreams/*.olc     the refined images as files, with `save_bitstreams`
     trajectories/*.csv   each metric at each evaluated step, per image
     reconstructions/     pictures, with `save_final`
     trajectory.csv/.png  the mean over the images
@@ -38,6 +39,7 @@ from PIL import Image
 from torch import Tensor, distributed
 from tqdm import tqdm
 
+from codec import SUFFIX
 from config import InputError, PretrainConfig, RefineConfig, read_json_object, resolved
 from datasets import LoadedImage, TrainingData, save_picture, write_whole
 from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
@@ -222,7 +224,8 @@ class Run:
 
     def progress(self, name: str) -> "Progress":
         """A bar on a terminal, lines elsewhere."""
-        return Progress(name, self.config.tot_inference_iterations, self.config.print_freq)
+        steps = None if self.config.target else self.config.tot_inference_iterations
+        return Progress(name, steps, self.config.print_freq)
 
     def save(self, image: LoadedImage, result: Any, symbols: Latents, watch: "Stopwatch") -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
@@ -244,6 +247,11 @@ class Run:
         write_whole(
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
+        if result.bitstream is not None:
+            write_whole(
+                self._file("bitstreams", name, SUFFIX),
+                lambda file: file.write_bytes(result.bitstream),
+            )
         if self.config.dev_options.save_final:
             pictures = {label: x_hat[0] for label, x_hat in result.pictures.items()}
             for label, x in {"original": image.x, **pictures}.items():
@@ -253,6 +261,10 @@ class Run:
         self._tracker(name, result.trajectory)
         if result.stopped:
             log.warning("%s: stopped, %s; kept step %d", name, result.stopped, record["best_step"])
+        if result.target and not result.target["met"]:
+            log.warning("%s: the target of %g %s was not met; the closest, %.4f, is kept", name,
+                        result.target["wanted"], result.target["kind"],
+                        result.target["got"])  # fmt: skip
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  seconds)  # fmt: skip
 
@@ -261,11 +273,13 @@ class Run:
         return _finite({
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
-            **{key: self.facts[key] for key in ("method", "params", "lmbda", "weights", "device")},
-            "seed": self.config.seed, "base": _side(result.trajectory[0]),
-            "refined": _side(result.best), "best_step": result.best["step"], "steps": steps,
-            "stopped": result.stopped, "seconds": seconds,
-            "seconds_per_step": seconds / max(steps, 1), "peak_memory_mb": peak,
+            **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
+            "lmbda": result.lmbda, "target": result.target, "seed": self.config.seed,
+            "base": _side(result.base) | result.files.get("base", {}),
+            "refined": _side(result.best) | result.files.get("refined", {}),
+            "best_step": result.best["step"], "steps": steps, "stopped": result.stopped,
+            "seconds": seconds, "seconds_per_step": seconds / max(steps, 1),
+            "peak_memory_mb": peak,
         })  # fmt: skip
 
     def finish(self) -> int:
@@ -311,10 +325,10 @@ class Run:
         return 1 if failed else 0
 
     def _is_whole(self, name: str) -> bool:
-        return all(
-            self._file(kind, name, suffix).is_file()
-            for kind, suffix in (("trajectories", ".csv"), ("latents", ".npz"))
-        )
+        kinds = [("trajectories", ".csv"), ("latents", ".npz")]
+        if self.config.writes_files:
+            kinds.append(("bitstreams", SUFFIX))
+        return all(self._file(kind, name, suffix).is_file() for kind, suffix in kinds)
 
     def _file(self, kind: str, name: str, suffix: str) -> Path:
         return self.folder / kind / f"{name}{suffix}"
@@ -360,7 +374,8 @@ def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -
                     f"{folder}: cannot resume, its results were made with other {key} "
                     f"({before} then, {facts[key]} now); {ANOTHER_RUN}"
                 )
-    for place in ("*", "latents/**/*", "trajectories/**/*", "reconstructions/**/*"):
+    kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
+    for place in ("*", *(f"{kind}/**/*" for kind in kinds)):
         for leftover in folder.glob(place):
             if leftover.name.startswith(".") and ".tmp" in leftover.suffixes:
                 leftover.unlink()
@@ -803,7 +818,13 @@ def summarize(records: Sequence[dict], failed: dict[str, str]) -> dict[str, Any]
             "psnr_db": _difference(base["psnr"], refined["psnr"]),
             "psnr_raw_db": _difference(base["psnr_raw"], refined["psnr_raw"]),
             "true_loss_percent": _percent(base["true_loss"], refined["true_loss"]),
+            **(
+                {"file_bpp_percent": _percent(base["file_bpp"], refined["file_bpp"])}
+                if "file_bpp" in base
+                else {}
+            ),
         },
+        "targets_met": [record["name"] for record in records if _meets_target(record)],
         "seconds": sum(record["seconds"] for record in records),
         "seconds_per_step": _mean([record["seconds_per_step"] for record in records]),
         "stopped_early": [record["name"] for record in records if record["stopped"]],
@@ -841,31 +862,52 @@ def printable(name: str) -> str:
 
 
 def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
-    """The before/after table, one line an image and the mean."""
+    """The before/after table, one line an image and the mean.
+
+    Where files were written: their bpp beside the estimate, and quality from the decoded files.
+    With a target: each image's lambda in place of losses, which have different lambdas.
+    """
     width = max(5, *(len(record["name"]) for record in records))
-    header = (
-        f"{'image':{width}} {'size':>11}  {'bpp':^25}  {'PSNR (dB)':^22}  {'R-D loss':^25}"
-        f"  {'best step':>9}  {'time':>7}"
-    )
+    files, target = "file_bpp" in records[0]["base"], records[0]["target"]
+    columns = [f"{'image':{width}} {'size':>11}"]
+    if files:
+        columns += [f"{'bpp (estimate)':^16}", f"{'bpp (file)':^25}"]
+    else:
+        columns += [f"{'bpp':^25}"]
+    columns += [f"{'PSNR (dB)':^22}"]
+    columns += [f"{'lambda':>8}  {'target':>10}"] if target else [f"{'R-D loss':^25}"]
+    header = "  ".join([*columns, f"{'best step':>9}  {'time':>7}"])
     lines = [header, "-" * len(header)]
     for record in records:
         size = f"{record['width']}x{record['height']}"
         tail = f"  {record['best_step']:>9}  {record['seconds']:>5.0f} s"
         lines.append(f"{record['name']:{width}} {size:>11}{_changes(record)}{tail}")
-    lines.append(f"{'mean':{width}} {'':>11}{_changes(summary)}")
+    lines.append(f"{'mean':{width}} {'':>11}{_changes({'target': target and {}, **summary})}")
     return "\n".join(lines)
 
 
 def _changes(entry: dict[str, Any]) -> str:
+    """The columns between an image's size and its time, of a record or of the means."""
     base, refined = entry["base"], entry["refined"]
     bpp, loss = (base["bpp"], refined["bpp"]), (base["true_loss"], refined["true_loss"])
     psnr = [math.inf if side["psnr"] is None else side["psnr"] for side in (base, refined)]
     gained = 0.0 if psnr[0] == psnr[1] else psnr[1] - psnr[0]
-    return (
-        f"  {bpp[0]:.4f} -> {bpp[1]:.4f} ({_percent(*bpp):+5.1f}%)"
-        f"  {psnr[0]:5.2f} -> {psnr[1]:5.2f} ({gained:+.2f})"
-        f"  {loss[0]:.4f} -> {loss[1]:.4f} ({_percent(*loss):+5.1f}%)"
-    )
+    text = ""
+    if "file_bpp" in base:
+        text = f"  {bpp[0]:.4f} -> {bpp[1]:.4f}"
+        bpp = (base["file_bpp"], refined["file_bpp"])
+    text += f"  {bpp[0]:.4f} -> {bpp[1]:.4f} ({_percent(*bpp):+5.1f}%)"
+    text += f"  {psnr[0]:5.2f} -> {psnr[1]:5.2f} ({gained:+.2f})"
+    if entry["target"] is None:
+        return text + f"  {loss[0]:.4f} -> {loss[1]:.4f} ({_percent(*loss):+5.1f}%)"
+    if not entry["target"]:
+        return text
+    met = "met" if entry["target"]["met"] else "not met"
+    return text + f"  {entry['lmbda']:>8.4g}  {entry['target']['wanted']:g} {met}"
+
+
+def _meets_target(record: dict[str, Any]) -> bool:
+    return bool(record["target"] and record["target"]["met"])
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -1007,8 +1049,9 @@ def _most_improved(original: np.ndarray, base: np.ndarray, refined: np.ndarray) 
 class Progress:
     """How one image comes along: a bar on a terminal, a line every print_freq steps elsewhere."""
 
-    def __init__(self, name: str, total: int, print_freq: int):
+    def __init__(self, name: str, total: int | None, print_freq: int):
         self.name, self.total, self.print_freq = name, total, print_freq
+        self.steps = 0
 
     def __enter__(self) -> "Progress":
         # Terminals that report a size of 0 get the usual one.
@@ -1022,15 +1065,21 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def __call__(self, step: int, relaxed_loss: Tensor, true_loss: float) -> None:
+    def __call__(self, relaxed_loss: Tensor, true_loss: float) -> None:
         """Called at every step; reads the loss, which waits for a GPU, only when it shows it."""
         self._bar.update(1)
         if self._bar.disable:
-            if step and step % self.print_freq == 0:
-                log.info("%s: step %d of %d, relaxed loss %.4f, true loss %.4f",
-                         self.name, step, self.total, relaxed_loss.item(), true_loss)  # fmt: skip
-        elif step % 10 == 0:
+            if self.steps and self.steps % self.print_freq == 0:
+                of_total = f" of {self.total}" if self.total else ""
+                log.info("%s: step %d%s, relaxed loss %.4f, true loss %.4f", self.name,
+                         self.steps, of_total, relaxed_loss.item(), true_loss)  # fmt: skip
+        elif self.steps % 10 == 0:
             self._bar.set_postfix_str(f"loss {relaxed_loss.item():.4f}, true {true_loss:.4f}")
+        self.steps += 1
+
+    def note(self, text: str) -> None:
+        """A line in between."""
+        log.info("%s: step %d, %s", self.name, self.steps, text)
 
 
 class _ThroughTqdm(logging.Handler):

@@ -12,14 +12,16 @@ Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamle
 
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import Optimizer, RefineConfig, exits_with_one_line, parse_command_line
+from codec import BitstreamError, Coder, build_coder, encode_latents, file_measures
+from config import Optimizer, RefineConfig, Target, exits_with_one_line, parse_command_line
 from datasets import open_images, seed_of
 from experimental_inference_methods import Rounding, hard_round, rounding_from_config
 from metrics import picture_quality, psnr, to_8_bit
@@ -34,7 +36,7 @@ from models import (
     rd_pass,
     weights_hash,
 )
-from reporting import Stopwatch, join_ranks, machine_facts, open_run
+from reporting import Progress, Stopwatch, join_ranks, machine_facts, open_run
 
 
 @exits_with_one_line
@@ -50,6 +52,7 @@ def main(argv=None) -> int:
         "method": rounding.name, "params": rounding.params, "lmbda": config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
+    coder = build_coder(model) if config.writes_files else None
     model = freeze(model).to(device)
 
     for image in images.load(run.pending(images.names), config.num_workers):
@@ -62,11 +65,19 @@ def main(argv=None) -> int:
         try:
             x = image.x[None].to(device)  # [1, 3, H, W]
             with run.progress(image.name) as progress:
-                result = refine(model, x, rounding, config, seed, progress)
+                if config.target is None:
+                    result = refine(model, x, rounding, config, seed, progress)
+                else:
+                    result = refine_to_target(model, coder, x, rounding, config, seed, progress)
             if result.latents is None:
                 run.skip(image.name, "its loss is not finite even before refinement")
                 continue
+            if coder is not None:
+                write_files(model, coder, x, result)
             symbols = integer_latents(model, result.latents)
+        except BitstreamError as error:
+            run.skip(image.name, f"cannot be coded: {error}")
+            continue
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -80,14 +91,22 @@ def main(argv=None) -> int:
 class Refinement:
     """What refining one image gave: the latents that were best when truly rounded, and the way.
 
-    A row holds `step`, `temperature` and the metrics of `evaluate` as `relaxed_*` and `true_*`.
+    A row holds `step`, `temperature`, `lmbda` and the metrics of `evaluate` as `relaxed_*` and
+    `true_*`; `base` and `best` are rows. base_latents are those that it began from. With files,
+    `bitstream` is the refined one, and `files` has the measures of `base` and `refined`.
     """
 
+    lmbda: float
     latents: Latents | None = None
+    base_latents: Latents | None = None
+    base: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
+    target: dict[str, Any] | None = None
+    bitstream: bytes | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor) -> None:
         """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
@@ -98,6 +117,8 @@ class Refinement:
             self.best = row
             self.latents = Latents(*(v.detach().clone() for v in latents))
             self.pictures["refined"] = x_hat
+        if self.base is None:
+            self.base, self.base_latents = row, self.latents
 
 
 def refine(
@@ -106,19 +127,28 @@ def refine(
     rounding: Rounding,
     config: RefineConfig,
     seed: int,
-    progress: Callable[[int, Tensor, float], None],
+    progress: Callable[[Tensor, float], None],
+    lmbda: float | None = None,
+    start: Latents | None = None,
+    first_step: int = 0,
 ) -> Refinement:
     """Overfit the latents of x [1, 3, H, W] in [0, 1] to it; the noise follows from `seed`.
 
     Every `eval_freq` steps and at the end the latents are truly rounded and evaluated, before that
-    step's update; step 0, no refinement, competes too, so the result is never worse.
+    step's update; the first, no refinement, competes too, so the result is never worse.
+
+    Args:
+        lmbda, start: the config's lambda and the encoder's latents where there are none.
+        first_step: where in the schedule of temperatures and learning rates to begin.
     """
     options, steps = config.dev_options, config.tot_inference_iterations
-    latents = Latents(*(v.requires_grad_() for v in analyze(model, x)))
+    lmbda = config.lmbda if lmbda is None else lmbda
+    start = analyze(model, x) if start is None else start
+    latents = Latents(*(v.clone().requires_grad_() for v in start))
     optimizer = build_optimizer(latents, config.optimizer)
     generator = torch.Generator(x.device)
-    pictured = {0, 1, 500, steps} if options.save_final else set()
-    result = Refinement()
+    pictured = {first_step, 1, 500, steps} if options.save_final else set()
+    result = Refinement(lmbda)
 
     def relaxed_rounding() -> Callable[[Tensor], Tensor]:
         # Seeded by the step: the same noise however often LBFGS asks within it.
@@ -126,7 +156,7 @@ def refine(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = rd_pass(model, x, latents, relaxed_rounding(), config.lmbda)["loss"].sum()
+        loss = rd_pass(model, x, latents, relaxed_rounding(), lmbda)["loss"].sum()
         # The augmented loss averages in the true loss, a constant: half the gradient.
         (loss / 2 if options.augmented_loss else loss).backward()
         for v in latents:
@@ -134,15 +164,15 @@ def refine(
             v.grad = v.grad.contiguous()
         return loss
 
-    for step in range(steps + 1):
-        due = step % config.eval_freq == 0 or step == steps
+    for step in range(first_step, steps + 1):
+        due = step % config.eval_freq == 0 or step in (first_step, steps)
         if due or step in pictured:
-            true, x_hat = evaluate(model, x, latents, hard_round, config.lmbda)
+            true, x_hat = evaluate(model, x, latents, hard_round, lmbda)
         if step in pictured:
-            result.pictures["base" if step == 0 else f"step_{step:04d}"] = x_hat
+            result.pictures["base" if step == first_step else f"step_{step:04d}"] = x_hat
         if due:
-            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), config.lmbda)
-            row = {"step": step, "temperature": rounding.temperature(step)}
+            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda)
+            row = {"step": step, "temperature": rounding.temperature(step), "lmbda": lmbda}
             row |= {f"relaxed_{key}": value for key, value in relaxed.items()}
             row |= {f"true_{key}": value for key, value in true.items()}
             result.add(row, latents, x_hat)
@@ -151,8 +181,139 @@ def refine(
         if options.custom_lr is not None:
             optimizer.param_groups[0]["lr"] = options.custom_lr.at(step)
         loss = optimizer.step(closure)
-        progress(step, loss, result.best["true_loss"])
+        progress(loss, result.best["true_loss"])
     return result
+
+
+def refine_to_target(
+    model,
+    coder: Coder,
+    x: Tensor,
+    rounding: Rounding,
+    config: RefineConfig,
+    seed: int,
+    progress: Progress,
+) -> Refinement:
+    """Refine x [1, 3, H, W] in [0, 1] at that lambda at which its file meets the config's target.
+
+    The whole run comes first, at the lambda that the unrefined file suggests. Then runs over the
+    second half of the schedule mend lambda, each from the latents of the one before. The closest
+    counts.
+    """
+    target, steps = config.target, config.tot_inference_iterations
+    tried: list[Refinement] = []
+
+    def measure(latents: Latents) -> float:
+        data = encode_latents(coder, integer_latents(model, latents), tuple(x.shape[2:]))
+        measures, _ = file_measures(coder, data, x)
+        return measures["file_bpp"] if target.kind == "bpp" else measures["psnr"]
+
+    unrefined = measure(analyze(model, x))
+    search = LambdaSearch(target, config.lmbda, config.train_lambda, unrefined)
+    first_step, start = 0, None
+    while search.goes_on:
+        result = refine(model, x, rounding, config, seed + len(tried), progress, search.lmbda,
+                        start, first_step)  # fmt: skip
+        tried.append(result)
+        if result.stopped:
+            break
+        value = measure(result.latents)
+        result.target = {"kind": target.kind, "wanted": target.wanted, "got": value,
+                         "met": target.miss(value) <= 1}  # fmt: skip
+        progress.note(f"lambda {result.lmbda:.4g}: {target.kind} {value:.4f}")
+        search.tell(value)
+        first_step, start = steps // 2, result.latents
+    measured = [result for result in tried if result.target is not None]
+    if not measured:
+        return result
+    return joined(tried, min(measured, key=lambda result: target.miss(result.target["got"])))
+
+
+class LambdaSearch:
+    """Which lambda to try next for files to meet a target: secants in log lambda.
+
+    A larger lambda gives a larger file of a better picture. A trial's latents have not yet followed
+    its lambda all the way, so slopes outside of what is usual are not believed.
+    """
+
+    # Of log bpp, and of PSNR in dB, per unit of log lambda: about what the bundled models have.
+    SLOPES = MappingProxyType({"bpp": 0.17, "psnr": 0.8})
+    TRIALS, LONGEST_STEP, REACH = 8, math.log(4), math.log(1024)
+
+    def __init__(self, target: Target, lmbda: float, train_lambda: float, unrefined: float):
+        self.target = target
+        self.goes_on, self.trials, self.last = True, 0, None
+        start, centre = math.log(lmbda), math.log(train_lambda)
+        self.bounds = min(centre - self.REACH, start), max(centre + self.REACH, start)
+        self.position = self._step(start, self._off(unrefined), self.SLOPES[target.kind])
+
+    @property
+    def lmbda(self) -> float:
+        """The lambda to try."""
+        return math.exp(self.position)
+
+    def tell(self, value: float) -> None:
+        """What this lambda gave: the next one is set, or the search ends (`goes_on`)."""
+        off, slope = self._off(value), self.SLOPES[self.target.kind]
+        if self.last is not None:
+            position, before = self.last
+            secant = (off - before) / (self.position - position)
+            between = secant > 0 and off * before < 0
+            slope = secant if between else min(max(secant, slope / 2), slope * 4)
+        following = self._step(self.position, off, slope)
+        self.trials += 1
+        self.goes_on = (
+            self.target.miss(value) > 1 and following != self.position and self.trials < self.TRIALS
+        )
+        self.last, self.position = (self.position, off), following
+
+    def _off(self, value: float) -> float:
+        wanted = self.target.wanted
+        return math.log(value / wanted) if self.target.kind == "bpp" else min(value, 99.0) - wanted
+
+    def _step(self, position: float, off: float, slope: float) -> float:
+        step = min(max(-off / slope, -self.LONGEST_STEP), self.LONGEST_STEP)
+        return min(max(position + step, self.bounds[0]), self.bounds[1])
+
+
+def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
+    """One of several refinements in a row, with the way of all up to the last, and their base.
+
+    Steps count on; the base's loss is that at the chosen lambda.
+    """
+    taken = 0
+    for result in tried:
+        first = result.trajectory[0]["step"]
+        for row in result.trajectory:
+            row["step"] += taken - first
+        taken = result.trajectory[-1]["step"]
+    base = dict(tried[0].base)
+    for kind in ("relaxed", "true"):
+        mse = 10 ** (-base[f"{kind}_psnr_raw"] / 10)
+        base[f"{kind}_loss"] = base[f"{kind}_bpp"] + chosen.lmbda * 255**2 * mse
+    kept = {"base": tried[0].pictures.get("base"), "refined": chosen.pictures["refined"]}
+    return replace(
+        chosen,
+        base=base,
+        base_latents=tried[0].base_latents,
+        trajectory=[row for result in tried for row in result.trajectory[result is not tried[0] :]],
+        pictures={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
+        target={**chosen.target, "stretches": len(tried)},
+    )
+
+
+def write_files(model, coder: Coder, x: Tensor, result: Refinement) -> None:
+    """Code base and refined latents of x [1, 3, H, W]; measure rate and quality on the files.
+
+    Raises:
+        BitstreamError: see `codec.encode_latents`.
+    """
+    for label, latents in (("base", result.base_latents), ("refined", result.latents)):
+        symbols = integer_latents(model, latents)
+        result.bitstream = encode_latents(coder, symbols, tuple(x.shape[2:]))
+        result.files[label], x_hat = file_measures(coder, result.bitstream, x)
+        if label in result.pictures:
+            result.pictures[label] = to_8_bit(x_hat)
 
 
 @torch.no_grad()
