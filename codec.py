@@ -67,12 +67,16 @@ HEADER = (
     ("tables", "I", "CRC-32 of the coders' tables"),
     ("z_bytes", "I", "length of the string of z, which follows the header"),
     ("exception_bytes", "H", "length of the index exceptions, which follow it; y's string is last"),
-    ("symbols", "I", "CRC-32 of z and y, int32, row by row"),
+    ("symbols", "I", "CRC-32 of height, width, z and y, as int32, row by row"),
     ("file", "I", "CRC-32 of all other bytes of the file"),
 )
 LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
 # Of a picture: what Pillow opens.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+
+
+# Float32 counts that far; towards 2^31 CompressAI's coder never ends.
+MAX_SYMBOL = 2**24
 
 
 class BitstreamError(InputError):
@@ -186,8 +190,8 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
         size: H, W of the picture.
 
     Raises:
-        BitstreamError: the picture is too large for the format, or what was written does not
-            decode to the same symbols.
+        BitstreamError: the picture or a symbol is too large for the format, or what was written
+            does not decode to the same symbols.
         ValueError: the latents are not those of a picture of this size.
     """
     model, symbols = coder.model, Latents(*(v.cpu().int() for v in symbols))
@@ -195,6 +199,8 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
     if tuple(v.shape for v in symbols) != shapes:
         raise ValueError(f"latents of shapes {[tuple(v.shape) for v in symbols]}, not {shapes}")
     _check_size(*size)
+    if any(not -MAX_SYMBOL < v.min() <= v.max() < MAX_SYMBOL for v in symbols):
+        raise BitstreamError(f"symbols beyond +-{MAX_SYMBOL}: these are no latents of a picture")
     indexes, exceptions = _indexes_to_write(coder, symbols.z, shapes.y[2:])
     z_string = _encode(model.entropy_bottleneck, symbols.z, _z_indexes(shapes.z))
     y_string = _encode(model.gaussian_conditional, symbols.y, indexes)
@@ -202,7 +208,7 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
         raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
     header = Header(
         MAGIC, VERSION, *size, model.N, model.M, coder.weights, coder.tables,
-        len(z_string), len(exceptions), _checksum(symbols), file=0,
+        len(z_string), len(exceptions), _checksum(symbols, size), file=0,
     )  # fmt: skip
     data = _sign(header, z_string + exceptions + y_string)
     decoded, _ = decode_latents(coder, data)
@@ -236,7 +242,7 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise BitstreamError(f"no memory for {size[1]}x{size[0]} pixels") from None
-    if _checksum(symbols) != header.symbols:
+    if _checksum(symbols, size) != header.symbols:
         raise BitstreamError(
             "does not decode to the symbols that were coded: it was made to deceive, "
             "or this machine computes otherwise than the encoder's"
@@ -333,8 +339,9 @@ def _sign_of(header: Header, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(LAYOUT.pack(*header._replace(file=0))))
 
 
-def _checksum(symbols: Latents) -> int:
-    return zlib.crc32(_as_bytes(symbols.y), zlib.crc32(_as_bytes(symbols.z)))
+def _checksum(symbols: Latents, size: tuple[int, int]) -> int:
+    checksum = zlib.crc32(struct.pack("<2i", *size))
+    return zlib.crc32(_as_bytes(symbols.y), zlib.crc32(_as_bytes(symbols.z), checksum))
 
 
 def _as_bytes(v: Tensor) -> bytes:
@@ -346,7 +353,6 @@ def _as_bytes(v: Tensor) -> bytes:
 
 def _encode(entropy_model: EntropyModel, symbols: Tensor, indexes: Tensor) -> bytes:
     """The string of integer symbols, each coded with the table of its index; both [1, C, h, w]."""
-    # Float32 holds integers up to 2^24; the decoding after it finds out the others.
     return EntropyModel.compress(entropy_model, symbols.float(), indexes)[0]
 
 

@@ -211,6 +211,7 @@ class RefineConfig(ModelOfLambda):
     resume: bool = False
     tracker: Tracker | None = None
     save_bitstreams: bool = False
+    coder_scales: bool = False
     target_bpp: Positive | None = None
     target_psnr: Positive | None = None
 

@@ -250,15 +250,42 @@ class FrozenGDN(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def freeze(model: MeanScaleHyperprior) -> MeanScaleHyperprior:
+class CoderScales(nn.Module):
+    """Scales as the entropy coder has them: the bound, then up to the next one of its table.
+
+    The gradient is that of the scales before. Maps a tensor of any shape.
+    """
+
+    def __init__(self, lower_bound: nn.Module, scale_table: Tensor):
+        super().__init__()
+        self.lower_bound = lower_bound
+        self.register_buffer("scale_table", scale_table.float())
+
+    def forward(self, scales: Tensor) -> Tensor:
+        """Entries of the table, shaped as `scales`."""
+        scales = self.lower_bound(scales)
+        coded = self.scale_table[
+            torch.bucketize(scales.detach().contiguous(), self.scale_table[:-1])
+        ]
+        return scales + (coded - scales).detach()
+
+
+def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleHyperprior:
     """The same model made ready for refinement, in place: only latents will be optimised.
 
-    Eval mode, weights without gradients, channels-last, every GDN a `FrozenGDN`.
+    Eval mode, weights without gradients, channels-last, every GDN a `FrozenGDN`. With
+    `coder_scales` rates are those of `CoderScales`, a little above the continuous ones.
     """
     for network in (model.g_a, model.g_s):
         for index, layer in enumerate(network):
             if isinstance(layer, GDN):
                 network[index] = FrozenGDN(layer)
+    if coder_scales:
+        build_tables(model)
+        conditional = model.gaussian_conditional
+        conditional.lower_bound_scale = CoderScales(
+            conditional.lower_bound_scale, conditional.scale_table
+        )
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

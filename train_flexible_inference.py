@@ -53,7 +53,7 @@ def main(argv=None) -> int:
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
-    model = freeze(model).to(device)
+    model = freeze(model, config.coder_scales).to(device)
 
     for image in images.load(run.pending(images.names), config.num_workers):
         if image.x is None:

@@ -1,0 +1,367 @@
+"""Files: that they decode exactly, with CompressAI too, and that nothing else is taken for one."""
+
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import codec
+from codec import (
+    LAYOUT,
+    BitstreamError,
+    build_coder,
+    compress_picture,
+    decode_latents,
+    decode_picture,
+    encode_latents,
+    main,
+    read_bitstream,
+)
+from config import Channels
+from conftest import ROOT, WEIGHTS, to_x
+from models import (
+    Latents,
+    analyze,
+    build_model,
+    freeze,
+    integer_latents,
+    load_checkpoint,
+    reconstruct,
+    save_weights,
+)
+
+OTHER_WEIGHTS = WEIGHTS.with_name("mean_scale_n64_lambda0.02.pth.tar")
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return build_coder(load_checkpoint(str(WEIGHTS)))
+
+
+@pytest.fixture(scope="module")
+def small(coder):
+    """A file of a 70x50 picture, about 900 bytes, and its symbols."""
+    x = to_x(skimage.data.chelsea()[60:110, 100:170])
+    symbols = integer_latents(coder.model, analyze(coder.model, x))
+    return encode_latents(coder, symbols, (50, 70)), symbols
+
+
+def resigned(data):
+    """The file with a right checksum of its bytes, as one who wants to deceive would write it."""
+    unsigned = data[: LAYOUT.size - 4] + bytes(4) + data[LAYOUT.size :]
+    return unsigned[: LAYOUT.size - 4] + struct.pack("<I", zlib.crc32(unsigned)) + data[38:]
+
+
+def with_field(data, name, value):
+    """The file with one field of its header changed, signed again."""
+    header = read_bitstream(data).header._replace(**{name: value})
+    return resigned(LAYOUT.pack(*header) + data[LAYOUT.size :])
+
+
+# --- what is written comes back -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 192), (192, 64)])
+def test_compressai_decodes_multiples_of_64_to_the_same_picture(coder, size):
+    x = to_x(skimage.data.astronaut()[: size[0], 100 : 100 + size[1]])
+    data, _ = compress_picture(coder, x)
+    parts = read_bitstream(data)
+    stock = load_checkpoint(str(WEIGHTS))
+    stock.update(force=True)
+    with torch.no_grad():
+        theirs = stock.decompress(
+            [[parts.y_string], [parts.z_string]], (size[0] // 64, size[1] // 64)
+        )
+    assert torch.equal(theirs["x_hat"], decode_picture(coder, data))
+
+
+def test_compressai_s_own_strings_are_the_ones_in_the_file(coder):
+    x = to_x(skimage.data.coffee()[:128, :128])
+    data, _ = compress_picture(coder, x)
+    parts = read_bitstream(data)
+    with torch.no_grad():
+        strings = coder.model.compress(x)["strings"]
+    assert strings == [[parts.y_string], [parts.z_string]]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    height=st.integers(1, 140),
+    width=st.integers(1, 140),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.2, 2.0, 40.0, 4000.0]),
+)
+def test_any_integers_of_any_size_come_back(coder, height, width, seed, spread):
+    """Symbols far outside the tables too, which the coder escapes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, 64, -(-height // 16), -(-width // 16)), (1, 64, -(-height // 64), -(-width // 64))
+    symbols = Latents(
+        *((torch.randn(shape, generator=generator) * spread).round().int() for shape in shapes)
+    )
+    data = encode_latents(coder, symbols, (height, width))
+    decoded, size = decode_latents(coder, data)
+    assert size == (height, width)
+    assert all(torch.equal(a, b) for a, b in zip(decoded, symbols, strict=True))
+    again = encode_latents(coder, decoded, size)
+    assert again == data
+
+
+def test_the_file_s_picture_is_that_of_its_latents(coder, model):
+    """The frozen model, whose GDN sums in another order, agrees to float rounding."""
+    x = to_x(skimage.data.chelsea()[:77, :93])
+    latents = analyze(model, x)
+    symbols = integer_latents(model, latents)
+    x_hat = decode_picture(coder, encode_latents(coder, symbols, (77, 93)))
+    assert x_hat.shape == x.shape
+    torch.testing.assert_close(x_hat, reconstruct(model, symbols, (77, 93)), atol=1e-5, rtol=0)
+    y, _ = latents
+    z_hat = symbols.z + model.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
+    _, means = model.h_s(z_hat)[:, :, : y.size(2), : y.size(3)].chunk(2, 1)
+    plain = model.g_s((y - means).round() + means)[:, :, :77, :93].clamp(0, 1)
+    torch.testing.assert_close(x_hat, plain, atol=1e-5, rtol=0)
+
+
+def test_a_file_costs_what_the_model_estimates(coder):
+    """Under 1 % and the header more, on a picture of 24 000 bits."""
+    data, measures = compress_picture(coder, to_x(skimage.data.astronaut()[100:356, 100:356]))
+    estimate = measures["estimate"] * 256 * 256
+    assert estimate < 8 * len(data) < 1.01 * estimate + 8 * LAYOUT.size
+    assert LAYOUT.size < 40
+    assert measures["file_bpp"] == 8 * len(data) / 256**2
+
+
+def test_other_arithmetic_decodes_to_the_same_symbols(coder, monkeypatch):
+    """A scale on the edge between two tables, which float32 sees on the other side of it."""
+    x = to_x(skimage.data.astronaut()[:128, :128])
+    symbols = integer_latents(coder.model, analyze(coder.model, x))
+    honest = codec._indexes
+    odd = torch.zeros(1, 64, 8, 8, dtype=torch.int32)
+    odd[0, 3, 2, 1], odd[0, 3, 2, 2], odd[0, 63, 7, 7], odd[0, 0, 0, 0] = 1, -1, -2, 1
+
+    def elsewhere(*args):
+        return (honest(*args) + odd).clamp(0, 63)
+
+    monkeypatch.setattr(codec, "_indexes", elsewhere)
+    data = encode_latents(coder, symbols, (128, 128))
+    assert len(read_bitstream(data).exceptions) in range(4, 12)
+    decoded, _ = decode_latents(coder, data)
+    assert torch.equal(decoded.y, symbols.y)
+    monkeypatch.setattr(codec, "_indexes", honest)
+    with pytest.raises(BitstreamError, match=r"symbols that were coded|no sense"):
+        decode_latents(coder, data)
+
+
+def test_another_processor_decodes_the_same_symbols(tmp_path):
+    """Instruction sets of oneDNN and ATen, and the number of threads, stand for it."""
+    source, script = tmp_path / "a.png", "import sys; from codec import main; sys.exit(main())"
+    Image.fromarray(skimage.data.chelsea()[:130, :200]).save(source)
+    old = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}
+
+    def on(processor, *arguments):
+        import os
+
+        command = [sys.executable, "-c", script, *map(str, arguments), "--checkpoint", WEIGHTS]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **processor}, check=True)
+
+    on({}, "compress", source, "-o", tmp_path / "new")
+    on(old, "decompress", tmp_path / "new", "-o", tmp_path / "decoded")
+    ours = decode_picture(
+        build_coder(load_checkpoint(str(WEIGHTS))), (tmp_path / "new/a.png.olc").read_bytes()
+    )
+    theirs = np.asarray(Image.open(tmp_path / "decoded/a.png")).astype(int)
+    difference = np.abs(theirs - (ours[0] * 255).round().permute(1, 2, 0).numpy())
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_weights_that_hold_tables_give_the_tables_that_they_hold(coder, tmp_path):
+    net = load_checkpoint(str(WEIGHTS))
+    save_weights(tmp_path / "again.pth.tar", net, 0)
+    again = build_coder(load_checkpoint(str(tmp_path / "again.pth.tar")))
+    assert (again.tables, again.weights) == (coder.tables, coder.weights)
+    cdf = net.entropy_bottleneck._quantized_cdf
+    cdf[0, cdf[0].diff().argmax()] += 1  # the likeliest symbol's interval begins one later
+    assert build_coder(net).tables != coder.tables
+
+
+# --- what is not a file of these weights is refused -----------------------------------------------
+
+
+@settings(deadline=None, max_examples=3000)
+@given(st.data())
+def test_no_mutation_gets_through(coder, small, data):
+    """Bits flipped, bytes cut, put in, overwritten, repeated: refused, or the same symbols."""
+    original, symbols = small
+    mutated = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(mutated)))
+        match data.draw(st.sampled_from(["flip", "cut", "insert", "write", "drop", "repeat"])):
+            case "flip" if at < len(mutated):
+                mutated[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "cut":
+                del mutated[at:]
+            case "insert":
+                mutated[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+            case "write":
+                mutated[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
+            case "drop":
+                del mutated[at : at + 5]
+            case "repeat":
+                mutated[at:at] = mutated[at : at + 20]
+    _refused_or_same(coder, bytes(mutated), original, symbols)
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.data())
+def test_no_forgery_crashes(coder, small, data):
+    """The same with a right checksum, so that the decoders behind it meet the nonsense."""
+    original, symbols = small
+    mutated = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(LAYOUT.size, len(mutated) - 1) | st.integers(4, LAYOUT.size - 5))
+        mutated[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del mutated[data.draw(st.integers(LAYOUT.size, len(mutated))) :]
+    _refused_or_same(coder, resigned(bytes(mutated)), original, symbols)
+
+
+def _refused_or_same(coder, mutated, original, symbols):
+    try:
+        decoded, size = decode_latents(coder, mutated)
+    except BitstreamError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        # A forger may change what no symbol depends on: bits behind the end of a string.
+        assert size == (50, 70)
+        assert all(torch.equal(a, b) for a, b in zip(decoded, symbols, strict=True))
+
+
+def test_every_single_bit_counts(coder, small):
+    original, _ = small
+    for position in range(8 * len(original)):
+        flipped = bytearray(original)
+        flipped[position // 8] ^= 1 << position % 8
+        with pytest.raises(BitstreamError):
+            read_bitstream(bytes(flipped))
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 37, 38, 100, -1])
+def test_a_truncated_file_is_called_so(coder, small, length):
+    with pytest.raises(BitstreamError, match=r"truncated|no file of this codec"):
+        decode_latents(coder, small[0][:length])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 2, "version 2: this code reads version 1"),
+        ("height", 0, "70x0 pixels"),
+        ("height", 2**32 - 1, "70x4294967295 pixels"),
+        ("width", 50_000, "cannot be in"),  # 2.5 million pixels in some 20 bytes of z
+        ("N", 65535, "N = 65535, M = 64; these weights have N = 64"),
+        ("weights", b"abcd", "other weights"),
+        ("tables", 1, "other coding tables"),
+        ("z_bytes", 2**32 - 1, "strings of"),
+        ("symbols", 7, "does not decode to the symbols"),
+    ],
+)
+def test_a_forged_header_is_refused(coder, small, field, value, message):
+    with pytest.raises(BitstreamError, match=message):
+        decode_latents(coder, with_field(small[0], field, value))
+
+
+def test_other_weights_are_refused(small):
+    with pytest.raises(BitstreamError, match="made with other weights"):
+        decode_latents(build_coder(load_checkpoint(str(OTHER_WEIGHTS))), small[0])
+
+
+def test_exceptions_that_lead_outside_are_refused(coder, small):
+    parts = read_bitstream(small[0])
+    for exceptions in (b"\xff\xff\xff\xff\xff\x7f", b"\x80", b"\x00" * 200):
+        header = parts.header._replace(exception_bytes=len(exceptions))
+        forged = LAYOUT.pack(*header) + parts.z_string + exceptions + parts.y_string
+        with pytest.raises(BitstreamError, match="exception"):
+            decode_latents(coder, resigned(forged))
+
+
+def test_what_cannot_be_coded_is_refused(coder, small):
+    _, symbols = small
+    with pytest.raises(ValueError, match="latents of shapes"):
+        encode_latents(coder, symbols, (50, 90))
+    for value in (2**31 - 1, -(2**31), 2**24):  # CompressAI's coder would run for ever
+        huge = Latents(symbols.y.clone(), symbols.z)
+        huge.y[0, 0, 0, 0] = value
+        with pytest.raises(BitstreamError, match="symbols beyond"):
+            encode_latents(coder, huge, (50, 70))
+    with pytest.raises(ValueError, match="before freezing"):
+        build_coder(freeze(build_model(Channels(N=8, M=8))))
+
+
+def test_broken_tables_are_refused():
+    net = load_checkpoint(str(WEIGHTS))
+    net.entropy_bottleneck._cdf_length[3] = 10_000
+    with pytest.raises(codec.InputError, match="tables of EntropyBottleneck are broken"):
+        build_coder(net)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_the_commands_make_pictures_into_files_and_back(coder, photos, tmp_path, capsys):
+    coded, decoded = tmp_path / "coded", tmp_path / "decoded"
+    Image.fromarray(skimage.data.rocket()[:40, :60]).save(photos / "d.jpg")
+    assert main(["compress", str(photos), "--checkpoint", str(WEIGHTS), "-o", str(coded)]) == 0
+    files = sorted(coded.iterdir())
+    assert [file.name for file in files] == [
+        "a_chelsea.png.olc", "b_coffee.png.olc", "c_rocket.png.olc", "d.jpg.olc"
+    ]  # fmt: skip
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["file", *(f.name for f in files), "mean"]
+    assert table[1].split()[1:3] == ["81x71", str(files[0].stat().st_size)]
+
+    assert main(["info", *map(str, files)]) == 0
+    said = capsys.readouterr().out
+    assert f"{files[0]}: version 1, 81x71 pixels" in said
+    assert f"  {files[0].stat().st_size} bytes: header 38, z " in said
+
+    assert main(["decompress", str(coded), "--checkpoint", str(WEIGHTS), "-o", str(decoded)]) == 0
+    pictures = sorted(file.name for file in decoded.iterdir())
+    assert pictures == ["a_chelsea.png", "b_coffee.png", "c_rocket.png", "d.jpg.png"]
+    shown = to_x(np.asarray(Image.open(decoded / "a_chelsea.png")))
+    x_hat = decode_picture(coder, files[0].read_bytes())
+    assert torch.equal((x_hat * 255).round(), (shown * 255).round())
+
+
+def test_wrong_things_are_one_line_each_and_the_rest_goes_on(photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes(b"\x89PNG not one")
+    arguments = ["--checkpoint", str(WEIGHTS), "-o", str(tmp_path / "coded")]
+    assert main(["compress", str(photos), *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    damaged = tmp_path / "coded" / "b_coffee.png.olc"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    arguments[-1] = str(tmp_path / "decoded")
+    assert main(["decompress", str(tmp_path / "coded"), *arguments]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {damaged}: truncated or damaged: its checksum does not match its bytes\n"
+    )
+    assert sorted(f.name for f in (tmp_path / "decoded").iterdir()) == [
+        "a_chelsea.png", "c_rocket.png"
+    ]  # fmt: skip
+
+
+def test_two_files_of_one_name_are_refused_before_anything_is_read(photos, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (photos / "a_chelsea.png").rename(other / "b_coffee.png")
+    paths = [str(photos), str(other)]
+    assert main(["compress", *paths, "--checkpoint", "no", "-o", str(tmp_path / "coded")]) == 2
+    assert "would both become b_coffee.png.olc" in capsys.readouterr().err
+    assert not (tmp_path / "coded").exists()
