@@ -2,6 +2,7 @@
 
 python benchmark.py loader --records data/imagenet_tfrecords
 python benchmark.py loader                                    # records made of the sample photos
+python benchmark.py codec                                     # files of a 768x512 picture
 """
 
 import argparse
@@ -18,20 +19,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from codec import build_coder, compress_picture
 from config import InputError, exits_with_one_line
 from datasets import (
     Draws,
     RecordCrops,
     Records,
     epoch_order,
+    find_images,
     imagenet_tfrecords,
     import_tensorflow,
     read_payload,
+    read_rgb,
     sample_photos,
+    to_tensor,
     write_tfrecords,
 )
+from models import load_checkpoint
 
 WARM_UP_BATCHES = 4
+BUNDLED_WEIGHTS = "example_files/weights/mean_scale_n64_lambda0.01.pth.tar"
 
 
 @exits_with_one_line
@@ -46,10 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     loader.add_argument("--cycle_length", type=int, default=4)
     loader.add_argument("--rounds", type=int, default=5)
     loader.add_argument("--seconds", type=float, default=4.0, help="of each loader in each round")
+    codec = commands.add_parser("codec", help="coding and decoding of one picture as a file")
+    codec.add_argument("--checkpoint", default=BUNDLED_WEIGHTS, metavar="WEIGHTS")
+    codec.add_argument("--image", type=Path, help="a picture (none: a sample photo at 768x512)")
+    codec.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args(argv)
     for option in ("image_size", "batch_size", "cycle_length", "rounds", "seconds"):
-        if getattr(arguments, option) <= 0:
+        if getattr(arguments, option, 1) <= 0:
             raise InputError(f"--{option} {getattr(arguments, option)}: must be above 0")
+    if arguments.command == "codec":
+        return time_codec(arguments)
     if arguments.records is not None:
         records = imagenet_tfrecords(arguments.records, "--records")
         return compare_loaders(records, arguments)
@@ -85,6 +98,33 @@ def compare_loaders(records: Records, arguments: argparse.Namespace) -> int:
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     print(f"{'ratio':22} {statistics.median(ratios):8.2f}            "
           f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    return 0
+
+
+def time_codec(arguments: argparse.Namespace) -> int:
+    """Print the seconds that coding and decoding of one picture take, networks included."""
+    if arguments.image is None:
+        photos = sample_photos()
+        picture = photos.picture(photos.names.index("coffee.png"))[0].resize((768, 512))
+    else:
+        [path] = find_images(arguments.image)[:1]
+        picture, _ = read_rgb(path)
+    coder = build_coder(load_checkpoint(arguments.checkpoint))
+    x = to_tensor(picture)[None]  # [1, 3, H, W]
+    compress_picture(coder, x)  # warms up
+    rows = [compress_picture(coder, x)[1] for _ in range(arguments.rounds)]
+    print(
+        f"{x.size(3)}x{x.size(2)}, N = {coder.model.N}, M = {coder.model.M}, "
+        f"{rows[0]['file_bytes']} bytes, {os.cpu_count()} cores ({platform.machine()}), median of "
+        f"{arguments.rounds} rounds"
+    )
+    for key, what in (("coding", "g_a, h_a, coding, decoding to compare"),
+                      ("decoding", "decoding, g_s")):  # fmt: skip
+        times = [row[key] for row in rows]
+        print(
+            f"{key:9} {statistics.median(times):6.3f} s   ({min(times):.3f} to {max(times):.3f})"
+            f"   {what}"
+        )
     return 0
 
 
