@@ -23,6 +23,7 @@ from codec import build_coder, compress_picture
 from config import InputError, exits_with_one_line
 from datasets import (
     Draws,
+    ImageFiles,
     RecordCrops,
     Records,
     epoch_order,
@@ -30,7 +31,6 @@ from datasets import (
     imagenet_tfrecords,
     import_tensorflow,
     read_payload,
-    read_rgb,
     sample_photos,
     to_tensor,
     write_tfrecords,
@@ -107,8 +107,10 @@ def time_codec(arguments: argparse.Namespace) -> int:
         photos = sample_photos()
         picture = photos.picture(photos.names.index("coffee.png"))[0].resize((768, 512))
     else:
-        [path] = find_images(arguments.image)[:1]
-        picture, _ = read_rgb(path)
+        path = find_images(arguments.image)[0]
+        picture, _, error = ImageFiles([path], path.parent).picture(0)
+        if picture is None:
+            raise InputError(f"--image {path}: {error}")
     coder = build_coder(load_checkpoint(arguments.checkpoint))
     x = to_tensor(picture)[None]  # [1, 3, H, W]
     compress_picture(coder, x)  # warms up
