@@ -23,7 +23,8 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,11 +65,11 @@ HEADER = (
     ("N", "H", "channels of z"),
     ("M", "H", "channels of y"),
     ("weights", "4s", "start of the weights' SHA-256"),
-    ("tables", "I", "CRC-32 of the coders' tables"),
+    ("tables", "I", "CRC-32 of the coders' tables, see `build_coder`"),
     ("z_bytes", "I", "length of the string of z, which follows the header"),
     ("exception_bytes", "H", "length of the index exceptions, which follow it; y's string is last"),
-    ("symbols", "I", "CRC-32 of height, width, z and y, as int32, row by row"),
-    ("file", "I", "CRC-32 of all other bytes of the file"),
+    ("symbols", "I", "CRC-32 of height, width, z and y, little-endian int32, row by row"),
+    ("file", "I", "CRC-32 of the whole file, with zeros for this field"),
 )
 LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
 # Of a picture: what Pillow opens.
@@ -128,7 +129,8 @@ class Coder:
 def build_coder(model: MeanScaleHyperprior) -> Coder:
     """A copy of a model, not yet frozen, that `encode_latents` and `decode_latents` work with.
 
-    The coders' tables are those of the checkpoint; where it has none, CompressAI builds them.
+    The coders' tables are those of the checkpoint; where it has none, CompressAI builds them. Their
+    checksum goes over z's CDFs, lengths and offsets, y's, and the scales (float32).
 
     Raises:
         ValueError: the model is frozen for refinement.
@@ -139,12 +141,17 @@ def build_coder(model: MeanScaleHyperprior) -> Coder:
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     model = model.to(memory_format=torch.contiguous_format)
     build_tables(model)
-    for entropy_model in (model.entropy_bottleneck, model.gaussian_conditional):
-        _check_tables(entropy_model)
+    bottleneck, conditional = model.entropy_bottleneck, model.gaussian_conditional
+    scale_table = conditional.scale_table
+    _check_tables(bottleneck, model.N)
+    _check_tables(conditional, len(scale_table))
+    if not (scale_table.isfinite().all() and (scale_table.diff() > 0).all()):
+        raise InputError("the checkpoint's table of scales is broken: save it without")
     tables = 0
-    for entropy_model in (model.entropy_bottleneck, model.gaussian_conditional):
+    for entropy_model in (bottleneck, conditional):
         for part in (entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset):
             tables = zlib.crc32(_as_bytes(part), tables)
+    tables = zlib.crc32(scale_table.numpy().astype("<f4").tobytes(), tables)
     return Coder(
         model=model,
         h_s=copy.deepcopy(model.h_s).double(),
@@ -154,12 +161,15 @@ def build_coder(model: MeanScaleHyperprior) -> Coder:
     )
 
 
-def _check_tables(entropy_model: EntropyModel) -> None:
-    """Refuse tables with which CompressAI's coder, which checks nothing, would crash."""
-    cdf, lengths = entropy_model.quantized_cdf, entropy_model.cdf_length
+def _check_tables(entropy_model: EntropyModel, count: int) -> None:
+    """Refuse tables with which CompressAI's coder, which checks nothing, would crash or hang."""
+    cdf, lengths, offsets = (
+        entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset
+    )  # fmt: skip
     scale = 2**entropy_model.entropy_coder_precision
-    sound = cdf.dim() == 2 and lengths.shape == entropy_model.offset.shape == cdf.shape[:1]
+    sound = cdf.dim() == 2 and lengths.shape == offsets.shape == cdf.shape[:1] == (count,)
     sound = sound and bool((lengths >= 3).all() and (lengths <= cdf.size(1)).all())
+    sound = sound and bool((offsets.abs() < scale).all())
     for row, length in zip(cdf, lengths, strict=True) if sound else ():
         row = row[:length]
         sound = sound and row[0] == 0 and row[-1] == scale and bool((row.diff() > 0).all())
@@ -192,15 +202,18 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
     Raises:
         BitstreamError: the picture or a symbol is too large for the format, or what was written
             does not decode to the same symbols.
-        ValueError: the latents are not those of a picture of this size.
+        ValueError: the latents are no integers, or not those of a picture of this size.
     """
-    model, symbols = coder.model, Latents(*(v.cpu().int() for v in symbols))
+    if any(v.is_floating_point() for v in symbols):
+        raise ValueError("latents of floats: integer_latents gives what is coded")
+    model, symbols = coder.model, Latents(*(v.cpu() for v in symbols))
     shapes = _latent_shapes(size, model.N, model.M)
     if tuple(v.shape for v in symbols) != shapes:
         raise ValueError(f"latents of shapes {[tuple(v.shape) for v in symbols]}, not {shapes}")
     _check_size(*size)
     if any(not -MAX_SYMBOL < v.min() <= v.max() < MAX_SYMBOL for v in symbols):
         raise BitstreamError(f"symbols beyond +-{MAX_SYMBOL}: these are no latents of a picture")
+    symbols = Latents(*(v.int() for v in symbols))
     indexes, exceptions = _indexes_to_write(coder, symbols.z, shapes.y[2:])
     z_string = _encode(model.entropy_bottleneck, symbols.z, _z_indexes(shapes.z))
     y_string = _encode(model.gaussian_conditional, symbols.y, indexes)
@@ -234,14 +247,11 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
         raise BitstreamError(
             f"damaged: {size[1]}x{size[0]} pixels cannot be in {len(z_string)} bytes of z"
         )
-    try:
+    with _memory_for(size):
         z = _decode(model.entropy_bottleneck, z_string, _z_indexes(shapes.z))
-        indexes = _apply_exceptions(_indexes(coder, z, shapes.y[2:]), exceptions)
+        indexes = _indexes(coder, z, shapes.y[2:])
+        _apply_exceptions(indexes, exceptions, len(model.gaussian_conditional.scale_table))
         symbols = Latents(_decode(model.gaussian_conditional, y_string, indexes), z)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        raise BitstreamError(f"no memory for {size[1]}x{size[0]} pixels") from None
     if _checksum(symbols, size) != header.symbols:
         raise BitstreamError(
             "does not decode to the symbols that were coded: it was made to deceive, "
@@ -257,22 +267,32 @@ def decode_picture(coder: Coder, data: bytes) -> Tensor:
         BitstreamError: see `decode_latents`.
     """
     symbols, size = decode_latents(coder, data)
-    return reconstruct(coder.model, symbols, size)
+    with _memory_for(size):
+        x_hat = reconstruct(coder.model, symbols, size)
+    if not x_hat.isfinite().all():
+        raise BitstreamError("its picture is not finite: these are no latents of a picture")
+    return x_hat
 
 
-def file_measures(coder: Coder, data: bytes, x: Tensor) -> tuple[dict[str, float | None], Tensor]:
-    """What a file of x [1, 3, H, W] in [0, 1] costs and gives, and the picture in it.
+@contextmanager
+def _memory_for(size: tuple[int, int]) -> Iterator[None]:
+    """Make a BitstreamError of what is raised where memory ends."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise BitstreamError(f"no memory for {size[1]}x{size[0]} pixels") from None
 
-    Returns:
-        file_bytes; file_bpp, header and all; psnr, ms_ssim and ms_ssim_db as `picture_quality` has
-        them; and x_hat [1, 3, H, W] in [0, 1], decoded.
 
-    Raises:
-        BitstreamError: see `decode_latents`.
+def file_measures(data: bytes, x_hat: Tensor, x: Tensor) -> dict[str, float | None]:
+    """What a file of x costs, and what x_hat, decoded from it, gives; both [1, 3, H, W] in [0, 1].
+
+    file_bytes; file_bpp, header and all; psnr, ms_ssim and ms_ssim_db as `picture_quality` has
+    them.
     """
-    x_hat = decode_picture(coder, data)
     rate = {"file_bytes": len(data), "file_bpp": 8 * len(data) / (x.size(2) * x.size(3))}
-    return {**rate, **picture_quality(x_hat, x.cpu())}, x_hat
+    return {**rate, **picture_quality(x_hat, x.cpu())}
 
 
 def read_bitstream(data: bytes) -> Bitstream:
@@ -357,10 +377,20 @@ def _encode(entropy_model: EntropyModel, symbols: Tensor, indexes: Tensor) -> by
 
 
 def _decode(entropy_model: EntropyModel, string: bytes, indexes: Tensor) -> Tensor:
-    """The symbols, int32 [1, C, h, w], of a string."""
-    # CompressAI's decoder checks no end. Behind the string it reads zeros here: once its state is
-    # zero it takes one word a symbol, and no escape code, so that it stays inside them.
-    padded = string + bytes(4 * (indexes.numel() + 256))
+    """The symbols, int32 [1, C, h, w], of a string.
+
+    CompressAI's decoder checks no end: behind the string it reads on in the zeros put there. A
+    symbol costs it less than 16 bits, an escaped one four more, and as many as these count up: a
+    nibble of 15 means at least as many nibbles, and that the next counts too. Honest symbols, below
+    2^24, count to 7. So few nibbles of 15 can follow each other that it stays inside the zeros.
+
+    Raises:
+        BitstreamError: no encoder writes such a string.
+    """
+    words = np.frombuffer(string[: len(string) // 4 * 4], "<u4") == 0xFFFFFFFF
+    if len(string) > 6 * indexes.numel() + 64 or (words[1:] & words[:-1]).any():
+        raise BitstreamError("damaged: no encoder writes such a string")
+    padded = string + bytes(4 * indexes.numel() + 2**16)
     return EntropyModel.decompress(entropy_model, [padded], indexes, torch.int32)
 
 
@@ -403,13 +433,13 @@ def _list_exceptions(indexes: Tensor, wanted: Tensor) -> bytes:
     return bytes(written)
 
 
-def _apply_exceptions(indexes: Tensor, exceptions: bytes) -> Tensor:
-    """The indexes moved as `_list_exceptions` wrote.
+def _apply_exceptions(indexes: Tensor, exceptions: bytes, tables: int) -> None:
+    """Move indexes, in place, as `_list_exceptions` wrote; there are so many tables.
 
     Raises:
         BitstreamError: they lead outside the picture or the tables.
     """
-    flat, position, number, shift = indexes.flatten(), 0, 0, 0
+    flat, position, number, shift = indexes.view(-1), 0, 0, 0
     for byte in exceptions:
         number |= (byte & 127) << shift
         shift += 7
@@ -419,9 +449,8 @@ def _apply_exceptions(indexes: Tensor, exceptions: bytes) -> Tensor:
                 raise BitstreamError("damaged: an index exception lies outside the picture")
             flat[position] += -1 if number & 1 else 1
             number = shift = 0
-    if shift or flat.min() < 0 or flat.max() > 63:
+    if shift or flat.min() < 0 or flat.max() >= tables:
         raise BitstreamError("damaged: its index exceptions make no sense")
-    return flat.reshape(indexes.shape)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -450,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (compress, decompress):
         command.add_argument("--checkpoint", required=True, metavar="WEIGHTS")
         command.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
+        command.add_argument("--overwrite", action="store_true", help="files that are there")
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return for_each(find_jobs(arguments.paths, (SUFFIX,), str), print_header)
@@ -457,14 +487,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"-o {arguments.output}: is a file; a folder is wanted")
     if arguments.command == "compress":
         jobs = find_jobs(arguments.paths, IMAGE_SUFFIXES, lambda name: name + SUFFIX)
+    else:
+        jobs = find_jobs(arguments.paths, (SUFFIX,), picture_name)
+    taken = [job.target for job in jobs if (arguments.output / job.target).exists()]
+    if taken and not arguments.overwrite:
+        raise InputError(f"{arguments.output / taken[0]} is there already: see --overwrite")
+    if arguments.command == "compress":
         return compress_images(jobs, arguments.checkpoint, arguments.output)
-    jobs = find_jobs(arguments.paths, (SUFFIX,), picture_name)
     coder = build_coder(load_checkpoint(arguments.checkpoint))
     return for_each(jobs, partial(decompress_file, coder, arguments.output))
 
 
 def picture_name(name: str) -> str:
-    """a.png.olc gives a.png, a.jpg.olc gives a.jpg.png: no two files give the same."""
+    """a.png.olc gives a.png, a.jpg.olc gives a.jpg.png."""
     name = name.removesuffix(SUFFIX)
     return name if name.endswith(".png") else f"{name}.png"
 
@@ -497,10 +532,10 @@ def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
             act(job)
         except BrokenPipeError:
             raise
-        except (InputError, OSError, RuntimeError) as error:
+        except (InputError, OSError, RuntimeError, MemoryError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            if isinstance(error, RuntimeError):
-                if not is_out_of_memory(error):
+            if isinstance(error, RuntimeError | MemoryError):
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                     raise
                 reason = "no memory for a picture of this size"
             print(f"error: {job.source}: {reason}", file=sys.stderr)
@@ -530,6 +565,8 @@ def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
         print(line(job.target, f"{x.size(3)}x{x.size(2)}", row))
+        for note in image.notes:
+            print(f"{job.source}: {note}", file=sys.stderr)
 
     print(f"{'file':{width}} {'size':>11} {'bytes':>9} {'bpp':>8} {'estimate':>8} {'over':>7} "
           f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
@@ -555,24 +592,42 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
     latents = analyze(coder.model, x)
     data = encode_latents(coder, integer_latents(coder.model, latents), tuple(x.shape[2:]))
     coded = time.perf_counter()
-    decode_picture(coder, data)
+    x_hat = decode_picture(coder, data)
     decoded = time.perf_counter()
-    measures, _ = file_measures(coder, data, x)
     with torch.no_grad():
         estimate = rd_pass(coder.model, x, latents, hard_round, lmbda=0.0)["bpp"].item()
     times = {"coding": coded - start, "decoding": decoded - coded}
-    return data, {**measures, "estimate": estimate, **times}
+    return data, {**file_measures(data, x_hat, x), "estimate": estimate, **times}
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, if it may be one of this codec: nothing large is read in vain.
+
+    Raises:
+        BitstreamError: it does not begin like one, or is longer than its header allows.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(LAYOUT.size)
+        if len(start) == LAYOUT.size and start.startswith(MAGIC):
+            header = Header(*LAYOUT.unpack(start))
+            shapes = _latent_shapes((header.height, header.width), header.N, header.M)
+            symbols = math.prod(shapes.y) + math.prod(shapes.z)
+            if path.stat().st_size > LAYOUT.size + 6 * symbols + 2**17:
+                raise BitstreamError("damaged: longer than any file of a picture of its size")
+            return start + file.read()
+    return start
 
 
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
     """Write the picture of one file into `folder`, and print where."""
-    x_hat = decode_picture(coder, job.source.read_bytes())
+    x_hat = decode_picture(coder, read_file(job.source))
     print(save_picture(folder / job.target, x_hat[0]))
 
 
 def print_header(job: Job) -> None:
     """Print what a file's header says, and how its bytes divide."""
-    data = job.source.read_bytes()
+    data = read_file(job.source)
     header, z_string, exceptions, y_string = read_bitstream(data)
     bpp = 8 * len(data) / (header.height * header.width)
     print(

@@ -187,6 +187,10 @@ class Target(NamedTuple):
             return abs(value / self.wanted - 1) / 0.02
         return abs(value - self.wanted) / 0.05
 
+    def in_words(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.4f} bpp" if self.kind == "bpp" else f"{value:.2f} dB"
+
 
 class RefineConfig(ModelOfLambda):
     """What `train_flexible_inference.py` reads."""
@@ -493,7 +497,7 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
             name = f"{error.filename}: " if error.filename else ""
             print(f"error: {name}{error.strerror or error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print('interrupted: "resume": true goes on from here', file=sys.stderr)
+            print("interrupted: what was finished is kept", file=sys.stderr)
             return 130
         return 2
 

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import zipfile
@@ -121,7 +122,8 @@ def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> 
         and file.is_file()
     ]
     if not found:
-        raise InputError(f"{path}: no image in it (looked for {' '.join(sorted(suffixes))})")
+        what = "image" if suffixes <= IMAGE_SUFFIXES else "such file"
+        raise InputError(f"{path}: no {what} in it (looked for {' '.join(sorted(suffixes))})")
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
@@ -156,6 +158,7 @@ class ImageFiles(Dataset):
             return *read_rgb(self.files[name]), None
         except Exception as error:  # damaged files make decoders raise dozens of kinds
             reason = str(error).replace(str(self.files[name]), name) or type(error).__name__
+            reason = re.sub(r"<_io\.BytesIO[^>]*>", name, reason)
             return None, (), reason.splitlines()[0]
 
     def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:

@@ -40,7 +40,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from codec import SUFFIX
-from config import InputError, PretrainConfig, RefineConfig, read_json_object, resolved
+from config import InputError, PretrainConfig, RefineConfig, load_config, resolved
 from datasets import LoadedImage, TrainingData, save_picture, write_whole
 from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
 
@@ -194,11 +194,16 @@ class Run:
 
     def _announce(self, found: int, wanted: int, done: int) -> None:
         params = ", ".join(f"{key} {value:.6g}" for key, value in self.facts["params"].items())
+        target = self.config.target
+        goal = (
+            f"files of {target.in_words(target.wanted)}"
+            if target
+            else (f"lambda {self.facts['lmbda']:g}")
+        )
         log.info(
-            "%s (%s), lambda %g, %d steps, N = %d, M = %d, %s", self.facts["method"],
-            params or "no hyper-parameters", self.facts["lmbda"],
-            self.config.tot_inference_iterations, self.facts["N"], self.facts["M"],
-            self.facts["device"],
+            "%s (%s), %s, %d steps, N = %d, M = %d, %s", self.facts["method"],
+            params or "no hyper-parameters", goal, self.config.tot_inference_iterations,
+            self.facts["N"], self.facts["M"], self.facts["device"],
         )  # fmt: skip
         for name in self.config.overruled_methods:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
@@ -262,9 +267,8 @@ class Run:
         if result.stopped:
             log.warning("%s: stopped, %s; kept step %d", name, result.stopped, record["best_step"])
         if result.target and not result.target["met"]:
-            log.warning("%s: the target of %g %s was not met; the closest, %.4f, is kept", name,
-                        result.target["wanted"], result.target["kind"],
-                        result.target["got"])  # fmt: skip
+            words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
+            log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  seconds)  # fmt: skip
 
@@ -387,7 +391,9 @@ def _refuse_another_config(
 ) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
-    before, now = read_json_object(folder / "config.json"), resolved(config)
+    # Read as a config, so that keys which came after it have their defaults.
+    before = resolved(load_config(folder / "config.json", type(config)))
+    now = resolved(config)
     changed = _differences(
         {key: value for key, value in before.items() if key not in free_keys},
         {key: value for key, value in now.items() if key not in free_keys},
@@ -833,8 +839,9 @@ def summarize(records: Sequence[dict], failed: dict[str, str]) -> dict[str, Any]
 
 def _in_words(record: dict) -> str:
     base, refined = record["base"], record["refined"]
+    bpp = "file_bpp" if "file_bpp" in base else "bpp"
     return (
-        f"{base['bpp']:.4f} bpp {_db(base)} -> {refined['bpp']:.4f} bpp {_db(refined)}, "
+        f"{base[bpp]:.4f} bpp {_db(base)} -> {refined[bpp]:.4f} bpp {_db(refined)}, "
         f"loss {_percent(base['true_loss'], refined['true_loss']):+.2f} %"
     )
 
@@ -868,7 +875,7 @@ def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     With a target: each image's lambda in place of losses, which have different lambdas.
     """
     width = max(5, *(len(record["name"]) for record in records))
-    files, target = "file_bpp" in records[0]["base"], records[0]["target"]
+    files, target = "file_bpp" in records[0]["base"], records[0].get("target")
     columns = [f"{'image':{width}} {'size':>11}"]
     if files:
         columns += [f"{'bpp (estimate)':^16}", f"{'bpp (file)':^25}"]
@@ -898,7 +905,7 @@ def _changes(entry: dict[str, Any]) -> str:
         bpp = (base["file_bpp"], refined["file_bpp"])
     text += f"  {bpp[0]:.4f} -> {bpp[1]:.4f} ({_percent(*bpp):+5.1f}%)"
     text += f"  {psnr[0]:5.2f} -> {psnr[1]:5.2f} ({gained:+.2f})"
-    if entry["target"] is None:
+    if entry.get("target") is None:
         return text + f"  {loss[0]:.4f} -> {loss[1]:.4f} ({_percent(*loss):+5.1f}%)"
     if not entry["target"]:
         return text
@@ -907,7 +914,7 @@ def _changes(entry: dict[str, Any]) -> str:
 
 
 def _meets_target(record: dict[str, Any]) -> bool:
-    return bool(record["target"] and record["target"]["met"])
+    return bool(record.get("target") and record["target"]["met"])
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -966,8 +973,9 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     """Every image's way from base to refined in the rate-distortion plane, and the mean's."""
-    method, lmbda = records[0]["method"], records[0]["lmbda"]
-    title = f"{method}, lambda {lmbda:g}\nup and to the left is better"
+    lmbdas = {record["lmbda"] for record in records}
+    lmbda = f"lambda {min(lmbdas):.3g}" + (f" to {max(lmbdas):.3g}" if len(lmbdas) > 1 else "")
+    title = f"{records[0]['method']}, {lmbda}\nup and to the left is better"
     figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
     axis = figure.subplots()
     known = [r for r in records if None not in (r["base"]["psnr"], r["refined"]["psnr"])]

@@ -20,11 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codec import BitstreamError, Coder, build_coder, encode_latents, file_measures
+from codec import (
+    BitstreamError,
+    Coder,
+    build_coder,
+    decode_picture,
+    encode_latents,
+    file_measures,
+)
 from config import Optimizer, RefineConfig, Target, exits_with_one_line, parse_command_line
 from datasets import open_images, seed_of
 from experimental_inference_methods import Rounding, hard_round, rounding_from_config
-from metrics import picture_quality, psnr, to_8_bit
+from metrics import mean_squared_error, picture_quality, psnr, to_8_bit
 from models import (
     Latents,
     analyze,
@@ -49,7 +56,8 @@ def main(argv=None) -> int:
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     run = open_run(config, ranks, {
-        "method": rounding.name, "params": rounding.params, "lmbda": config.lmbda,
+        "method": rounding.name, "params": rounding.params,
+        "lmbda": None if config.target else config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
@@ -205,8 +213,14 @@ def refine_to_target(
 
     def measure(latents: Latents) -> float:
         data = encode_latents(coder, integer_latents(model, latents), tuple(x.shape[2:]))
-        measures, _ = file_measures(coder, data, x)
-        return measures["file_bpp"] if target.kind == "bpp" else measures["psnr"]
+        if target.kind == "bpp":
+            return 8 * len(data) / (x.size(2) * x.size(3))
+        return psnr(mean_squared_error(to_8_bit(decode_picture(coder, data)), x.cpu())).item()
+
+    def with_target(result: Refinement, value: float) -> Refinement:
+        met = target.miss(value) <= 1
+        values = {"kind": target.kind, "wanted": target.wanted, "got": value, "met": met}
+        return replace(result, target=values)
 
     unrefined = measure(analyze(model, x))
     search = LambdaSearch(target, config.lmbda, config.train_lambda, unrefined)
@@ -214,19 +228,20 @@ def refine_to_target(
     while search.goes_on:
         result = refine(model, x, rounding, config, seed + len(tried), progress, search.lmbda,
                         start, first_step)  # fmt: skip
-        tried.append(result)
+        if result.latents is None:
+            return result
+        value = measure(result.latents)
+        tried.append(with_target(result, value))
+        progress.note(f"lambda {result.lmbda:.4g}: {target.in_words(value)}")
         if result.stopped:
             break
-        value = measure(result.latents)
-        result.target = {"kind": target.kind, "wanted": target.wanted, "got": value,
-                         "met": target.miss(value) <= 1}  # fmt: skip
-        progress.note(f"lambda {result.lmbda:.4g}: {target.kind} {value:.4f}")
         search.tell(value)
         first_step, start = steps // 2, result.latents
-    measured = [result for result in tried if result.target is not None]
-    if not measured:
-        return result
-    return joined(tried, min(measured, key=lambda result: target.miss(result.target["got"])))
+    chosen = min(tried, key=lambda result: target.miss(result.target["got"]))
+    if target.miss(unrefined) < target.miss(chosen.target["got"]) and not chosen.target["met"]:
+        first = tried[0]
+        chosen = replace(with_target(first, unrefined), latents=first.base_latents, best=first.base)
+    return joined(tried, chosen)
 
 
 class LambdaSearch:
@@ -256,15 +271,16 @@ class LambdaSearch:
     def tell(self, value: float) -> None:
         """What this lambda gave: the next one is set, or the search ends (`goes_on`)."""
         off, slope = self._off(value), self.SLOPES[self.target.kind]
-        if self.last is not None:
+        if self.last is not None and self.last[0] != self.position:
             position, before = self.last
             self.secants.append((off - before) / (self.position - position))
+        if self.secants:
             slope = min(max(*self.secants[-3:], 0.3 * slope), 4 * slope)
         following = self._step(self.position, off, slope)
+        gained = self.last is None or abs(self.last[1]) - abs(off) > 0.005
+        stuck = following == self.position and not gained
         self.trials += 1
-        self.goes_on = (
-            self.target.miss(value) > 1 and following != self.position and self.trials < self.TRIALS
-        )
+        self.goes_on = self.target.miss(value) > 1 and not stuck and self.trials < self.TRIALS
         self.last, self.position = (self.position, off), following
 
     def _off(self, value: float) -> float:
@@ -311,7 +327,8 @@ def write_files(model, coder: Coder, x: Tensor, result: Refinement) -> None:
     for label, latents in (("base", result.base_latents), ("refined", result.latents)):
         symbols = integer_latents(model, latents)
         result.bitstream = encode_latents(coder, symbols, tuple(x.shape[2:]))
-        result.files[label], x_hat = file_measures(coder, result.bitstream, x)
+        x_hat = decode_picture(coder, result.bitstream)
+        result.files[label] = file_measures(result.bitstream, x_hat, x)
         if label in result.pictures:
             result.pictures[label] = to_8_bit(x_hat)
 

@@ -1,5 +1,7 @@
 """Files: that they decode exactly, with CompressAI too, and that nothing else is taken for one."""
 
+import bisect
+import os
 import struct
 import subprocess
 import sys
@@ -57,7 +59,9 @@ def small(coder):
 def resigned(data):
     """The file with a right checksum of its bytes, as one who wants to deceive would write it."""
     unsigned = data[: LAYOUT.size - 4] + bytes(4) + data[LAYOUT.size :]
-    return unsigned[: LAYOUT.size - 4] + struct.pack("<I", zlib.crc32(unsigned)) + data[38:]
+    return (
+        unsigned[: LAYOUT.size - 4] + struct.pack("<I", zlib.crc32(unsigned)) + data[LAYOUT.size :]
+    )
 
 
 def with_field(data, name, value):
@@ -166,8 +170,6 @@ def test_another_processor_decodes_the_same_symbols(tmp_path):
     old = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}
 
     def on(processor, *arguments):
-        import os
-
         command = [sys.executable, "-c", script, *map(str, arguments), "--checkpoint", WEIGHTS]
         subprocess.run(command, cwd=ROOT, env={**os.environ, **processor}, check=True)
 
@@ -244,6 +246,73 @@ def _refused_or_same(coder, mutated, original, symbols):
         assert all(torch.equal(a, b) for a, b in zip(decoded, symbols, strict=True))
 
 
+def _escape_that_counts_on(entropy_model, table):
+    """The coder's first state, from which it decodes an escape and then only nibbles of 15."""
+    length = entropy_model.cdf_length[table]
+    start, end = entropy_model.quantized_cdf[table, length - 2 : length].tolist()
+    high, low = divmod((1 << 46) - 1, end - start)
+    return struct.pack("<Q", high << 16 | start + low)
+
+
+@pytest.mark.parametrize("where", ["z", "y"])
+def test_an_escape_without_end_is_refused(coder, small, where):
+    """CompressAI's decoder would read fifteen nibbles for each one of it, behind the string."""
+    parts, symbols = read_bitstream(small[0]), small[1]
+    model, tail = coder.model, b"\xff" * 1_000_000
+    if where == "z":
+        z_string, y_string = _escape_that_counts_on(model.entropy_bottleneck, 0) + tail, b""
+        header = parts.header._replace(z_bytes=len(z_string), exception_bytes=0)
+        cut = z_string[:300]
+    else:
+        first = codec._indexes(coder, symbols.z, symbols.y.shape[2:]).flatten()[0].item()
+        y_string = _escape_that_counts_on(model.gaussian_conditional, first) + tail
+        z_string, header, cut = parts.z_string, parts.header._replace(exception_bytes=0), None
+    with pytest.raises(BitstreamError, match="no encoder writes such a string"):
+        decode_latents(coder, resigned(LAYOUT.pack(*header) + z_string + y_string))
+    if cut is not None:  # short enough for its picture
+        header = header._replace(z_bytes=len(cut))
+        with pytest.raises(BitstreamError, match="no encoder writes such a string"):
+            decode_latents(coder, resigned(LAYOUT.pack(*header) + cut))
+
+
+def test_the_coder_stays_in_its_padding_behind_any_end(coder):
+    """Symbols decoded of zeros alone, behind every kind of end: far fewer words than are there.
+
+    A second writing of the decoder, which counts what it reads.
+    """
+    generator = np.random.default_rng(0)
+    conditional = coder.model.gaussian_conditional
+    for table in (0, 20, 63):
+        row = conditional.quantized_cdf[table, : conditional.cdf_length[table]].tolist()
+        for _ in range(20):
+            state = int(generator.integers(1 << 31, 1 << 62))
+            assert _words_read(row, state, count=300) <= 300 + 2**16 // 4
+
+
+def _words_read(cdf, state, count):
+    words = 0
+
+    def advance(state, words):
+        return (state << 32, words + 1) if state < 1 << 31 else (state, words)
+
+    for _ in range(count):
+        value = bisect.bisect_right(cdf, state & 0xFFFF) - 1
+        start, frequency = cdf[value], cdf[value + 1] - cdf[value]
+        state = frequency * (state >> 16) + (state & 0xFFFF) - start
+        state, words = advance(state, words)
+        if value == len(cdf) - 2:
+            nibbles = 0
+            while True:
+                nibble, state = state & 15, state >> 4
+                state, words = advance(state, words)
+                nibbles += nibble
+                if nibble < 15:
+                    break
+            for _ in range(nibbles):
+                state, words = advance(state >> 4, words)
+    return words
+
+
 def test_every_single_bit_counts(coder, small):
     original, _ = small
     for position in range(8 * len(original)):
@@ -296,6 +365,8 @@ def test_what_cannot_be_coded_is_refused(coder, small):
     _, symbols = small
     with pytest.raises(ValueError, match="latents of shapes"):
         encode_latents(coder, symbols, (50, 90))
+    with pytest.raises(ValueError, match="latents of floats"):
+        encode_latents(coder, Latents(*(v.float() for v in symbols)), (50, 70))
     for value in (2**31 - 1, -(2**31), 2**24):  # CompressAI's coder would run for ever
         huge = Latents(symbols.y.clone(), symbols.z)
         huge.y[0, 0, 0, 0] = value
@@ -305,10 +376,35 @@ def test_what_cannot_be_coded_is_refused(coder, small):
         build_coder(freeze(build_model(Channels(N=8, M=8))))
 
 
-def test_broken_tables_are_refused():
-    net = load_checkpoint(str(WEIGHTS))
+def _lengthen(net):
     net.entropy_bottleneck._cdf_length[3] = 10_000
-    with pytest.raises(codec.InputError, match="tables of EntropyBottleneck are broken"):
+
+
+def _drop_rows(net):
+    for name in ("_quantized_cdf", "_cdf_length", "_offset"):
+        setattr(net.entropy_bottleneck, name, getattr(net.entropy_bottleneck, name)[:10])
+
+
+def _drop_scales(net):
+    net.update()
+    net.gaussian_conditional.scale_table = net.gaussian_conditional.scale_table[:32]
+
+
+def _flatten_scales(net):
+    net.update()
+    net.gaussian_conditional.scale_table.fill_(1.0)
+
+
+def _shift(net):
+    net.entropy_bottleneck._offset[0] = 2**30
+
+
+@pytest.mark.parametrize("damage", [_lengthen, _drop_rows, _drop_scales, _flatten_scales, _shift])
+def test_broken_tables_are_refused(damage):
+    """With which CompressAI's coder crashes, hangs, or codes nonsense."""
+    net = load_checkpoint(str(WEIGHTS))
+    damage(net)
+    with pytest.raises(codec.InputError, match="broken: save it without"):
         build_coder(net)
 
 
@@ -355,6 +451,29 @@ def test_wrong_things_are_one_line_each_and_the_rest_goes_on(photos, tmp_path, c
     assert sorted(f.name for f in (tmp_path / "decoded").iterdir()) == [
         "a_chelsea.png", "c_rocket.png"
     ]  # fmt: skip
+
+
+def test_nothing_is_overwritten_unasked(photos, tmp_path, capsys):
+    """Least of all the originals, beside which files are made and decoded."""
+    arguments = [str(photos), "--checkpoint", str(WEIGHTS), "-o", str(photos)]
+    before = (photos / "a_chelsea.png").read_bytes()
+    assert main(["compress", *arguments]) == 0
+    for command in ("compress", "decompress"):
+        assert main([command, *arguments]) == 2
+        assert "is there already: see --overwrite" in capsys.readouterr().err
+    assert (photos / "a_chelsea.png").read_bytes() == before
+    assert main(["decompress", *arguments, "--overwrite"]) == 0
+    assert (photos / "a_chelsea.png").read_bytes() != before
+
+
+def test_a_large_file_is_not_read_in_vain(small, tmp_path, capsys):
+    """A terabyte of holes behind a header, and behind none."""
+    for start in (small[0], b"anything"):
+        with (tmp_path / "a.olc").open("wb") as file:
+            file.write(start)
+            file.truncate(2**40)
+        assert main(["info", str(tmp_path / "a.olc")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_two_files_of_one_name_are_refused_before_anything_is_read(photos, tmp_path, capsys):
