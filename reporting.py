@@ -320,6 +320,8 @@ class Run:
             figure = plot_comparison(pictures, own, shown[:4])
             plots.append(write_whole(self.folder / "comparison.png", figure.savefig))
         log.info("results:  %s", self.folder)
+        if self.config.writes_files:
+            log.info("files:    %s", self.folder / "bitstreams")
         for label, path in zip(("plot:", "plot:", "images:"), plots, strict=False):
             log.info("%-9s %s", label, path)
         if shown:
@@ -839,11 +841,15 @@ def summarize(records: Sequence[dict], failed: dict[str, str]) -> dict[str, Any]
 
 def _in_words(record: dict) -> str:
     base, refined = record["base"], record["refined"]
-    bpp = "file_bpp" if "file_bpp" in base else "bpp"
     return (
-        f"{base[bpp]:.4f} bpp {_db(base)} -> {refined[bpp]:.4f} bpp {_db(refined)}, "
+        f"{_rate(base):.4f} bpp {_db(base)} -> {_rate(refined):.4f} bpp {_db(refined)}, "
         f"loss {_percent(base['true_loss'], refined['true_loss']):+.2f} %"
     )
+
+
+def _rate(side: dict) -> float:
+    """Bits per pixel of the file, or, where there is none, as estimated."""
+    return side.get("file_bpp", side["bpp"])
 
 
 def _db(side: dict) -> str:
@@ -980,7 +986,7 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     axis = figure.subplots()
     known = [r for r in records if None not in (r["base"]["psnr"], r["refined"]["psnr"])]
     points = {
-        side: np.array([[r[side]["bpp"], r[side]["psnr"]] for r in known]).reshape(-1, 2)
+        side: np.array([[_rate(r[side]), r[side]["psnr"]] for r in known]).reshape(-1, 2)
         for side in ("base", "refined")
     }
     for start, end in zip(points["base"], points["refined"], strict=True):
@@ -999,7 +1005,8 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
                 textcoords="offset points", xytext=(6, 3),
                 fontsize=8,
             )  # fmt: skip
-    axis.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title=title)
+    kind = "of the files" if "file_bpp" in records[0]["base"] else "(estimate)"
+    axis.set(xlabel=f"bits per pixel {kind}", ylabel="PSNR (dB)", title=title)
     axis.margins(0.18)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -1030,7 +1037,7 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
             if label != "original":
                 side = record[label]
                 db = "" if side["psnr"] is None else f", {side['psnr']:.2f} dB"
-                title = f"{label}: {side['bpp']:.3f} bpp{db}"
+                title = f"{label}: {_rate(side):.3f} bpp{db}"
             axis.set_title(printable(title), fontsize=9, parse_math=False)
     return figure
 
