@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--overwrite", action="store_true", help="files that are there")
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
-        return for_each(find_jobs(arguments.paths, (SUFFIX,), str), print_header)
+        return for_each(find_jobs(arguments.paths, (SUFFIX,)), print_header)
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"-o {arguments.output}: is a file; a folder is wanted")
     if arguments.command == "compress":
@@ -505,9 +505,11 @@ def picture_name(name: str) -> str:
 
 
 def find_jobs(
-    paths: Sequence[str], suffixes: Iterable[str], target_of: Callable[[str], str]
+    paths: Sequence[str], suffixes: Iterable[str], target_of: Callable[[str], str] | None = None
 ) -> list[Job]:
     """The files that paths name, files or folders, and what `target_of` makes of their names.
+
+    Without `target_of` the target is the path itself.
 
     Raises:
         InputError: a path leads to no such file, or two files to one name.
@@ -517,7 +519,7 @@ def find_jobs(
         root = Path(path).expanduser()
         for source in find_images(path, frozenset(suffixes)):
             name = source.name if source == root else source.relative_to(root).as_posix()
-            job = Job(source, target_of(name))
+            job = Job(source, target_of(name) if target_of else str(source))
             other = jobs.setdefault(job.target, job)
             if other.source != source:
                 raise InputError(f"{other.source} and {source} would both become {job.target}")

@@ -423,7 +423,10 @@ def test_the_commands_make_pictures_into_files_and_back(coder, photos, tmp_path,
     assert [line.split()[0] for line in table] == ["file", *(f.name for f in files), "mean"]
     assert table[1].split()[1:3] == ["81x71", str(files[0].stat().st_size)]
 
-    assert main(["info", *map(str, files)]) == 0
+    twin = tmp_path / "twin" / files[0].name
+    twin.parent.mkdir()
+    twin.write_bytes(files[0].read_bytes())
+    assert main(["info", *map(str, files), str(twin)]) == 0
     said = capsys.readouterr().out
     assert f"{files[0]}: version 1, 81x71 pixels" in said
     assert f"  {files[0].stat().st_size} bytes: header 38, z " in said
@@ -481,6 +484,7 @@ def test_two_files_of_one_name_are_refused_before_anything_is_read(photos, tmp_p
     other.mkdir()
     (photos / "a_chelsea.png").rename(other / "b_coffee.png")
     paths = [str(photos), str(other)]
-    assert main(["compress", *paths, "--checkpoint", "no", "-o", str(tmp_path / "coded")]) == 2
+    arguments = ["--checkpoint", "no", "-o", str(tmp_path / "coded")]
+    assert main(["compress", *paths, *arguments]) == 2
     assert "would both become b_coffee.png.olc" in capsys.readouterr().err
     assert not (tmp_path / "coded").exists()
