@@ -477,9 +477,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "paths", nargs="+", metavar="FILE", help=f"a {SUFFIX} file or a folder"
         )
     for command in (compress, decompress):
-        command.add_argument("--checkpoint", required=True, metavar="WEIGHTS")
-        command.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
-        command.add_argument("--overwrite", action="store_true", help="files that are there")
+        command.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help="of the model")
+        command.add_argument(
+            "-o", "--output", required=True, type=Path, metavar="FOLDER", help="made if need be"
+        )
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace files that are there already"
+        )
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return for_each(find_jobs(arguments.paths, (SUFFIX,)), print_header)
@@ -494,8 +498,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{arguments.output / taken[0]} is there already: see --overwrite")
     if arguments.command == "compress":
         return compress_images(jobs, arguments.checkpoint, arguments.output)
-    coder = build_coder(load_checkpoint(arguments.checkpoint))
+    coder = open_coder(arguments.checkpoint)
     return for_each(jobs, partial(decompress_file, coder, arguments.output))
+
+
+def open_coder(checkpoint: str) -> Coder:
+    """The coder of a checkpoint's model.
+
+    Raises:
+        InputError: see `load_checkpoint` and `build_coder`; it names --checkpoint.
+    """
+    try:
+        return build_coder(load_checkpoint(checkpoint))
+    except InputError as error:
+        message = str(error).removeprefix("pretrain ")
+        raise InputError(f"--checkpoint {message}") from None
 
 
 def picture_name(name: str) -> str:
@@ -547,7 +564,7 @@ def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
 
 def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
     """Write a file for each image into `folder`, and print its rate beside the estimated one."""
-    coder = build_coder(load_checkpoint(checkpoint))
+    coder = open_coder(checkpoint)
     width = max(4, *(len(job.target) for job in jobs))
     rows: list[dict[str, float]] = []
 

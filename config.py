@@ -251,7 +251,7 @@ class RefineConfig(ModelOfLambda):
     @model_validator(mode="after")
     def _one_target(self) -> "RefineConfig":
         if self.target_bpp is not None and self.target_psnr is not None:
-            raise ValueError("target_bpp and target_psnr: only one of them can be met")
+            raise ValueError("target_bpp and target_psnr are both set: give only one")
         return self
 
     @model_validator(mode="after")

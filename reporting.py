@@ -841,10 +841,10 @@ def summarize(records: Sequence[dict], failed: dict[str, str]) -> dict[str, Any]
 
 def _in_words(record: dict) -> str:
     base, refined = record["base"], record["refined"]
-    return (
-        f"{_rate(base):.4f} bpp {_db(base)} -> {_rate(refined):.4f} bpp {_db(refined)}, "
-        f"loss {_percent(base['true_loss'], refined['true_loss']):+.2f} %"
-    )
+    loss = f"loss {_percent(base['true_loss'], refined['true_loss']):+.2f} %"
+    if record.get("target"):  # losses at a lambda that was searched say little
+        loss = f"lambda {record['lmbda']:.4g}"
+    return f"{_rate(base):.4f} bpp {_db(base)} -> {_rate(refined):.4f} bpp {_db(refined)}, {loss}"
 
 
 def _rate(side: dict) -> float:

@@ -258,7 +258,7 @@ def test_only_one_target(config_values, write_config):
     from config import InputError
 
     path = write_config(config_values)
-    with pytest.raises(InputError, match="target_bpp and target_psnr: only one"):
+    with pytest.raises(InputError, match="give only one"):
         load_config(path, RefineConfig, ["target_bpp=1", "target_psnr=30"])
     with pytest.raises(InputError, match="target_bpp = -1"):
         load_config(path, RefineConfig, ["target_bpp=-1"])
