@@ -23,6 +23,7 @@ import struct
 import sys
 import time
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,33 +73,15 @@ HEADER = (
     ("file", "I", "CRC-32 of the whole file, with zeros for this field"),
 )
 LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
+Header = namedtuple("Header", [name for name, _, _ in HEADER])
 # Of a picture: what Pillow opens.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-
-
 # Float32 counts that far; towards 2^31 CompressAI's coder never ends.
 MAX_SYMBOL = 2**24
 
 
 class BitstreamError(InputError):
     """A file cannot be decoded exactly, or latents cannot be coded: one line that says why."""
-
-
-class Header(NamedTuple):
-    """The fields of `HEADER`, in its order."""
-
-    magic: bytes
-    version: int
-    height: int
-    width: int
-    N: int
-    M: int
-    weights: bytes
-    tables: int
-    z_bytes: int
-    exception_bytes: int
-    symbols: int
-    file: int
 
 
 class Bitstream(NamedTuple):

@@ -303,6 +303,8 @@ def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
         for row in result.trajectory:
             row["step"] += taken - first
         taken = result.trajectory[-1]["step"]
+    # Where one run ends the next one begins: its first row would stand there twice.
+    way = [*tried[0].trajectory, *(row for result in tried[1:] for row in result.trajectory[1:])]
     base = dict(tried[0].base)
     for kind in ("relaxed", "true"):
         mse = 10 ** (-base[f"{kind}_psnr_raw"] / 10)
@@ -312,7 +314,7 @@ def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
         chosen,
         base=base,
         base_latents=tried[0].base_latents,
-        trajectory=[row for result in tried for row in result.trajectory[result is not tried[0] :]],
+        trajectory=way,
         pictures={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
         target={**chosen.target, "stretches": len(tried)},
     )
