@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
 from config import InputError, RefineConfig
 
@@ -109,36 +110,86 @@ def rounding_method(
 
 
 def floor_ceil(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Two candidates and the distances to them, in [0, 1 - 1e-5]; both [..., 2] for v [...]."""
-    candidates = torch.stack((v.floor(), v.ceil()), dim=-1).detach()  # [..., 2]
-    return candidates, (v.unsqueeze(-1) - candidates).abs().clamp(max=1 - 1e-5)
+    """Two candidates and the distances to them, in [0, 1 - 1e-5]; both [2, ...] for v [...]."""
+    candidates = torch.stack((v.floor(), v.ceil())).detach()  # [2, ...]
+    return candidates, (v - candidates).abs().clamp(max=1 - 1e-5)
 
 
 def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Three candidates round(v) + {-1, 0, 1} and the distances, in [0, 1.5]; both [..., 3]."""
+    """Three candidates round(v) + {-1, 0, 1} and the distances, in [0, 1.5]; both [3, ...]."""
     nearest = v.round().detach()
-    candidates = torch.stack((nearest - 1, nearest, nearest + 1), dim=-1)  # [..., 3]
-    return candidates, (v.unsqueeze(-1) - candidates).abs()
+    candidates = torch.stack((nearest - 1, nearest, nearest + 1))  # [3, ...]
+    return candidates, (v - candidates).abs()
 
 
 def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> Tensor:
-    """Weights over the last axis: softmax((logits / tau + Gumbel noise) / tau), [..., K].
+    """Weights over the first axis: softmax((logits / tau + Gumbel noise) / tau), [K, ...].
 
-    tau scales the logits and relaxes the sample (arXiv 2006.04240).
+    tau scales the logits and relaxes the sample (arXiv 2006.04240). For K = 2 one logistic draw,
+    the difference of two Gumbel draws, and one sigmoid are the same.
     """
     tau = max(tau, TAU_MIN)
-    exponential = torch.empty_like(logits).exponential_(generator=generator)
-    # An exponential draw can be exactly 0 in float32; its logarithm must stay finite.
-    gumbel = -exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
-    return torch.softmax((logits / tau + gumbel) / tau, dim=-1)
+    if len(logits) == 2:
+        noise = torch.logit(_open_uniform(logits[0], generator))
+        second = torch.sigmoid(torch.add(noise / tau, logits[1] - logits[0], alpha=tau**-2))
+        return torch.stack((1 - second, second))
+    exponential = _open_uniform(logits, generator).log_().neg_()
+    return torch.softmax(torch.sub(logits * tau**-2, exponential.log_(), alpha=1 / tau), dim=0)
+
+
+def _open_uniform(like: Tensor, generator: Generator | None) -> Tensor:
+    # Neither 0 nor 1. torch's own exponential draws take six times as long.
+    epsilon = torch.finfo(like.dtype).eps
+    return torch.empty_like(like).uniform_(epsilon / 4, 1 - epsilon / 2, generator=generator)
 
 
 def _sample_candidates(
-    candidates_of: Callable, score: Callable, v: Tensor, tau: float, generator, **params
+    candidates: Callable, score: Callable, v: Tensor, tau: float, generator, **params
 ) -> Tensor:
-    candidates, distance = candidates_of(v)
-    weights = gumbel_softmax(score(distance, **params), tau, generator)  # [..., K]
-    return (candidates * weights).sum(dim=-1)
+    return _CandidateSample.apply(v, candidates, partial(score, **params), tau, generator)
+
+
+class _CandidateSample(torch.autograd.Function):
+    """The sum of candidates weighted by `gumbel_softmax`, and its derivative, in one go.
+
+    Elements do not see each other, so one derivative each is all that the backward pass needs, and
+    a large picture's latents can be worked on a few at a time.
+    """
+
+    ELEMENTS = 2**18
+
+    @staticmethod
+    def forward(ctx, v: Tensor, candidates_of, score, tau: float, generator) -> Tensor:
+        flat = _in_memory_order(v)
+        v_hat, derivative = torch.empty_like(flat), torch.empty_like(flat)
+        ways = (part.split(_CandidateSample.ELEMENTS) for part in (flat, v_hat, derivative))
+        for v_part, v_hat_part, derivative_part in zip(*ways, strict=True):
+            with torch.enable_grad():
+                v_part = v_part.detach().requires_grad_()
+                candidates, distance = candidates_of(v_part)
+                logits = score(distance)
+            weights = gumbel_softmax(logits.detach(), tau, generator)  # [K, n]
+            torch.sum(candidates * weights, dim=0, out=v_hat_part)
+            # The derivative to each logit, which tau divides twice.
+            to_logits = (candidates - v_hat_part).mul_(weights)
+            (to_v,) = torch.autograd.grad(logits, v_part, to_logits)
+            torch.mul(to_v, max(tau, TAU_MIN) ** -2, out=derivative_part)
+        ctx.save_for_backward(derivative)
+        return _in_memory_order(v, back=v_hat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (derivative,) = ctx.saved_tensors
+        return grad * _in_memory_order(grad, back=derivative), None, None, None, None
+
+
+def _in_memory_order(v: Tensor, back: Tensor | None = None) -> Tensor:
+    """v, or `back` shaped as v: channels-last [B, C, H, W] to and from a flat view; others too."""
+    if v.dim() != 4:
+        return v.reshape(-1) if back is None else back.view(v.shape)
+    v = v.permute(0, 2, 3, 1)  # [B, H, W, C]
+    return v.reshape(-1) if back is None else back.view(v.shape).permute(0, 3, 1, 2)
 
 
 def hard_round(v: Tensor) -> Tensor:
@@ -165,8 +216,8 @@ def unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
 def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
     """Deterministic annealing: the weights of SGA without its noise."""
     candidates, distance = floor_ceil(v)
-    weights = torch.softmax(atanh(distance) / max(tau, TAU_MIN), dim=-1)  # [..., 2]
-    return (candidates * weights).sum(dim=-1)
+    weights = torch.softmax(atanh(distance) / max(tau, TAU_MIN), dim=0)  # [2, ...]
+    return (candidates * weights).sum(dim=0)
 
 
 # --- annealed noise and straight-through, of the code of arXiv 2401.17789; w = 1 - tau rises to 1 -
@@ -287,9 +338,10 @@ def log_ssl_a_factor_pow(
     s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
 ) -> Tensor:
     """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789)."""
-    u, eps = factor * s / 1.5, 1e-6
-    # Not torch.logit: float32 has too few digits for 1 - (1 - eps).
-    logit = torch.log(u.clamp(eps, 1 - eps)) - torch.log((1 - u).clamp(eps, 1 - eps))
+    eps = 1e-6
+    # float32 has too few digits for 1 - eps, so eps counts after the logit.
+    bound = math.log((1 - eps) / eps)
+    logit = torch.logit(s * (factor / 1.5), 2**-20).clamp(-bound, bound)
     return power * F.logsigmoid(-scale_factor * logit).clamp_min(math.log(eps))
 
 
@@ -402,8 +454,9 @@ def rounding_logits(
     found = find_method(method, logits)
     if found.score is None:
         raise InputError(f"{method} rounds without candidates, so it has no logits")
-    candidates, distance = found.candidates(v)
-    return candidates, found.score(distance, **bind_params(found, method, params))
+    candidates, distance = found.candidates(v)  # [K, ...]
+    logits = found.score(distance, **bind_params(found, method, params))
+    return candidates.movedim(0, -1), logits.movedim(0, -1)
 
 
 def rounding_from_config(config: RefineConfig) -> Rounding:

@@ -1,6 +1,6 @@
 """Rate and distortion as pure tensor maths; every result is one value an image, [B].
 
-Sums run in float64, so that the reported digits do not depend on how threads split them.
+Sums over rows run in float64, so that the reported digits do not depend on how threads split them.
 """
 
 import torch
@@ -13,13 +13,19 @@ MS_SSIM_MIN_SIDE = 161
 
 def bits_per_pixel(likelihoods: Tensor, num_pixels: int) -> Tensor:
     """-sum log2 p / pixels of the image, [B], for likelihoods [B, C, h, w] in (0, 1]."""
-    bits = -likelihoods.log2().sum(dim=(1, 2, 3), dtype=torch.float64)
+    bits = -_sum(likelihoods.log2())
     return (bits / num_pixels).to(likelihoods.dtype)
 
 
 def mean_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     """Mean over channels and pixels, [B], for two [B, 3, H, W]; in the square of their unit."""
-    return (x_hat - x).square().mean(dim=(1, 2, 3), dtype=torch.float64).to(x.dtype)
+    return (_sum((x_hat - x).square()) / x[0].numel()).to(x.dtype)
+
+
+def _sum(v: Tensor) -> Tensor:
+    """Sums of [B, C, H, W] over all but B: rows in their own precision, the rows in float64."""
+    rows = v.permute(0, 2, 3, 1).flatten(2)  # [B, H, W * C], a view of channels-last data
+    return rows.sum(dim=2).sum(dim=1, dtype=torch.float64)
 
 
 def rate_distortion_loss(bpp: Tensor, mse: Tensor, lmbda: float) -> Tensor:

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 from config import Channels, InputError
 from datasets import write_whole
+from fast_layers import UpsamplingKernel, gdn
 from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_loss
 
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
     warnings.simplefilter("ignore")
+    from compressai.entropy_models import EntropyBottleneck
     from compressai.entropy_models import EntropyModel as EntropyModel
     from compressai.layers import GDN
     from compressai.models import MeanScaleHyperprior
@@ -228,26 +230,46 @@ def weights_hash(model: MeanScaleHyperprior) -> str:
 
 
 class FrozenGDN(nn.Module):
-    """Generalised divisive normalisation with fixed weights (arXiv 1511.06281).
+    """CompressAI's GDN with fixed weights, re-parametrised once; see `fast_layers.gdn`."""
 
-    x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse, for x [B, C, H, W]. CompressAI's
-    layer, but beta and gamma are re-parametrised once, and a matrix product over channels stands
-    for the 1x1 convolution, whose result would depend on the number of threads.
-    """
-
-    def __init__(self, gdn: GDN):
+    def __init__(self, layer: GDN):
         super().__init__()
-        gamma = gdn.gamma_reparam(gdn.gamma)
-        self.register_buffer("beta", gdn.beta_reparam(gdn.beta).detach())  # [C]
-        self.register_buffer("gamma", gamma.reshape(gamma.size(0), -1).detach())  # [C, C]
-        self.inverse = gdn.inverse
+        gamma = layer.gamma_reparam(layer.gamma)
+        self.register_buffer("beta", layer.beta_reparam(layer.beta).detach())  # [C]
+        self.register_buffer("gamma", gamma.detach())  # [C, C]
+        self.inverse = layer.inverse
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x, [B, C, H, W]."""
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C], a view of channels-last data
-        norm = F.linear(x.square(), self.gamma, self.beta)
-        x = x * (norm.sqrt() if self.inverse else norm.rsqrt())
-        return x.permute(0, 3, 1, 2)
+        return gdn(x, self.beta, self.gamma, self.inverse)
+
+
+class FrozenBottleneck(nn.Module):
+    """What rates of z need of CompressAI's EntropyBottleneck, its weights re-parametrised once."""
+
+    def __init__(self, bottleneck: EntropyBottleneck):
+        super().__init__()
+        self.register_buffer("quantiles", bottleneck.quantiles.detach())  # [N, 1, 3]
+        self.likelihood_lower_bound = bottleneck.likelihood_lower_bound
+        self.layers = len(bottleneck.filters) + 1
+        for index in range(self.layers):
+            matrix = F.softplus(bottleneck.matrices[index]).detach()  # [N, f', f]
+            self.register_buffer(f"matrix_{index}", matrix)
+            self.register_buffer(f"bias_{index}", bottleneck.biases[index].detach())  # [N, f', 1]
+            if index < len(bottleneck.filters):
+                factor = torch.tanh(bottleneck.factors[index]).detach()  # [N, f', 1]
+                self.register_buffer(f"factor_{index}", factor)
+
+    def _logits_cumulative(self, inputs: Tensor, stop_gradient: bool) -> Tensor:
+        """Logits of the cumulative distribution, [N, 1, L], as CompressAI's method of this name."""
+        logits = inputs.detach() if stop_gradient else inputs
+        for index in range(self.layers):
+            matrix, bias = getattr(self, f"matrix_{index}"), getattr(self, f"bias_{index}")
+            logits = torch.baddbmm(bias, matrix, logits)  # [N, f', L]
+            if index < self.layers - 1:
+                factor = getattr(self, f"factor_{index}")
+                logits = torch.addcmul(logits, factor, logits.tanh())
+        return logits
 
 
 class CoderScales(nn.Module):
@@ -273,19 +295,22 @@ class CoderScales(nn.Module):
 def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleHyperprior:
     """The same model made ready for refinement, in place: only latents will be optimised.
 
-    Eval mode, weights without gradients, channels-last, every GDN a `FrozenGDN`. With
+    Eval mode, weights without gradients, channels-last, layers made for speed (`fast_layers.py`). With
     `coder_scales` rates are those of `CoderScales`, a little above the continuous ones.
     """
-    for network in (model.g_a, model.g_s):
+    for network in (model.g_a, model.g_s, model.h_s):
         for index, layer in enumerate(network):
             if isinstance(layer, GDN):
                 network[index] = FrozenGDN(layer)
+            elif isinstance(layer, nn.ConvTranspose2d):
+                network[index] = UpsamplingKernel(layer.weight, layer.bias)
     if coder_scales:
         build_tables(model)
         conditional = model.gaussian_conditional
         conditional.lower_bound_scale = CoderScales(
             conditional.lower_bound_scale, conditional.scale_table
         )
+    model.entropy_bottleneck = FrozenBottleneck(model.entropy_bottleneck)
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -370,8 +395,8 @@ def likelihood_z(model: MeanScaleHyperprior, z_hat: Tensor) -> Tensor:
     bottleneck = model.entropy_bottleneck
     flat = _widened(z_hat).transpose(0, 1).reshape(z_hat.size(1), 1, -1)  # [N, 1, B h' w']
     with torch.autocast(z_hat.device.type, enabled=False):
-        lower = bottleneck._logits_cumulative(flat - 0.5, stop_gradient=False)
-        upper = bottleneck._logits_cumulative(flat + 0.5, stop_gradient=False)
+        ends = torch.cat((flat - 0.5, flat + 0.5), dim=2)
+        lower, upper = bottleneck._logits_cumulative(ends, stop_gradient=False).chunk(2, dim=2)
     sign = torch.where(lower + upper > 0, -1.0, 1.0)
     p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
     p = p.reshape(z_hat.size(1), z_hat.size(0), *z_hat.shape[2:]).transpose(0, 1)
