@@ -55,6 +55,7 @@ from models import (
     reconstruct,
     weights_hash,
 )
+from tiles import coding_tile
 
 MAGIC, VERSION, SUFFIX = b"OLC", 1, ".olc"
 # name, type as in Python's struct (little-endian), meaning
@@ -251,7 +252,7 @@ def decode_picture(coder: Coder, data: bytes) -> Tensor:
     """
     symbols, size = decode_latents(coder, data)
     with _memory_for(size):
-        x_hat = reconstruct(coder.model, symbols, size)
+        x_hat = reconstruct(coder.model, symbols, size, coding_tile(size))
     if not x_hat.isfinite().all():
         raise BitstreamError("its picture is not finite: these are no latents of a picture")
     return x_hat
@@ -590,14 +591,15 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
     Raises:
         BitstreamError: see `encode_latents`.
     """
-    start = time.perf_counter()
-    latents = analyze(coder.model, x)
+    start, tile = time.perf_counter(), coding_tile(x.shape[2:])
+    latents = analyze(coder.model, x, tile)
     data = encode_latents(coder, integer_latents(coder.model, latents), tuple(x.shape[2:]))
     coded = time.perf_counter()
     x_hat = decode_picture(coder, data)
     decoded = time.perf_counter()
     with torch.no_grad():
-        estimate = rd_pass(coder.model, x, latents, hard_round, lmbda=0.0)["bpp"].item()
+        terms = rd_pass(coder.model, x, latents, hard_round, 0.0, tile)
+        estimate = terms["bpp"].item()
     times = {"coding": coded - start, "decoding": decoded - coded}
     return data, {**file_measures(data, x_hat, x), "estimate": estimate, **times}
 

@@ -218,6 +218,14 @@ class RefineConfig(ModelOfLambda):
     coder_scales: bool = False
     target_bpp: Positive | None = None
     target_psnr: Positive | None = None
+    max_memory_gb: Positive | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images of one size are refined together; LBFGS and targets take one."""
+        alone = self.optimizer.name == "LBFGS" or self.target is not None
+        return 1 if alone else self.batch_size
 
     @property
     def lmbda(self) -> float:

@@ -122,9 +122,9 @@ def phases_of(weight: Tensor) -> Tensor:
     phases = weight.new_zeros(2, 2, weight.size(1), weight.size(0), 3, 3)
     for odd_row, rows in enumerate(taps):
         for odd_column, columns in enumerate(taps):
-            for i, k in rows:
-                for j, l in columns:
-                    phases[odd_row, odd_column, :, :, i, j] = weight[:, :, k, l].t()
+            for i, row in rows:
+                for j, column in columns:
+                    phases[odd_row, odd_column, :, :, i, j] = weight[:, :, row, column].t()
     return phases.flatten(0, 2)
 
 
@@ -286,7 +286,8 @@ class Winograd(nn.Module):
         batch, height, width = grad.size(0), grad.size(2) // 2, grad.size(3) // 2
         down, across = -(-height // 4), -(-width // 4)  # tiles
         grad = grad.permute(0, 2, 3, 1)  # [B, 2 H, 2 W, C']
-        grad = F.pad(grad, (0, 0, 0, 8 * across - 2 * width, 0, 8 * down - 2 * height))
+        if (height, width) != (4 * down, 4 * across):
+            grad = F.pad(grad, (0, 0, 0, 8 * across - 2 * width, 0, 8 * down - 2 * height))
         grad = grad.reshape(batch, down, 4, 2, across, 4, 2, -1)
         channels = self._of_phase(0, 0)[0].size(2)
         out = grad.new_zeros(batch, down + 1, 4, across + 1, 4, channels)

@@ -18,6 +18,7 @@ import urllib.error
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from config import Channels, InputError
 from datasets import write_whole
 from fast_layers import UpsamplingKernel, gdn
 from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_loss
+from tiles import in_tiles, tiled_error
 
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
@@ -229,6 +231,19 @@ def weights_hash(model: MeanScaleHyperprior) -> str:
     return digest.hexdigest()[:16]
 
 
+class FastGDN(GDN):
+    """CompressAI's GDN, parameters, gradients and all; see `fast_layers.gdn`."""
+
+    def __init__(self, layer: GDN):
+        super().__init__(len(layer.beta), inverse=layer.inverse)
+        self.to(layer.beta).load_state_dict(layer.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, [B, C, H, W]."""
+        beta, gamma = self.beta_reparam(self.beta), self.gamma_reparam(self.gamma)
+        return gdn(x, beta, gamma, self.inverse)
+
+
 class FrozenGDN(nn.Module):
     """CompressAI's GDN with fixed weights, re-parametrised once; see `fast_layers.gdn`."""
 
@@ -292,10 +307,19 @@ class CoderScales(nn.Module):
         return scales + (coded - scales).detach()
 
 
+def speed_up(model: MeanScaleHyperprior) -> MeanScaleHyperprior:
+    """The same model made ready for training, in place: `FastGDN`, channels-last."""
+    for network in (model.g_a, model.g_s):
+        for index, layer in enumerate(network):
+            if isinstance(layer, GDN):
+                network[index] = FastGDN(layer)
+    return model.train().to(memory_format=torch.channels_last)
+
+
 def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleHyperprior:
     """The same model made ready for refinement, in place: only latents will be optimised.
 
-    Eval mode, weights without gradients, channels-last, layers made for speed (`fast_layers.py`). With
+    Eval mode, weights without gradients, channels-last, the layers of `fast_layers.py`. With
     `coder_scales` rates are those of `CoderScales`, a little above the continuous ones.
     """
     for network in (model.g_a, model.g_s, model.h_s):
@@ -348,15 +372,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.no_grad()
-def analyze(model: MeanScaleHyperprior, x: Tensor) -> Latents:
+def analyze(model: MeanScaleHyperprior, x: Tensor, tile: int | None = None) -> Latents:
     """The encoder's latents of x [B, 3, H, W] in [0, 1], not rounded, without gradients.
 
     x is continued by its border pixels to multiples of 16, so that the zeros with which the
     convolutions pad do not lie inside the last row and column of y, where the decoder has none.
+    With `tile` g_a sees so many positions of y a side at a time.
     """
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
-    y = model.g_a(x)  # [B, M, ceil(H/16), ceil(W/16)]
+    # y: [B, M, ceil(H/16), ceil(W/16)]
+    y = model.g_a(x) if tile is None else in_tiles(model.g_a, x, tile, ratio=1 / 16)
     z = model.h_a(y)  # [B, N, ceil(H/64), ceil(W/64)]
     return Latents(y, z)
 
@@ -416,9 +442,15 @@ def likelihood_y(
     return conditional.likelihood_lower_bound(p)
 
 
-def synthesize(model: MeanScaleHyperprior, y_hat: Tensor, size: tuple[int, int]) -> Tensor:
-    """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1]."""
-    return _widened(model.g_s(y_hat)[:, :, : size[0], : size[1]])
+def synthesize(
+    model: MeanScaleHyperprior, y_hat: Tensor, size: tuple[int, int], tile: int | None = None
+) -> Tensor:
+    """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1].
+
+    With `tile` g_s sees so many positions of y a side at a time, and there are no gradients.
+    """
+    x_hat = model.g_s(y_hat) if tile is None else in_tiles(model.g_s, y_hat, tile, ratio=16)
+    return _widened(x_hat[:, :, : size[0], : size[1]])
 
 
 class TrainingPass(nn.Module):
@@ -464,6 +496,8 @@ def rd_pass(
     latents: Latents,
     rounding: Callable[[Tensor], Tensor],
     lmbda: float,
+    tile: int | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """One pass from latents to rate, distortion and loss; relaxed or true as `rounding` is.
 
@@ -471,10 +505,12 @@ def rd_pass(
         x: [B, 3, H, W] in [0, 1].
         rounding: maps centred latents of any shape; `Rounding.at(step)` or `hard_round`.
         lmbda: weight of the distortion, bpp + lmbda * 255^2 * MSE.
+        tile: positions of y a side that g_s sees at a time; the whole picture without it.
+        precision: of g_s, by autocast where it is not float32.
 
     Returns:
         loss, bpp, bpp_y, bpp_z (bits per pixel) and mse (of pixels in [0, 1], not clamped), each
-        [B]; y_hat, z_hat and x_hat.
+        [B]; y_hat, z_hat and x_hat, the latter without gradients where there are tiles.
     """
     y, z = latents
     num_pixels = x.size(2) * x.size(3)
@@ -483,8 +519,13 @@ def rd_pass(
     y_hat = round_around(y, means, rounding)
     bpp_z = bits_per_pixel(likelihood_z(model, z_hat), num_pixels)
     bpp_y = bits_per_pixel(likelihood_y(model, y_hat, scales, means), num_pixels)
-    x_hat = synthesize(model, y_hat, x.shape[2:])
-    mse = mean_squared_error(x_hat, x)
+    with _autocast(x.device.type, precision):
+        if tile is None:
+            x_hat = synthesize(model, y_hat, x.shape[2:])
+            mse = mean_squared_error(x_hat, x)
+        else:
+            error, x_hat = tiled_error(lambda v: _widened(model.g_s(v)), y_hat, x, tile)
+            mse = (error / x[0].numel()).to(x.dtype)
     bpp = bpp_y + bpp_z
     return {
         "loss": rate_distortion_loss(bpp, mse, lmbda),
@@ -498,6 +539,13 @@ def rd_pass(
     }
 
 
+def _autocast(device_type: str, precision: torch.dtype) -> AbstractContextManager:
+    """Autocast to `precision`; float32 leaves an autocast around it alone."""
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(device_type, dtype=precision)
+
+
 @torch.no_grad()
 def integer_latents(model: MeanScaleHyperprior, latents: Latents) -> Latents:
     """The symbols an entropy coder codes, int32: round(y - means) and round(z - medians)."""
@@ -508,8 +556,13 @@ def integer_latents(model: MeanScaleHyperprior, latents: Latents) -> Latents:
 
 
 @torch.no_grad()
-def reconstruct(model: MeanScaleHyperprior, symbols: Latents, size: tuple[int, int]) -> Tensor:
-    """x_hat [1, 3, *size] in [0, 1] of the integers that `integer_latents` gives."""
+def reconstruct(
+    model: MeanScaleHyperprior, symbols: Latents, size: tuple[int, int], tile: int | None = None
+) -> Tensor:
+    """x_hat [1, 3, *size] in [0, 1] of the integers that `integer_latents` gives.
+
+    `tile`: see `synthesize`.
+    """
     z_hat = symbols.z + medians_of(model)
     _, means = prior_params(model, z_hat, symbols.y.shape[2:])
-    return synthesize(model, symbols.y + means, size).clamp(0, 1)
+    return synthesize(model, symbols.y + means, size, tile).clamp(0, 1)

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -50,7 +51,7 @@ log = logging.getLogger("refine")
 # (another device does; the records say which it was, and are compared).
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "batch_size",
-    "tracker", "device",
+    "tracker", "device", "max_memory_gb",
 ))  # fmt: skip
 
 
@@ -227,23 +228,28 @@ class Run:
                 log.info("%s: %s (said once; images.jsonl has it of each image)", name, note)
         self._mentioned.update(notes)
 
-    def progress(self, name: str) -> "Progress":
-        """A bar on a terminal, lines elsewhere."""
+    def progress(self, names: Sequence[str]) -> "Progress":
+        """A bar for a batch of images on a terminal, lines elsewhere."""
         steps = None if self.config.target else self.config.tot_inference_iterations
+        name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, steps, self.config.print_freq)
 
-    def save(self, image: LoadedImage, result: Any, symbols: Latents, watch: "Stopwatch") -> None:
+    def save(
+        self, image: LoadedImage, result: Any, symbols: Latents, watch: "Stopwatch", batch: int = 1
+    ) -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         Args:
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
+            batch: how many images the time is of; each record has its share.
 
         Raises:
             OSError: a file cannot be written.
         """
         name, (seconds, peak) = image.name, watch.read()
-        record = self._record(image, result, seconds, peak)
+        seconds /= batch
+        record = self._record(image, result, seconds, peak) | {"batch": batch}
         table = pd.DataFrame(result.trajectory)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -1175,6 +1181,7 @@ class Stopwatch:
             # Linux forgets the peak when asked; elsewhere it stays the whole process's.
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
+        self.before = psutil.Process().memory_info().rss
         self.start = time.perf_counter()
 
     def read(self) -> tuple[float, float]:

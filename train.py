@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 from config import PretrainConfig, exits_with_one_line, parse_command_line
 from datasets import Draws, ImageFiles, open_folder, open_training_data
 from experimental_inference_methods import hard_round
+from fast_layers import keep_pages
 from metrics import picture_quality
 from models import (
     TrainingPass,
@@ -33,6 +34,7 @@ from models import (
     model_from_state_dict,
     pick_device,
     rd_pass,
+    speed_up,
 )
 from reporting import (
     Ranks,
@@ -52,6 +54,7 @@ MAX_BAD_STEPS = 10
 def main(argv=None) -> int:
     """Train, or test alone; exit code 0, also when a signal stopped it, 1 for a diverged run."""
     config = parse_command_line(PretrainConfig, "Pre-train the mean-scale hyperprior.", argv)
+    keep_pages()
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
     test_images = open_test_images(config)
@@ -65,7 +68,7 @@ def main(argv=None) -> int:
     run = open_training_run(config, ranks)
     checkpoint = run.checkpoint_to_resume()
     torch.manual_seed(config.seed)
-    model = start_model(config, checkpoint).train().to(device, memory_format=torch.channels_last)
+    model = speed_up(start_model(config, checkpoint)).to(device)
     network = wrap(TrainingPass(model, config.train_lambda, config.precision), ranks)
     state = TrainingState(model, *build_optimizers(model, config))
     torch.manual_seed(config.seed + ranks.rank)

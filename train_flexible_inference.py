@@ -12,8 +12,10 @@ Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamle
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -28,9 +30,17 @@ from codec import (
     encode_latents,
     file_measures,
 )
-from config import Optimizer, RefineConfig, Target, exits_with_one_line, parse_command_line
-from datasets import open_images, seed_of
+from config import (
+    InputError,
+    Optimizer,
+    RefineConfig,
+    Target,
+    exits_with_one_line,
+    parse_command_line,
+)
+from datasets import LoadedImage, open_images, seed_of
 from experimental_inference_methods import Rounding, hard_round, rounding_from_config
+from fast_layers import keep_pages
 from metrics import mean_squared_error, picture_quality, psnr, to_8_bit
 from models import (
     Latents,
@@ -44,12 +54,14 @@ from models import (
     weights_hash,
 )
 from reporting import Progress, Stopwatch, join_ranks, machine_facts, open_run
+from tiles import memory_bound
 
 
 @exits_with_one_line
 def main(argv=None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
     config = parse_command_line(RefineConfig, "Refine the latents of images.", argv)
+    keep_pages()
     rounding = rounding_from_config(config)
     ranks = join_ranks()
     device = pick_device(config.device, ranks.local)
@@ -61,38 +73,64 @@ def main(argv=None) -> int:
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
+    bound = memory_bound(model.N, model.M, config.max_memory_gb, device)
     model = freeze(model, config.coder_scales).to(device)
 
-    for image in images.load(run.pending(images.names), config.num_workers):
-        if image.x is None:
-            run.skip(image.name, image.error)
+    loaded = images.load(run.pending(images.names), config.num_workers)
+    for batch in equal_sized(loaded, lambda size: min(config.images_at_once, bound.images(size))):
+        if batch[0].x is None:
+            run.skip(batch[0].name, batch[0].error)
             continue
-        run.mention(image.name, image.notes)
         watch = Stopwatch(device)
-        seed = seed_of(config.seed, image.name)
+        seeds = [seed_of(config.seed, image.name) for image in batch]
         try:
-            x = image.x[None].to(device)  # [1, 3, H, W]
-            with run.progress(image.name) as progress:
+            x = torch.stack([image.x for image in batch]).to(device)  # [B, 3, H, W]
+            tile = bound.tile(x.shape[2:])
+            with run.progress([image.name for image in batch]) as progress:
                 if config.target is None:
-                    result = refine(model, x, rounding, config, seed, progress)
+                    results = refine(model, x, rounding, config, seeds, progress, tile=tile)
                 else:
-                    result = refine_to_target(model, coder, x, rounding, config, seed, progress)
-            if result.latents is None:
-                run.skip(image.name, "its loss is not finite even before refinement")
-                continue
-            if coder is not None:
-                write_files(model, coder, x, result)
-            symbols = integer_latents(model, result.latents)
-        except BitstreamError as error:
-            run.skip(image.name, f"cannot be coded: {error}")
+                    results = [refine_to_target(
+                        model, coder, x, rounding, config, seeds[0], progress, tile
+                    )]  # fmt: skip
+        except InputError as error:  # no tile is small enough
+            run.skip(batch[0].name, str(error))
             continue
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            run.skip(image.name, f"does not fit into the memory of {device}")
+            for image in batch:
+                run.skip(image.name, f"does not fit into the memory of {device}: see max_memory_gb")
             continue
-        run.save(image, result, symbols, watch)
+        for image, result in zip(batch, results, strict=True):
+            run.mention(image.name, image.notes)
+            if result.latents is None:
+                run.skip(image.name, "its loss is not finite even before refinement")
+                continue
+            try:
+                if coder is not None:
+                    write_files(model, coder, image.x[None], result)
+            except BitstreamError as error:
+                run.skip(image.name, f"cannot be coded: {error}")
+                continue
+            run.save(image, result, integer_latents(model, result.latents), watch, len(batch))
     return run.finish()
+
+
+def equal_sized(
+    images: Iterable[LoadedImage], most: Callable[[tuple[int, int]], int]
+) -> Iterator[list[LoadedImage]]:
+    """Batches of consecutive images of one size (H, W), at most `most` of it; in the same order.
+
+    An image that cannot be read is a batch of its own.
+    """
+
+    def shape(image: LoadedImage) -> tuple[int, int] | None:
+        return None if image.x is None else tuple(image.x.shape[1:])
+
+    for size, equal in groupby(images, shape):
+        while batch := list(islice(equal, 1 if size is None else most(size))):
+            yield batch
 
 
 @dataclass
@@ -117,7 +155,12 @@ class Refinement:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor) -> None:
-        """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
+        """Note an evaluated step; keep its latents and picture if its true loss is the lowest.
+
+        Nothing counts after a loss that is not finite.
+        """
+        if self.stopped:
+            return
         self.trajectory.append(row)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
@@ -134,63 +177,85 @@ def refine(
     x: Tensor,
     rounding: Rounding,
     config: RefineConfig,
-    seed: int,
+    seeds: Sequence[int],
     progress: Callable[[Tensor, float], None],
     lmbda: float | None = None,
     start: Latents | None = None,
     first_step: int = 0,
-) -> Refinement:
-    """Overfit the latents of x [1, 3, H, W] in [0, 1] to it; the noise follows from `seed`.
+    tile: int | None = None,
+) -> list[Refinement]:
+    """Overfit the latents of images x [B, 3, H, W] in [0, 1], each to its image.
 
     Every `eval_freq` steps and at the end the latents are truly rounded and evaluated, before that
-    step's update; the first, no refinement, competes too, so the result is never worse.
+    step's update; the first, no refinement, competes too, so no result is worse. Nothing waits for
+    a GPU in between.
 
     Args:
+        seeds: of each image's noise.
         lmbda, start: the config's lambda and the encoder's latents where there are none.
         first_step: where in the schedule of temperatures and learning rates to begin.
+        tile: positions of y a side that the networks see at a time; all without it.
     """
     options, steps = config.dev_options, config.tot_inference_iterations
     lmbda = config.lmbda if lmbda is None else lmbda
-    start = analyze(model, x) if start is None else start
+    precision = getattr(torch, config.precision)
+    x = x.contiguous(memory_format=torch.channels_last)
+    start = analyze(model, x, tile) if start is None else start
     latents = Latents(*(v.clone().requires_grad_() for v in start))
     optimizer = build_optimizer(latents, config.optimizer)
-    generator = torch.Generator(x.device)
+    generators = [torch.Generator(x.device) for _ in seeds]
     pictured = {first_step, 1, 500, steps} if options.save_final else set()
-    result = Refinement(lmbda)
+    results = [Refinement(lmbda) for _ in seeds]
 
     def relaxed_rounding() -> Callable[[Tensor], Tensor]:
         # Seeded by the step: the same noise however often LBFGS asks within it.
-        return rounding.at(step, generator.manual_seed(seed + step))
+        noise = (g.manual_seed(seed + step) for g, seed in zip(generators, seeds, strict=True))
+        return image_by_image([rounding.at(step, generator) for generator in noise])
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = rd_pass(model, x, latents, relaxed_rounding(), lmbda)["loss"].sum()
+        terms = rd_pass(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
+        loss = terms["loss"].sum()
         # The augmented loss averages in the true loss, a constant: half the gradient.
         (loss / 2 if options.augmented_loss else loss).backward()
-        for v in latents:
-            # LBFGS flattens gradients, which channels-last networks leave strided.
-            v.grad = v.grad.contiguous()
+        if isinstance(optimizer, torch.optim.LBFGS):
+            for v in latents:
+                # It flattens gradients, which channels-last networks leave strided.
+                v.grad = v.grad.contiguous()
         return loss
 
     for step in range(first_step, steps + 1):
         due = step % config.eval_freq == 0 or step in (first_step, steps)
         if due or step in pictured:
-            true, x_hat = evaluate(model, x, latents, hard_round, lmbda)
+            true, x_hat = evaluate(model, x, latents, hard_round, lmbda, tile)
         if step in pictured:
-            result.pictures["base" if step == first_step else f"step_{step:04d}"] = x_hat
+            for result, picture in zip(results, x_hat.split(1), strict=True):
+                label = "base" if step == first_step else f"step_{step:04d}"
+                result.pictures[label] = picture
         if due:
-            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda)
-            row = {"step": step, "temperature": rounding.temperature(step), "lmbda": lmbda}
-            row |= {f"relaxed_{key}": value for key, value in relaxed.items()}
-            row |= {f"true_{key}": value for key, value in true.items()}
-            result.add(row, latents, x_hat)
-            if step == steps or result.stopped:
+            relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
+            for index, result in enumerate(results):
+                row = {"step": step, "temperature": rounding.temperature(step), "lmbda": lmbda}
+                row |= {f"relaxed_{key}": value for key, value in relaxed[index].items()}
+                row |= {f"true_{key}": value for key, value in true[index].items()}
+                own = slice(index, index + 1)
+                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own])
+            if step == steps or all(result.stopped for result in results):
                 break
         if options.custom_lr is not None:
             optimizer.param_groups[0]["lr"] = options.custom_lr.at(step)
         loss = optimizer.step(closure)
-        progress(loss, result.best["true_loss"])
-    return result
+        progress(loss / len(results), fmean(result.best["true_loss"] for result in results))
+    return results
+
+
+def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """One rounding of v [B, ...] that lets each of B roundings have its image."""
+    if len(roundings) == 1:
+        return roundings[0]
+    return lambda v: torch.cat(
+        [rounding(part) for rounding, part in zip(roundings, v.split(1), strict=True)]
+    )
 
 
 def refine_to_target(
@@ -201,6 +266,7 @@ def refine_to_target(
     config: RefineConfig,
     seed: int,
     progress: Progress,
+    tile: int | None = None,
 ) -> Refinement:
     """Refine x [1, 3, H, W] in [0, 1] at that lambda at which its file meets the config's target.
 
@@ -222,12 +288,12 @@ def refine_to_target(
         values = {"kind": target.kind, "wanted": target.wanted, "got": value, "met": met}
         return replace(result, target=values)
 
-    unrefined = measure(analyze(model, x))
+    unrefined = measure(analyze(model, x, tile))
     search = LambdaSearch(target, config.lmbda, config.train_lambda, unrefined)
     first_step, start = 0, None
     while search.goes_on:
-        result = refine(model, x, rounding, config, seed + len(tried), progress, search.lmbda,
-                        start, first_step)  # fmt: skip
+        (result,) = refine(model, x, rounding, config, [seed + len(tried)], progress, search.lmbda,
+                           start, first_step, tile)  # fmt: skip
         if result.latents is None:
             return result
         value = measure(result.latents)
@@ -337,23 +403,35 @@ def write_files(model, coder: Coder, x: Tensor, result: Refinement) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model, x: Tensor, latents: Latents, rounding: Callable[[Tensor], Tensor], lmbda: float
-) -> tuple[dict[str, float | None], Tensor]:
-    """Metrics of latents rounded by `rounding`, and x_hat [1, 3, H, W]; x [1, 3, H, W] in [0, 1].
+    model,
+    x: Tensor,
+    latents: Latents,
+    rounding: Callable[[Tensor], Tensor],
+    lmbda: float,
+    tile: int | None = None,
+    precision: torch.dtype = torch.float32,
+) -> tuple[list[dict[str, float | None]], Tensor]:
+    """Metrics of each image's latents rounded by `rounding`, and x_hat; x [B, 3, H, W] in [0, 1].
 
     loss; bpp, bpp_y, bpp_z; psnr of clamped 8-bit pixels and psnr_raw of the networks' floats, dB;
-    ms_ssim and ms_ssim_db of 8-bit pixels, None where a side is under 161 pixels.
+    ms_ssim and ms_ssim_db of 8-bit pixels, None where a side is under 161 pixels. x_hat has 8 bits.
     """
-    terms = rd_pass(model, x, latents, rounding, lmbda)
-    metrics = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
-    metrics |= {"psnr_raw": psnr(terms["mse"]).item(), **picture_quality(terms["x_hat"], x)}
-    return metrics, to_8_bit(terms["x_hat"])
+    terms = rd_pass(model, x, latents, rounding, lmbda, tile, precision)
+    columns = {key: terms[key].tolist() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
+    columns["psnr_raw"] = psnr(terms["mse"]).tolist()
+    x_hat = to_8_bit(terms["x_hat"])
+    metrics = []
+    for index, values in enumerate(zip(*columns.values(), strict=True)):
+        own = slice(index, index + 1)
+        quality = picture_quality(x_hat[own], x[own])
+        metrics.append({**dict(zip(columns, values, strict=True)), **quality})
+    return metrics, x_hat
 
 
 def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of y and z that a config names."""
     if options.name == "adam":
-        return torch.optim.Adam(latents, lr=options.lr)
+        return torch.optim.Adam(latents, lr=options.lr, fused=True)
     if options.name == "sgd":
         return torch.optim.SGD(latents, lr=options.lr, momentum=options.momentum)
     return torch.optim.LBFGS(latents, lr=options.lr)

@@ -80,7 +80,7 @@ def test_a_refinement_agrees_with_a_plain_second_writing(model):
     )
     ours, base = [], []
     for one in x:
-        result = refine(model, one[None], rounding, config, 0, lambda *_: None)
+        (result,) = refine(model, one[None], rounding, config, [0], lambda *_: None)
         ours.append(result.best["true_loss"])
         base.append(result.trajectory[0]["true_loss"])
     ours, base = np.mean(ours), np.mean(base)
@@ -158,7 +158,7 @@ def _refine_photo(model, overrides, values, write_config, seed=0):
     config = load_config(write_config(values), RefineConfig, overrides)
     rounding = build_rounding("sga", temperature=Temperature(0.01, 1.0))
     x = to_x(skimage.data.coffee()[100:164, 200:264])
-    return x, refine(model, x, rounding, config, seed, lambda *_: None)
+    return x, refine(model, x, rounding, config, [seed], lambda *_: None)[0]
 
 
 def test_the_best_evaluated_step_is_kept_not_the_last(model, config_values, write_config):
@@ -169,7 +169,7 @@ def test_the_best_evaluated_step_is_kept_not_the_last(model, config_values, writ
     assert result.best["step"] == 0
     base = analyze(model, x)
     torch.testing.assert_close(result.latents.y, base.y)
-    kept, _ = evaluate(model, x, result.latents, hard_round, 0.01)
+    (kept,), _ = evaluate(model, x, result.latents, hard_round, 0.01)
     assert kept["loss"] == pytest.approx(min(losses))
 
 
@@ -248,7 +248,7 @@ def test_custom_lr_replaces_the_learning_rate(model, config_values, write_config
 
 def test_metrics_are_those_of_the_pixels(model):
     x = to_x(skimage.data.astronaut()[:176, :200])
-    metrics, shown = evaluate(model, x, analyze(model, x), hard_round, 0.01)
+    (metrics,), shown = evaluate(model, x, analyze(model, x), hard_round, 0.01)
     a = (x[0] * 255).round().numpy().astype(np.uint8)
     b = (shown[0] * 255).round().numpy().astype(np.uint8)
     assert metrics["psnr"] == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b), rel=1e-5)
@@ -307,7 +307,7 @@ def _check_latents_decode(folder, record, model, photos):
     size = stored["y"].shape[1:]
     _, means = prior_params(model, z_hat, size)
     y_hat = torch.from_numpy(stored["y"])[None] + means
-    metrics, shown = evaluate(model, x, Latents(y_hat, z_hat), hard_round, 0.01)
+    (metrics,), shown = evaluate(model, x, Latents(y_hat, z_hat), hard_round, 0.01)
     assert metrics["bpp"] == pytest.approx(record["refined"]["bpp"], rel=1e-4)
     assert metrics["psnr"] == pytest.approx(record["refined"]["psnr"], rel=1e-4)
     picture = Image.open(folder / "reconstructions" / record["name"] / "refined.png")
@@ -539,10 +539,10 @@ def test_an_image_without_a_finite_loss_is_skipped(config_values, write_config, 
 def test_an_image_that_does_not_fit_into_memory_is_skipped(
     config_values, write_config, monkeypatch, capsys, error
 ):
-    def no_memory_for_wide_images(model, x):
+    def no_memory_for_wide_images(model, x, tile):
         if x.size(3) == 100:
             raise error
-        return analyze(model, x)
+        return analyze(model, x, tile)
 
     monkeypatch.setattr("train_flexible_inference.analyze", no_memory_for_wide_images)
     assert run(write_config(config_values)) == 1

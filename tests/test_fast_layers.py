@@ -1,0 +1,196 @@
+"""The layers made for speed, against float64 autograd of torch's and CompressAI's own."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressai.layers import GDN
+
+import fast_layers
+from benchmark import plain_loss
+from config import Channels
+from conftest import ROOT
+from experimental_inference_methods import METHODS, Temperature, build_rounding, hard_round
+from fast_layers import UpsamplingKernel, gdn, interleave, phases_of
+from models import FastGDN, Latents, build_model, freeze, rd_pass, speed_up
+
+CANDIDATES = sorted((key for key in METHODS if METHODS[key].score), key=str)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_gdn_has_the_derivatives_of_its_formula(monkeypatch, inverse, rows):
+    torch.manual_seed(0)
+    channels = 5
+    monkeypatch.setattr(fast_layers, "CHUNK_BYTES", rows * channels * 8)
+    x = torch.randn(2, channels, 3, 5, dtype=torch.float64, requires_grad=True)
+    beta = (torch.rand(channels, dtype=torch.float64) + 0.1).requires_grad_()
+    gamma = torch.rand(channels, channels, dtype=torch.float64, requires_grad=True)
+    norm = beta[:, None, None] + torch.einsum("ij,bjhw->bihw", gamma, x**2)
+    expected = x * norm**0.5 if inverse else x * norm**-0.5
+    torch.testing.assert_close(gdn(x, beta, gamma, inverse), expected)
+    assert torch.autograd.gradcheck(lambda *v: gdn(*v, inverse), (x, beta, gamma))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_trainable_gdn_is_compressais(inverse):
+    torch.manual_seed(0)
+    stock = GDN(6, inverse=inverse).double()
+    with torch.no_grad():
+        stock.gamma += torch.rand(6, 6) * 0.2 - 0.05
+        stock.beta += torch.rand(6) - 0.5
+    ours = FastGDN(stock).double()
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    weight = torch.randn_like(x)
+    for layer in (stock, ours):
+        (layer(x) * weight).sum().backward()
+    torch.testing.assert_close(ours(x), stock(x))
+    for mine, theirs in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_gdn_in_bfloat16_keeps_its_type():
+    x = torch.randn(1, 4, 6, 6, dtype=torch.bfloat16, requires_grad=True)
+    beta, gamma = torch.ones(4, requires_grad=True), torch.eye(4, requires_grad=True)
+    out = gdn(x, beta, gamma, False)
+    out.sum().backward()
+    assert out.dtype == x.grad.dtype == torch.bfloat16
+    assert beta.grad.dtype == gamma.grad.dtype == torch.float32
+    expected = x.float() / (1 + x.float() ** 2).sqrt()
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 8), (5, 7), (9, 2), (13, 21)])
+@pytest.mark.parametrize(
+    ("channels", "form"), [((6, 5), "direct"), ((6, 3), "phases"), ((7, 9), "winograd")]
+)
+def test_every_form_of_upsampling_is_the_transposed_convolution(monkeypatch, channels, form, size):
+    if form == "winograd":
+        monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_CHANNELS", 7)
+        monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
+        monkeypatch.setattr(fast_layers, "WINOGRAD_TILES", 3)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(*channels, 5, 5), torch.randn(channels[1])
+    kernel = UpsamplingKernel(weight, bias)
+    x = torch.randn(2, channels[0], *size, requires_grad=True)
+    assert kernel.has_winograd(*size, x) == (form == "winograd")
+    assert (kernel.phases is not None) == (form == "phases")
+    exact = x.detach().double().requires_grad_()
+    expected = F.conv_transpose2d(exact, weight.double(), bias.double(), 2, 2, 1)
+    out = kernel(x)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-4)
+    assert (out - expected).square().mean().sqrt() < 1e-5 * expected.square().mean().sqrt()
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    error = (x.grad - exact.grad).square().mean().sqrt()
+    assert error < 1e-5 * exact.grad.square().mean().sqrt()
+
+
+def test_upsampling_may_be_followed_by_a_layer_that_works_in_place(monkeypatch):
+    """h_s has LeakyReLU(inplace=True) after it."""
+    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_CHANNELS", 4)
+    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
+    for channels in (4, 8):  # phases, and Winograd's form with a cropped result
+        kernel = UpsamplingKernel(torch.randn(8, channels, 5, 5), torch.randn(channels))
+        x = torch.randn(1, 8, 3, 5, requires_grad=True)
+        F.leaky_relu(kernel(x), inplace=True).sum().backward()
+        assert x.grad.abs().sum() > 0
+
+
+def test_interleaved_phases_are_torchs_pixel_shuffle():
+    weight = torch.randn(4, 3, 5, 5)
+    assert phases_of(weight).shape == (12, 4, 3, 3)
+    phases = torch.randn(2, 12, 3, 5).to(memory_format=torch.channels_last)
+    by_channel = phases.view(2, 2, 2, 3, 3, 5).permute(0, 3, 1, 2, 4, 5).reshape(2, 12, 3, 5)
+    torch.testing.assert_close(interleave(phases), F.pixel_shuffle(by_channel, 2))
+
+
+@pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: "-".join(filter(None, k)))
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_the_one_derivative_kept_is_the_numerical_one(monkeypatch, key, tau):
+    monkeypatch.setattr("experimental_inference_methods._CandidateSample.ELEMENTS", 5)
+    rounding = build_rounding(*key, temperature=Temperature(0.0, 1.0))
+    v = torch.tensor([-2.3, -1.1, -0.6, 0.1, 0.35, 0.8, 1.7, 2.45], dtype=torch.float64)
+    v = v.reshape(1, 2, 2, 2).requires_grad_()
+    seed = 3
+
+    def sample(v):
+        return rounding(v, tau, torch.Generator().manual_seed(seed))
+
+    assert sample(v).shape == v.shape
+    assert torch.autograd.gradcheck(sample, v, eps=1e-7, atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_model_has_the_loss_and_gradient_of_compressais_layers(monkeypatch):
+    """In float64: CompressAI's own modules by autograd, with the same shift for rounding."""
+    torch.manual_seed(0)
+    stock = build_model(Channels(N=8, M=12)).double().eval()
+    frozen = freeze(copy.deepcopy(stock)).double()
+    x = torch.rand(2, 3, 128, 64, dtype=torch.float64)
+    y, z = (torch.randn(2, c, h, w, dtype=torch.float64) * 2 for c, h, w in ((12, 8, 4), (8, 2, 1)))
+    ours = Latents(y.clone().requires_grad_(), z.clone().requires_grad_())
+    loss = rd_pass(frozen, x, ours, lambda v: v + 0.3, 0.01)["loss"].mean()
+    loss.backward()
+    theirs = Latents(y.clone().requires_grad_(), z.clone().requires_grad_())
+    expected = plain_loss(stock, x, theirs.y + 0.3, theirs.z + 0.3)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for mine, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, their.grad)
+    # the true loss, in float32 as everyone has it, agrees to float32 rounding
+    single = freeze(copy.deepcopy(stock).float())
+    latents = Latents(y.float(), z.float())
+    with torch.no_grad():
+        z_hat = z.round()
+        means = stock.h_s(z_hat).chunk(2, 1)[1]
+        true = plain_loss(stock, x, (y - means).round() + means, z_hat)
+        mine = rd_pass(single, x.float(), latents, hard_round, 0.01)["loss"].mean()
+    assert mine.item() == pytest.approx(true.item(), rel=1e-5)
+
+
+def test_a_model_made_ready_for_training_computes_the_same():
+    torch.manual_seed(0)
+    stock = build_model(Channels(N=8, M=8))
+    fast = speed_up(copy.deepcopy(stock))
+    x = torch.rand(1, 3, 64, 64)
+    for model in (stock, fast):
+        y = model.g_a(x)
+        rd_pass(model, x, Latents(y, model.h_a(y)), lambda v: v + 0.2, 0.01)["loss"].backward()
+    for (name, mine), theirs in zip(fast.named_parameters(), stock.parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = theirs.grad.abs().max().item()
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale,
+                                       msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from fast_layers import keep_pages
+took = keep_pages() if sys.argv[1] == "keep" else False
+x = torch.randn(2**24, requires_grad=True)  # 64 MiB
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x.grad = None
+    (x * 2).exp().sin().sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+counts = [faults_of_a_step() for _ in range(8)]
+print(took, sum(counts[4:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux does")
+def test_kept_pages_do_not_fault_again():
+    (_, without), (took, kept) = (
+        subprocess.run([sys.executable, "-c", PAGE_FAULTS, mode], cwd=ROOT, check=True,
+                       capture_output=True, text=True).stdout.split()
+        for mode in ("leave", "keep")
+    )  # fmt: skip
+    if took != "True":
+        pytest.skip("no glibc")
+    assert int(without) > 4 * 2**26 // 2**21  # even in huge pages
+    assert int(kept) < int(without) / 4

@@ -1,0 +1,134 @@
+"""Tiles against the whole picture: values, gradients, memory, and when they are chosen."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+from config import Channels, InputError
+from conftest import ROOT, WEIGHTS, read_jsonl
+from models import Latents, analyze, build_model, freeze, rd_pass, synthesize
+from tiles import TILES, MemoryBound, coding_tile, memory_bound, tiles_of
+from train_flexible_inference import main
+
+
+@pytest.fixture(scope="module")
+def double_model():
+    torch.manual_seed(0)
+    return freeze(build_model(Channels(N=8, M=12)).double())
+
+
+@pytest.mark.parametrize("side", [1, 3, 4, 16])
+def test_tiles_give_the_whole_pictures_loss_and_gradient(double_model, side):
+    torch.manual_seed(1)
+    x = torch.rand(2, 3, 150, 203, dtype=torch.float64)
+    whole, tiled = (analyze(double_model, x, tile) for tile in (None, side))
+    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
+    results = []
+    for tile in (None, side):
+        latents = Latents(*(v.clone().requires_grad_() for v in whole))
+        terms = rd_pass(double_model, x, latents, lambda v: v + 0.2, 0.01, tile)
+        (terms["loss"] * torch.tensor([1.0, 3.0])).sum().backward()
+        results.append((terms["loss"], terms["mse"], terms["x_hat"], *(v.grad for v in latents)))
+    for ours, expected in zip(*reversed(results), strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12 * scale)
+    y_hat = whole.y.round()
+    torch.testing.assert_close(
+        synthesize(double_model, y_hat, (150, 203), side),
+        synthesize(double_model, y_hat, (150, 203)), rtol=1e-12, atol=1e-12,
+    )  # fmt: skip
+
+
+def test_tiles_cover_every_position_once():
+    seen = np.zeros((37, 21), int)
+    for tile in tiles_of((37, 21), 8):
+        seen[tile.core] += 1
+        for core, window, end in zip(tile.core, tile.window, seen.shape, strict=True):
+            assert window.start == max(core.start - 2, 0)
+            assert window.stop == min(core.stop + 2, end)
+    assert (seen == 1).all()
+
+
+def test_a_bound_chooses_the_whole_picture_or_the_largest_tile_that_fits():
+    small, large = (512, 768), (4000, 6000)
+    bound = MemoryBound(N=192, M=192, limit=12e9, base=1e9)
+    assert bound.tile(small) is None
+    side = bound.tile(large)
+    assert side in TILES
+    assert bound.needed(large, tile=side) <= 12e9 < bound.needed(large)
+    larger = TILES[TILES.index(side) - 1]
+    assert bound.needed(large, tile=larger) > 12e9
+    assert bound.images(large) == 1
+    assert bound.needed(small, bound.images(small)) <= 12e9
+    assert bound.needed(small, bound.images(small) + 1) > 12e9
+    with pytest.raises(InputError, match=r"6000x4000 pixels need \d+\.\d GB even in the smallest"):
+        MemoryBound(192, 192, limit=3e9, base=1e9).tile(large)
+
+
+def test_the_bound_is_the_configs_or_a_part_of_the_machines(monkeypatch):
+    device = torch.device("cpu")
+    assert memory_bound(8, 8, 3.5, device).limit == 3.5e9
+    alone = memory_bound(8, 8, None, device).limit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory_bound(8, 8, None, device).limit == alone / 2
+
+
+def test_only_large_pictures_are_coded_in_tiles():
+    assert coding_tile((2048, 2048)) is None
+    assert coding_tile((2049, 2048)) == 64
+
+
+def _refined(config_values, write_config, **changes):
+    values = {**config_values, "tot_batches": 1, "tot_inference_iterations": 2, **changes}
+    return main(["--config", str(write_config(values, f"{values['save_name']}.json"))])
+
+
+def test_a_refinement_in_tiles_is_that_of_the_whole(config_values, write_config, tmp_path, capsys):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    Image.fromarray(skimage.data.astronaut()[:400, :448]).save(folder / "a.png")
+    config_values["dev_options"]["path_test"] = {"folder": str(folder)}
+    assert _refined(config_values, write_config, save_name="whole") == 0
+    # 400x448 pixels take 138 MB whole, and in tiles of 256 pixels 93 MB, beside 1.3 GB
+    assert _refined(config_values, write_config, save_name="tiled", max_memory_gb=1.4) == 0
+    (whole,), (tiled,) = (
+        read_jsonl(tmp_path / "results" / name / "images.jsonl") for name in ("whole", "tiled")
+    )
+    for side in ("base", "refined"):
+        for key in ("true_loss", "bpp", "psnr", "ms_ssim"):
+            assert tiled[side][key] == pytest.approx(whole[side][key], rel=1e-4)
+    capsys.readouterr()
+    assert _refined(config_values, write_config, save_name="none", max_memory_gb=1.31) == 1
+    line = "a.png: skipped: 448x400 pixels need 1.4 GB even in the smallest tiles; max_memory_gb is"
+    assert line in capsys.readouterr().out
+
+
+PEAK = """
+import sys, torch
+from fast_layers import keep_pages
+from models import Latents, analyze, freeze, load_checkpoint, rd_pass
+from reporting import Stopwatch
+tile = int(sys.argv[2]) or None
+keep_pages()
+model = freeze(load_checkpoint(sys.argv[1]))
+x = torch.rand(1, 3, 1024, 1280)
+watch = Stopwatch(torch.device("cpu"))
+latents = Latents(*(v.requires_grad_() for v in analyze(model, x, tile)))
+rd_pass(model, x, latents, torch.round, 0.01, tile)["loss"].sum().backward()
+print(watch.read()[1] - watch.before / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
+def test_tiles_need_less_memory():
+    whole, tiled = (
+        float(subprocess.run([sys.executable, "-c", PEAK, str(WEIGHTS), tile], cwd=ROOT, check=True,
+                             capture_output=True, text=True).stdout)
+        for tile in ("0", "16")
+    )  # fmt: skip
+    assert tiled < whole / 2

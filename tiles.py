@@ -1,0 +1,207 @@
+"""Pictures of any size in bounded memory: networks and their gradients tile by tile.
+
+A position of y is 16x16 pixels. g_s computes a pixel from a bounded neighbourhood of y, and g_a a
+position of y from one of x, so tiles that overlap by it give the same as the whole picture, and so
+do sums over tiles; only float rounding differs.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from config import InputError
+from metrics import squared_error
+
+STRIDE = 16  # pixels of x a position of y
+# Four 5x5 layers, each of twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 positions of y.
+HALO = 2
+# Sides of tiles, positions of y.
+TILES = (256, 128, 64, 32, 16)
+# Files are made of, and become, whole pictures up to here; beyond, tiles of 1024x1024 pixels. It
+# depends on the picture alone, so that all decoders do the same.
+WHOLE_PIXELS, CODING_TILE = 2**22, 64
+
+
+class Tile(NamedTuple):
+    """Rows and columns, in positions of y, that a tile gives, and of the window that it needs."""
+
+    core: tuple[slice, slice]
+    window: tuple[slice, slice]
+
+    def crop(self, v: Tensor, unit: int) -> Tensor:
+        """The core of what the window gave, [B, C, h * unit, w * unit]."""
+        rows, columns = (
+            slice(unit * (core.start - window.start), unit * (core.stop - window.start))
+            for core, window in zip(self.core, self.window, strict=True)
+        )
+        return v[:, :, rows, columns]
+
+
+def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
+    """Tiles of at most side x side that cover a y of this height and width."""
+    starts = [(top, left) for top in range(0, size[0], side) for left in range(0, size[1], side)]
+    for corner in starts:
+        ends = [min(start + side, end) for start, end in zip(corner, size, strict=True)]
+        core = tuple(slice(*ends_) for ends_ in zip(corner, ends, strict=True))
+        window = tuple(
+            slice(max(part.start - HALO, 0), min(part.stop + HALO, end))
+            for part, end in zip(core, size, strict=True)
+        )
+        yield Tile(core, window)
+
+
+def coding_tile(size: tuple[int, int]) -> int | None:
+    """How large tiles are where a picture of H, W is coded; None is the whole picture."""
+    return CODING_TILE if size[0] * size[1] > WHOLE_PIXELS else None
+
+
+def cut(v: Tensor, part: tuple[slice, slice], unit: int) -> Tensor:
+    """The part of v [B, C, H, W] at rows and columns given in positions of y, of `unit` each."""
+    rows, columns = (slice(unit * side.start, unit * side.stop) for side in part)
+    return v[:, :, rows, columns]
+
+
+@torch.no_grad()
+def in_tiles(network: Callable[[Tensor], Tensor], v: Tensor, side: int, ratio: float) -> Tensor:
+    """network(v), a few positions of y at a time.
+
+    Args:
+        network: g_a, for x [B, 3, 16 h, 16 w], or g_s, for y [B, M, h, w].
+        side: of a tile, in positions of y.
+        ratio: how many times larger the result is than v: 1/16 or 16.
+    """
+    unit, out_unit = (STRIDE, 1) if ratio < 1 else (1, STRIDE)
+    height, width = v.size(2) // unit, v.size(3) // unit
+    out = None
+    for tile in tiles_of((height, width), side):
+        part = tile.crop(network(cut(v, tile.window, unit)), out_unit)
+        if out is None:
+            shape = (v.size(0), part.size(1), height * out_unit, width * out_unit)
+            out = part.new_empty(shape)
+        cut(out, tile.core, out_unit).copy_(part)
+    return out
+
+
+def tiled_error(
+    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, x: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of squared errors of g_s(y_hat), cropped to x, tile by tile, and the picture itself.
+
+    The gradient to y_hat is computed along the way and kept; one tile's activations are all that is
+    in memory at a time.
+
+    Args:
+        y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W]; side: in positions of y.
+
+    Returns:
+        The sum [B], float64, and x_hat [B, 3, H, W], which has no gradient.
+    """
+    return _TiledError.apply(y_hat, x, g_s, side)
+
+
+class _TiledError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_hat: Tensor, x: Tensor, g_s, side: int) -> tuple[Tensor, Tensor]:
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(y_hat) if needed else None
+        x_hat = torch.empty_like(x)
+        total = x.new_zeros(len(x), dtype=torch.float64)
+        for tile in tiles_of(y_hat.shape[2:], side):
+            x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
+            with torch.set_grad_enabled(needed):
+                y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
+                shown = tile.crop(g_s(y_part), STRIDE)[:, :, : x_part.size(2), : x_part.size(3)]
+                error = squared_error(shown, x_part)  # [B]
+                if needed:
+                    (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
+                    cut(gradient, tile.window, 1).add_(to_y_part)
+            x_hat_part.copy_(shown.detach())
+            total += error.detach()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(x_hat)
+        return total, x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_total: Tensor, _: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * to_total.to(gradient.dtype)[:, None, None, None], None, None, None
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+class MemoryBound(NamedTuple):
+    """How much a refinement may take, bytes, for networks with N and M channels.
+
+    `base` is what the process holds without any picture. What a picture takes was measured on a
+    CPU, at N = 64 and 192, up to 24 megapixels.
+    """
+
+    N: int
+    M: int
+    limit: float
+    base: float
+
+    # Bytes: a pixel of g_s (or g_a) per channel N; an element of y; a pixel of the image.
+    PER_ACTIVATION, PER_LATENT, PER_PIXEL = 9, 160, 150
+
+    def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
+        """Bytes that refining so many images of H, W takes, whole or in tiles."""
+        pixels = images * size[0] * size[1]
+        kept = pixels * (self.PER_PIXEL + self.PER_LATENT * self.M / STRIDE**2)
+        seen = pixels
+        if tile is not None:
+            seen = min(pixels, images * (STRIDE * (tile + 2 * HALO)) ** 2)
+        return self.base + kept + seen * self.PER_ACTIVATION * self.N
+
+    def images(self, size: tuple[int, int]) -> int:
+        """How many whole images of H, W fit together, 1 at least."""
+        one = self.needed(size) - self.base
+        return max(1, int((self.limit - self.base) / one))
+
+    def tile(self, size: tuple[int, int]) -> int | None:
+        """None where one whole image of H, W fits, else the side of the largest tile that does.
+
+        Raises:
+            InputError: none does.
+        """
+        for side in (None, *TILES):
+            if self.needed(size, tile=side) <= self.limit:
+                return side
+        least = self.needed(size, tile=TILES[-1]) / 1e9
+        raise InputError(
+            f"{size[1]}x{size[0]} pixels need {least:.1f} GB even in the smallest tiles; "
+            f"max_memory_gb is {self.limit / 1e9:.1f}"
+        )
+
+
+def memory_bound(N: int, M: int, max_memory_gb: float | None, device: torch.device) -> MemoryBound:
+    """The bound that a config sets; else 0.9 of a GPU's memory, or 0.75 of the machine's.
+
+    The processes of one machine share the latter.
+    """
+    on_gpu = device.type == "cuda"
+    if max_memory_gb is not None:
+        limit = max_memory_gb * 1e9
+    elif on_gpu:
+        limit = 0.9 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        limit = 0.75 * _machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return MemoryBound(N, M, limit, base=0.2e9 if on_gpu else 1.3e9)
+
+
+def _machine_memory() -> float:
+    """Bytes of this machine, or of the container that this process runs in."""
+    limits = [float(psutil.virtual_memory().total)]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, version 2 and 1
+        path = Path("/sys/fs/cgroup") / file
+        if path.is_file() and path.read_text().strip().isdigit():
+            limits.append(float(path.read_text()))
+    return min(limits)
