@@ -1,9 +1,10 @@
-# make demo: refine the sample photos; make train-demo: train on them; make test: run the tests.
+# make demo: refine the sample photos; make train-demo: train on them; make test: run the tests;
+# make bench: speed and memory beside plain loops.
 # All install first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo train-demo test lint install clean
+.PHONY: demo train-demo test bench lint install clean
 
 demo: install
 	$(BIN)/python train_flexible_inference.py --config example_files/demo.json
@@ -13,6 +14,9 @@ train-demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python benchmark.py
 
 lint: install
 	$(BIN)/ruff check .

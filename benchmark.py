@@ -64,6 +64,7 @@ from models import (
 )
 from reporting import Stopwatch, machine_facts
 from train import TrainingState, build_optimizers, train_step
+from train_flexible_inference import image_by_image
 
 WARM_UP_BATCHES = 4
 BUNDLED_WEIGHTS = "example_files/weights/mean_scale_n64_lambda0.01.pth.tar"
@@ -98,7 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     add = parser.add_argument
     add("command", nargs="?", default="all",
-        choices=("all", "refine", "training", "loader", "codec", "measure"))  # fmt: skip
+        choices=("all", "refine", "training", "loader", "codec", "measure"),
+        metavar="{all,refine,training,loader,codec}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
     add("--json", type=Path, default=Path("results/benchmark.json"), help="where figures go")
     add("--checkpoint", default=BUNDLED_WEIGHTS, metavar="WEIGHTS", help="the small model")
@@ -213,8 +215,10 @@ def print_figures(
 
 def measure(arguments: argparse.Namespace) -> int:
     """One turn of one variant: the median of a few steps and the peak of memory, as JSON."""
-    kind, _, name = arguments.variant.partition(":")
-    variant = {"refine": REFINEMENTS, "training": TRAININGS}[kind][name]
+    kind, _, name = (arguments.variant or "").partition(":")
+    variant = {"refine": REFINEMENTS, "training": TRAININGS}.get(kind, {}).get(name)
+    if variant is None:
+        raise InputError(f"--variant {arguments.variant}: refine:NAME or training:NAME")
     if variant.keeps_pages:
         keep_pages()
     torch.manual_seed(0)
@@ -266,12 +270,18 @@ def picture_of(path: Path | None) -> Tensor:
 # --- the loops of refinement ----------------------------------------------------------------------
 
 
-def plain_loss(model: MeanScaleHyperprior, x: Tensor, y_hat: Tensor, z_hat: Tensor) -> Tensor:
-    """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules.
-
-    y_hat and z_hat are rounded, relaxed or truly; the means of y are those of z_hat.
-    """
+def plain_loss(
+    model: MeanScaleHyperprior,
+    x: Tensor,
+    latents: Latents,
+    round_y: Callable[[Tensor], Tensor],
+    round_z: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules."""
+    medians = model.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
+    z_hat = round_z(latents.z - medians) + medians
     scales, means = model.h_s(z_hat).chunk(2, 1)
+    y_hat = round_y(latents.y - means) + means
     z_by_channel = z_hat.transpose(0, 1).reshape(model.N, 1, -1)
     bottleneck, conditional = model.entropy_bottleneck, model.gaussian_conditional
     p_z = bottleneck.likelihood_lower_bound(bottleneck._likelihood(z_by_channel)[0])
@@ -299,39 +309,34 @@ def plain_step(model: MeanScaleHyperprior, x: Tensor) -> Callable[[], Any]:
     with torch.no_grad():
         y = model.g_a(x)
         z = model.h_a(y)
-    y, z = y.requires_grad_(), z.requires_grad_()
-    optimizer = torch.optim.Adam([y, z], lr=0.005)
-    medians = model.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
-
-    def loss_by(rounding: Callable[[Tensor], Tensor]) -> Tensor:
-        z_hat = rounding(z - medians) + medians
-        means = model.h_s(z_hat).chunk(2, 1)[1]
-        return plain_loss(model, x, rounding(y - means) + means, z_hat)
+    latents = Latents(y.requires_grad_(), z.requires_grad_())
+    optimizer = torch.optim.Adam(latents, lr=0.005)
 
     def step() -> tuple[float, float]:
         optimizer.zero_grad()
-        loss = loss_by(partial(plain_round, tau=SCHEDULE(100)))
+        relaxed = partial(plain_round, tau=SCHEDULE(100))
+        loss = plain_loss(model, x, latents, relaxed, relaxed)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            true_loss = loss_by(torch.round)
+            true_loss = plain_loss(model, x, latents, torch.round, torch.round)
         return loss.item(), true_loss.item()
 
     return step
 
 
 def our_step(model: MeanScaleHyperprior, x: Tensor) -> Callable[[], Any]:
-    """The step of `train_flexible_inference.refine`."""
+    """The step of `train_flexible_inference.refine`; its evaluations come every 50 steps."""
     model = freeze(model)
     x = x.contiguous(memory_format=torch.channels_last)
     latents = Latents(*(v.clone().requires_grad_() for v in analyze(model, x)))
     optimizer = torch.optim.Adam(latents, lr=0.005, fused=True)
     rounding = build_rounding(*METHOD, temperature=SCHEDULE)
-    generator = torch.Generator()
+    generators = [torch.Generator() for _ in x]
 
     def step() -> None:
         optimizer.zero_grad()
-        relaxed = rounding.at(100, generator.manual_seed(0))
+        relaxed = image_by_image([rounding.at(100, g.manual_seed(0)) for g in generators])
         rd_pass(model, x, latents, relaxed, LMBDA)["loss"].sum().backward()
         optimizer.step()
 
@@ -411,7 +416,7 @@ REFINEMENTS = {
     "plain": Variant("plain published loop, as its users have it", False, plain_step),
     "plain, pages kept": Variant("plain published loop, pages kept", True, plain_step),
     "ours": Variant("this project's loop", True, our_step),
-    "floor": Variant("floor: convolutions of g_s and h_s alone, pages kept", True, floor_step),
+    "floor": Variant("torch's convolutions of g_s and h_s alone, pages kept", True, floor_step),
     "compiled": Variant("this loop, torch.compile of CompressAI's g_s", True, compiled_step),
 }
 TRAININGS = {

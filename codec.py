@@ -592,7 +592,7 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
         BitstreamError: see `encode_latents`.
     """
     start, tile = time.perf_counter(), coding_tile(x.shape[2:])
-    latents = analyze(coder.model, x, tile)
+    latents = analyze(coder.model, x)
     data = encode_latents(coder, integer_latents(coder.model, latents), tuple(x.shape[2:]))
     coded = time.perf_counter()
     x_hat = decode_picture(coder, data)

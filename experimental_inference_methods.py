@@ -153,7 +153,7 @@ class _CandidateSample(torch.autograd.Function):
     """The sum of candidates weighted by `gumbel_softmax`, and its derivative, in one go.
 
     Elements do not see each other, so one derivative each is all that the backward pass needs, and
-    a large picture's latents can be worked on a few at a time.
+    on a CPU a large picture's latents can be worked on a few at a time.
     """
 
     ELEMENTS = 2**18
@@ -162,14 +162,17 @@ class _CandidateSample(torch.autograd.Function):
     def forward(ctx, v: Tensor, candidates_of, score, tau: float, generator) -> Tensor:
         flat = _in_memory_order(v)
         v_hat, derivative = torch.empty_like(flat), torch.empty_like(flat)
-        ways = (part.split(_CandidateSample.ELEMENTS) for part in (flat, v_hat, derivative))
+        count = _CandidateSample.ELEMENTS if v.device.type == "cpu" else max(len(flat), 1)
+        ways = (part.split(count) for part in (flat, v_hat, derivative))
         for v_part, v_hat_part, derivative_part in zip(*ways, strict=True):
-            with torch.enable_grad():
-                v_part = v_part.detach().requires_grad_()
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                v_part = v_part.detach().requires_grad_(ctx.needs_input_grad[0])
                 candidates, distance = candidates_of(v_part)
                 logits = score(distance)
             weights = gumbel_softmax(logits.detach(), tau, generator)  # [K, n]
             torch.sum(candidates * weights, dim=0, out=v_hat_part)
+            if not ctx.needs_input_grad[0]:
+                continue
             # The derivative to each logit, which tau divides twice.
             to_logits = (candidates - v_hat_part).mul_(weights)
             (to_v,) = torch.autograd.grad(logits, v_part, to_logits)

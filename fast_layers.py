@@ -6,8 +6,11 @@ many temporaries as long again. Nothing here approximates: results differ by flo
 
 import ctypes
 import sys
+import weakref
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +18,10 @@ from torch.autograd.function import once_differentiable
 
 # On a CPU so many bytes of each tensor are worked on at a time: what fits into the caches.
 CHUNK_BYTES = 3 * 2**19
-# Measured on two x86-64 cores: from where on Winograd's form wins, its tiles at a time, and up to
-# where one convolution of all phases beats the transposed one.
-FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES, WINOGRAD_TILES = 96, 1024, 400
-MOST_PHASED_CHANNELS = 4
+# Measured on two x86-64 cores: from where on Winograd's form wins, and its tiles at a time.
+FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES, WINOGRAD_TILES = 96, 1024, 200
+STRIP_BYTES = 2**22  # of rows at a time in `ToPicture`
+ALIGNMENT = 64  # bytes, of a cache line
 # glibc's names for the two thresholds, of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -32,16 +35,58 @@ def keep_pages() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    largest = 2**31 - 1
-    return mallopt is not None and all(
-        mallopt(threshold, largest) for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
-    )
+    if mallopt is None:
+        return False
+    # Older versions know no threshold above 32 MB for single blocks.
+    kept = mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class Pool:
+    """Memory of large tensors, handed out again as soon as no tensor uses it any more.
+
+    glibc seldom gives an aligned block the place of an equal one, so that a process that keeps its
+    pages would grow to twice what it needs.
+    """
+
+    SLACK = 1.5  # so many times as large as needed a block may be
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []  # bytes, the smallest first
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised channels-last tensor [B, C, H, W] on like's device, of like's type.
+
+        On other devices than a CPU it comes from torch.
+        """
+        batch, channels, height, width = shape
+        strides = (height * width * channels, 1, width * channels, channels)
+        if like.device.type != "cpu":
+            return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+        size = batch * strides[0] * like.element_size()
+        block = self._block_of(size + ALIGNMENT)
+        start = -block.ctypes.data % ALIGNMENT
+        lease = block[start : start + size]  # the storage holds it, so it dies with the last tensor
+        weakref.finalize(lease, self._take_back, block).atexit = False
+        storage = torch.from_numpy(lease).untyped_storage()
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, strides)
+
+    def _block_of(self, size: int) -> np.ndarray:
+        index = bisect_left(self._free, size, key=len)
+        if index < len(self._free) and len(self._free[index]) <= self.SLACK * size:
+            return self._free.pop(index)
+        if index > 0 and len(self._free[index - 1]) * self.SLACK > size:
+            self._free.pop(index - 1)  # a larger one takes its place
+        return np.empty(size, np.uint8)
+
+    def _take_back(self, block: np.ndarray) -> None:
+        insort(self._free, block, key=len)
 
 
 # --- generalised divisive normalisation -----------------------------------------------------------
 
 
-def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool) -> Tensor:
+def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None = None) -> Tensor:
     """x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse (arXiv 1511.06281).
 
     A matrix product over channels stands for the usual 1x1 convolution, whose result would depend
@@ -49,28 +94,29 @@ def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool) -> Tensor:
 
     Args:
         x: [B, C, H, W]; beta: [C] and gamma: [C, C], not negative, re-parametrised already.
+        pool: where memory comes from; without it, from torch. With it one backward pass is all:
+            the gradient takes the factor's place.
 
     Returns:
         [B, C, H, W], channels-last, with gradients to all three.
     """
-    return _GDN.apply(x, beta, gamma, inverse)
+    return _GDN.apply(x, beta, gamma, inverse, pool)
 
 
 class _GDN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool) -> Tensor:
+    def forward(ctx, x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         beta, gamma = beta.to(x.dtype), gamma.to(x.dtype)
-        out = torch.empty_like(x)
-        factor = torch.empty_like(x)  # sqrt(norm), or 1 / sqrt(norm)
-        root = torch.sqrt if inverse else torch.rsqrt
-        square = norm = None
-        for x_rows, factor_rows, out_rows in _chunks(x, factor, out):  # each [rows, C]
-            square = torch.mul(x_rows, x_rows, out=_like(square, x_rows))
-            norm = torch.mm(square, gamma.t(), out=_like(norm, x_rows)).add_(beta)
-            torch.mul(x_rows, root(norm, out=factor_rows), out=out_rows)
-        ctx.save_for_backward(x, factor, gamma)
-        ctx.inverse = inverse
+        out = torch.empty_like(x) if pool is None else pool.empty(x, *x.shape)
+        factor = None
+        if any(ctx.needs_input_grad):
+            factor = torch.empty_like(x) if pool is None else pool.empty(x, *x.shape)
+            ctx.save_for_backward(x, factor, gamma)
+        _normalise(
+            _rows(x), beta, gamma, inverse, None if factor is None else _rows(factor), _rows(out)
+        )
+        ctx.inverse, ctx.pool = inverse, pool
         return out
 
     @staticmethod
@@ -78,27 +124,72 @@ class _GDN(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, factor, gamma = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, trains = torch.empty_like(x), ctx.needs_input_grad[1]
-        grad_beta, grad_gamma = gamma.new_zeros(len(gamma)), torch.zeros_like(gamma)
-        # twice the gradient to the norm, and its part in x's gradient over x
-        to_norm = to_x = None
-        for x_rows, factor_rows, grad_rows, out in _chunks(x, factor, grad, grad_x):
-            to_norm = torch.mul(grad_rows, x_rows, out=_like(to_norm, x_rows))
-            if ctx.inverse:
-                to_norm.div_(factor_rows)
-            else:
-                to_norm.mul_(factor_rows).mul_(factor_rows).mul_(factor_rows).neg_()
-            to_x = torch.mm(to_norm, gamma, out=_like(to_x, x_rows)).mul_(x_rows)
-            torch.mul(grad_rows, factor_rows, out=out).add_(to_x)
-            if trains:
-                grad_beta.add_(to_norm.sum(0), alpha=0.5)
-                grad_gamma.addmm_(to_norm.t(), x_rows.square(), alpha=0.5)
-        return grad_x, grad_beta if trains else None, grad_gamma if trains else None, None
+        # Autograd refuses a second pass over a factor that was written to.
+        grad_x = torch.empty_like(x) if ctx.pool is None else factor
+        weights = (None, None)
+        if any(ctx.needs_input_grad[1:3]):
+            # Chunks add up: in bfloat16 most of them would be lost.
+            full = torch.promote_types(gamma.dtype, torch.float32)
+            weights = gamma.new_zeros(len(gamma), dtype=full), torch.zeros_like(gamma, dtype=full)
+        rows = (_rows(v) for v in (x, factor, grad, grad_x))
+        _normalise_backward(*rows, gamma, ctx.inverse, weights)
+        return grad_x, *weights, None, None
 
 
-def _chunks(*tensors: Tensor):
-    """Views [rows, C] of channels-last tensors [B, C, H, W], a few rows at a time on a CPU."""
-    rows = [v.permute(0, 2, 3, 1).view(-1, v.size(1)) for v in tensors]
+def _normalise(
+    x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, factor: Tensor | None, out: Tensor
+) -> None:
+    """GDN of pixels x [n, C] into `out`, and into `factor` the root of the norm, or 1 / it."""
+    root = torch.sqrt if inverse else torch.rsqrt
+    square = norm = None
+    for x_part, factor_part, out_part in _chunks(x, x if factor is None else factor, out):
+        square = torch.mul(x_part, x_part, out=_like(square, x_part))
+        norm = torch.mm(square, gamma.t(), out=_like(norm, x_part)).add_(beta)
+        rooted = root(norm, out=norm if factor is None else factor_part)
+        torch.mul(x_part, rooted, out=out_part)
+
+
+def _normalise_backward(
+    x: Tensor,
+    factor: Tensor,
+    grad: Tensor,
+    grad_x: Tensor,
+    gamma: Tensor,
+    inverse: bool,
+    grad_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """The gradient to pixels x [n, C] into `grad_x`, which may be `factor`.
+
+    Adds to `grad_weights`, of beta and gamma in float32, where they are given.
+    """
+    # twice the gradient to the norm, and its part in x's gradient over x
+    to_norm = to_x = None
+    grad_beta, grad_gamma = grad_weights
+    for x_part, factor_part, grad_part, out in _chunks(x, factor, grad, grad_x):
+        to_norm = torch.mul(grad_part, x_part, out=_like(to_norm, x_part))
+        if inverse:
+            to_norm.div_(factor_part)
+        else:
+            to_norm.mul_(factor_part).mul_(factor_part).mul_(factor_part).neg_()
+        to_x = torch.mm(to_norm, gamma, out=_like(to_x, x_part)).mul_(x_part)
+        torch.mul(grad_part, factor_part, out=out).add_(to_x)
+        if grad_beta is not None:
+            grad_beta.add_(to_norm.sum(0), alpha=0.5)
+            grad_gamma.add_(to_norm.t() @ x_part.square(), alpha=0.5)
+
+
+def _rows(v: Tensor) -> Tensor:
+    """The pixels [B H W, C] of a channels-last [B, C, H, W], a view."""
+    return v.permute(0, 2, 3, 1).view(-1, v.size(1))
+
+
+def _rows_of(v: Tensor, image: int, first: int, last: int) -> Tensor:
+    """The same of some rows of one image, [(last - first) W, C]."""
+    return v[image, :, first:last].permute(1, 2, 0).view(-1, v.size(1))
+
+
+def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors [n, C], a few rows at a time on a CPU."""
     size = CHUNK_BYTES // (rows[0].size(1) * rows[0].element_size())
     count = max(size, 1) if rows[0].device.type == "cpu" else max(len(rows[0]), 1)
     return zip(*(v.split(count) for v in rows), strict=True)
@@ -128,23 +219,15 @@ def phases_of(weight: Tensor) -> Tensor:
     return phases.flatten(0, 2)
 
 
-def interleave(phases: Tensor) -> Tensor:
-    """The picture [B, C', 2 H, 2 W], channels-last, of its four phases [B, 2 * 2 * C', H, W].
+def interleave(phases: Tensor, picture: Tensor) -> None:
+    """Write four phases [B, 2 * 2 * C', H, W] into a channels-last picture [B, C', 2 H, 2 W].
 
     torch's pixel_shuffle takes three times as long on channels-last data.
     """
     batch, channels, height, width = phases.shape
     rows = phases.permute(0, 2, 3, 1).reshape(batch, height, width, 2, channels // 2)
-    picture = _channels_last(phases, batch, channels // 4, 2 * height, 2 * width)
     places = picture.permute(0, 2, 3, 1).view(batch, height, 2, width, channels // 2)
     places.copy_(rows.transpose(2, 3))
-    return picture
-
-
-def _channels_last(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def upsample(x: Tensor, kernel: "UpsamplingKernel") -> Tensor:
@@ -162,21 +245,18 @@ def upsample(x: Tensor, kernel: "UpsamplingKernel") -> Tensor:
 
 
 class UpsamplingKernel(nn.Module):
-    """A fixed kernel of `upsample` in the forms that are fastest for its size.
+    """A fixed kernel of `upsample`: weight [C, C', 5, 5], bias [C'].
 
-    weight [C, C', 5, 5], bias [C']. With few output channels `phases` serve (see `phases_of`). On a
-    CPU, with many channels, Winograd's minimal filtering does (see `Winograd`).
+    On a CPU, with many channels and a pool, Winograd's minimal filtering serves (see `Winograd`).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor, pool: Pool | None = None):
         super().__init__()
-        channels, out_channels = weight.shape[:2]
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", bias.detach())
-        few = out_channels <= MOST_PHASED_CHANNELS
-        self.register_buffer("phases", phases_of(self.weight) if few else None)
-        many = min(channels, out_channels) >= FEWEST_WINOGRAD_CHANNELS
-        self.winograd = Winograd(self.weight) if many else None
+        many = pool is not None and min(weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
+        many = many and weight.device.type == "cpu"
+        self.winograd = Winograd(self.weight, pool) if many else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
@@ -185,6 +265,7 @@ class UpsamplingKernel(nn.Module):
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
         """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
         plain = v.device.type == "cpu" and v.dtype == torch.float32
+        plain = plain and not torch.is_autocast_enabled("cpu")
         return self.winograd is not None and plain and height * width >= FEWEST_WINOGRAD_PLACES
 
 
@@ -192,9 +273,6 @@ class _Upsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: UpsamplingKernel) -> Tensor:
         ctx.kernel, ctx.dtype = kernel, x.dtype
-        if kernel.phases is not None:
-            phases = F.conv2d(x, kernel.phases, kernel.bias.repeat(4), padding=1)
-            return interleave(phases)
         if kernel.has_winograd(*x.shape[2:], x):
             return kernel.winograd.upsample(x, kernel.bias)
         return F.conv_transpose2d(
@@ -204,10 +282,95 @@ class _Upsample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        if ctx.kernel.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
-            return ctx.kernel.winograd.gradient(grad), None
-        weight = ctx.kernel.weight.to(grad.dtype)
+        kernel = ctx.kernel
+        if kernel.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
+            return kernel.winograd.gradient(grad), None
+        weight = kernel.weight.to(grad.dtype)
         return F.conv2d(grad, weight, stride=2, padding=2).to(ctx.dtype), None
+
+
+class ToPicture(nn.Module):
+    """The decoder's last two layers with fixed weights, inverse GDN and `upsample` to few channels.
+
+    They take the most memory of all. So they work in strips of rows, and nothing between them is
+    ever there as a whole, forward or backward; the four phases of the picture are one convolution
+    (see `phases_of`), which for few channels is faster than the transposed one.
+
+    beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5], bias [C']: see `upsample`.
+    """
+
+    def __init__(self, beta: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, pool: Pool):
+        super().__init__()
+        self.pool = pool
+        self.register_buffer("beta", beta.detach())
+        self.register_buffer("gamma", gamma.detach())
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("phases", phases_of(weight.detach()))
+        self.register_buffer("phases_bias", bias.detach().repeat(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C', 2 H, 2 W] for x [B, C, H, W]; the gradient, once, goes to x alone."""
+        return _ToPicture.apply(x, self)
+
+    def strips(self, x: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Image, first and last row of each part of x [B, C, H, W]; whole images on a GPU."""
+        rows = x.size(2)
+        if x.device.type == "cpu":
+            rows = max(1, STRIP_BYTES // (x.size(1) * x.size(3) * x.element_size()))
+        for image in range(len(x)):
+            for first in range(0, x.size(2), rows):
+                yield image, first, min(first + rows, x.size(2))
+
+
+class _ToPicture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, stage: ToPicture) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        beta, gamma = stage.beta.to(x.dtype), stage.gamma.to(x.dtype)
+        factor = stage.pool.empty(x, *x.shape) if ctx.needs_input_grad[0] else None
+        picture = strip = None
+        for image, first, last in stage.strips(x):
+            # Normalised rows first - 1 to last, the zeros outside of the picture included; the
+            # strip before has the first two already.
+            before, strip = strip, x.new_empty(1, last - first + 2, width, channels)
+            known, end = (first + 1 if first else 0), min(last + 1, height)
+            if first:
+                strip[:, :2] = before[:, -2:]
+            else:
+                strip[:, 0] = 0
+            if end == height:
+                strip[:, -1] = 0
+            new = strip[0, known - first + 1 : end - first + 1].view(-1, channels)
+            _normalise(
+                _rows_of(x, image, known, end), beta, gamma, True,
+                None if factor is None else _rows_of(factor, image, known, end), new,
+            )  # fmt: skip
+            phases = F.conv2d(
+                strip.permute(0, 3, 1, 2), stage.phases, stage.phases_bias, padding=(0, 1)
+            )
+            if picture is None:
+                picture = phases.new_empty(batch, stage.weight.size(1), 2 * height, 2 * width)
+                picture = picture.contiguous(memory_format=torch.channels_last)
+            interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
+        ctx.save_for_backward(x, factor, gamma)
+        ctx.stage = stage
+        return picture
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, factor, gamma = ctx.saved_tensors
+        weight = ctx.stage.weight.to(grad.dtype)
+        grad = F.pad(grad, (2, 2, 2, 2))
+        for image, first, last in ctx.stage.strips(x):
+            strip = grad[image : image + 1, :, 2 * first : 2 * last + 3]
+            to_normal = F.conv2d(strip, weight, stride=2).to(x.dtype)  # [1, C, rows, W]
+            to_normal = to_normal.contiguous(memory_format=torch.channels_last)
+            x_rows, factor_rows = (_rows_of(v, image, first, last) for v in (x, factor))
+            # In the factor's place: autograd refuses a second pass over it.
+            _normalise_backward(x_rows, factor_rows, _rows(to_normal), factor_rows, gamma, True)
+        return factor, None
 
 
 class Winograd(nn.Module):
@@ -231,8 +394,9 @@ class Winograd(nn.Module):
     )  # fmt: skip
     OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, pool: Pool):
         super().__init__()
+        self.pool = pool
         kernel, output = (torch.tensor(m, dtype=torch.float64) for m in (self.KERNEL, self.OUTPUT))
         points = torch.tensor(self.INPUT, dtype=torch.float64)
         self.register_buffer("to_points", torch.kron(points, points).float())  # [36, 36]
@@ -242,25 +406,30 @@ class Winograd(nn.Module):
         for row, column in self.phases:
             taps = kernel[row:] @ phases[row, column] @ kernel[column:].t()  # [C', C, n, n']
             name = f"{row}{column}"
-            self.register_buffer("kernel" + name, taps.permute(2, 3, 1, 0).float().contiguous())
+            # Of three dimensions: a channels-last model would tear one of four apart.
+            taps = taps.permute(2, 3, 1, 0).flatten(0, 1).float().contiguous()
+            self.register_buffer("kernel" + name, taps)  # [n n', C, C']
             back = torch.kron(output[:, row:].contiguous(), output[:, column:].contiguous())
             self.register_buffer("back" + name, back.float())  # [16, n n']
 
     def _of_phase(self, row: int, column: int) -> tuple[Tensor, Tensor]:
         """The kernel [n, n', C, C'] and the way back [16, n n'] of a phase; n is 6 - row."""
-        return getattr(self, f"kernel{row}{column}"), getattr(self, f"back{row}{column}")
+        kernel = getattr(self, f"kernel{row}{column}")
+        kernel = kernel.view(self.POINTS - row, self.POINTS - column, *kernel.shape[1:])
+        return kernel, getattr(self, f"back{row}{column}")
 
     def upsample(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W], channels-last, for x [B, C, H, W]."""
         batch, channels, height, width = x.shape
         down, across = -(-height // 4), -(-width // 4)  # tiles
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        x = F.pad(x, (0, 0, 1, 4 * across - width + 1, 1, 4 * down - height + 1))
-        out = _channels_last(x, batch, len(bias), 8 * down, 8 * across)
+        padded = self.pool.empty(x, batch, channels, 4 * down + 2, 4 * across + 2).zero_()
+        padded[:, :, 1 : height + 1, 1 : width + 1] = x
+        padded = padded.permute(0, 2, 3, 1)  # [B, H + 2, W + 2, C]
+        out = self.pool.empty(x, batch, len(bias), 8 * down, 8 * across)
         phases = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
         for image, first, last in self._strips(batch, down, across):
             rows, tiles = last - first, (last - first) * across
-            strip = x[image, 4 * first : 4 * last + 2]
+            strip = padded[image, 4 * first : 4 * last + 2]
             windows = strip.unfold(0, 6, 4).unfold(1, 6, 4)  # [rows, across, C, 6, 6]
             windows = windows.permute(3, 4, 0, 1, 2).reshape(36, -1)
             points = (self.to_points @ windows).view(6, 6, tiles, channels)
@@ -290,7 +459,8 @@ class Winograd(nn.Module):
             grad = F.pad(grad, (0, 0, 0, 8 * across - 2 * width, 0, 8 * down - 2 * height))
         grad = grad.reshape(batch, down, 4, 2, across, 4, 2, -1)
         channels = self._of_phase(0, 0)[0].size(2)
-        out = grad.new_zeros(batch, down + 1, 4, across + 1, 4, channels)
+        padded = self.pool.empty(grad, batch, channels, 4 * down + 4, 4 * across + 4).zero_()
+        out = padded.permute(0, 2, 3, 1).view(batch, down + 1, 4, across + 1, 4, channels)
         for image, first, last in self._strips(batch, down, across):
             rows, tiles = last - first, (last - first) * across
             points = grad.new_zeros(6, 6, tiles, channels)
@@ -310,8 +480,7 @@ class Winograd(nn.Module):
             corner = out[image, first + 1 : last + 1, :2, 1:, :2], windows[:, 4:, :, 4:]
             for place, part in (here, below, right, corner):
                 place.add_(part)
-        out = out.view(batch, 4 * down + 4, 4 * across + 4, -1)[:, 1 : height + 1, 1 : width + 1]
-        return out.permute(0, 3, 1, 2)
+        return padded[:, :, 1 : height + 1, 1 : width + 1]
 
     def _strips(self, batch: int, down: int, across: int) -> Iterator[tuple[int, int, int]]:
         """Image, first and last row of tiles of each part: what fits into the caches."""

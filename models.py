@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from config import Channels, InputError
 from datasets import write_whole
-from fast_layers import UpsamplingKernel, gdn
+from fast_layers import Pool, ToPicture, UpsamplingKernel, gdn
 from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_loss
-from tiles import in_tiles, tiled_error
+from tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_error
 
 with warnings.catch_warnings():
     # compressai's imports warn of other packages' futures.
@@ -247,8 +247,9 @@ class FastGDN(GDN):
 class FrozenGDN(nn.Module):
     """CompressAI's GDN with fixed weights, re-parametrised once; see `fast_layers.gdn`."""
 
-    def __init__(self, layer: GDN):
+    def __init__(self, layer: GDN, pool: Pool | None = None):
         super().__init__()
+        self.pool = pool
         gamma = layer.gamma_reparam(layer.gamma)
         self.register_buffer("beta", layer.beta_reparam(layer.beta).detach())  # [C]
         self.register_buffer("gamma", gamma.detach())  # [C, C]
@@ -256,7 +257,7 @@ class FrozenGDN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x, [B, C, H, W]."""
-        return gdn(x, self.beta, self.gamma, self.inverse)
+        return gdn(x, self.beta, self.gamma, self.inverse, self.pool)
 
 
 class FrozenBottleneck(nn.Module):
@@ -320,14 +321,28 @@ def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleH
     """The same model made ready for refinement, in place: only latents will be optimised.
 
     Eval mode, weights without gradients, channels-last, the layers of `fast_layers.py`. With
-    `coder_scales` rates are those of `CoderScales`, a little above the continuous ones.
+    `coder_scales` rates are those of `CoderScales`, a little above the continuous ones. To be
+    called on the device where the model will work.
+
+    Raises:
+        ValueError: a transposed convolution is not CompressAI's `deconv`.
     """
+    pool = Pool()
     for network in (model.g_a, model.g_s, model.h_s):
         for index, layer in enumerate(network):
             if isinstance(layer, GDN):
-                network[index] = FrozenGDN(layer)
+                network[index] = FrozenGDN(layer, pool)
             elif isinstance(layer, nn.ConvTranspose2d):
-                network[index] = UpsamplingKernel(layer.weight, layer.bias)
+                shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
+                if shape != ((5, 5), (2, 2), (2, 2), (1, 1)) or layer.bias is None:
+                    raise ValueError(f"a kernel of 5, stride 2 and bias are wanted, not {layer}")
+                # h_s is too small to gain by a pool and another form.
+                pooled = None if network is model.h_s else pool
+                network[index] = UpsamplingKernel(layer.weight, layer.bias, pooled)
+    *layers, normalisation, upsampling = model.g_s
+    model.g_s = nn.Sequential(*layers, ToPicture(
+        normalisation.beta, normalisation.gamma, upsampling.weight, upsampling.bias, pool
+    ))  # fmt: skip
     if coder_scales:
         build_tables(model)
         conditional = model.gaussian_conditional
@@ -372,17 +387,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.no_grad()
-def analyze(model: MeanScaleHyperprior, x: Tensor, tile: int | None = None) -> Latents:
+def analyze(model: MeanScaleHyperprior, x: Tensor, tile: int = ENCODER_TILE) -> Latents:
     """The encoder's latents of x [B, 3, H, W] in [0, 1], not rounded, without gradients.
 
     x is continued by its border pixels to multiples of 16, so that the zeros with which the
     convolutions pad do not lie inside the last row and column of y, where the decoder has none.
-    With `tile` g_a sees so many positions of y a side at a time.
+    g_a sees `tile` positions of y a side at a time: it runs once, and would else take more memory
+    than all that follows.
     """
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
-    # y: [B, M, ceil(H/16), ceil(W/16)]
-    y = model.g_a(x) if tile is None else in_tiles(model.g_a, x, tile, ratio=1 / 16)
+    y = in_tiles(model.g_a, x, tile, STRIDE, 1)  # [B, M, ceil(H/16), ceil(W/16)]
     z = model.h_a(y)  # [B, N, ceil(H/64), ceil(W/64)]
     return Latents(y, z)
 
@@ -449,7 +464,7 @@ def synthesize(
 
     With `tile` g_s sees so many positions of y a side at a time, and there are no gradients.
     """
-    x_hat = model.g_s(y_hat) if tile is None else in_tiles(model.g_s, y_hat, tile, ratio=16)
+    x_hat = model.g_s(y_hat) if tile is None else in_tiles(model.g_s, y_hat, tile, 1, STRIDE)
     return _widened(x_hat[:, :, : size[0], : size[1]])
 
 

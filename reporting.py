@@ -47,8 +47,8 @@ from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, s
 
 log = logging.getLogger("refine")
 
-# Keys that may change between a run and its resumption: they do not change any image's result
-# (another device does; the records say which it was, and are compared).
+# Keys that may change between a run and its resumption: they change no image's result beyond float
+# rounding (another device does; the records say which it was, and are compared).
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "batch_size",
     "tracker", "device", "max_memory_gb",
@@ -235,20 +235,26 @@ class Run:
         return Progress(name, steps, self.config.print_freq)
 
     def save(
-        self, image: LoadedImage, result: Any, symbols: Latents, watch: "Stopwatch", batch: int = 1
+        self,
+        image: LoadedImage,
+        result: Any,
+        symbols: Latents,
+        seconds: float,
+        peak: float,
+        batch: int,
     ) -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         Args:
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
-            batch: how many images the time is of; each record has its share.
+            seconds, peak: the image's time, and the memory in MB of the batch that it was in.
+            batch: how many images were in it.
 
         Raises:
             OSError: a file cannot be written.
         """
-        name, (seconds, peak) = image.name, watch.read()
-        seconds /= batch
+        name = image.name
         record = self._record(image, result, seconds, peak) | {"batch": batch}
         table = pd.DataFrame(result.trajectory)
         write_whole(

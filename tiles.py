@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from config import InputError
 from metrics import squared_error
 
+ENCODER_TILE = 16  # positions of y
 STRIDE = 16  # pixels of x a position of y
 # Four 5x5 layers, each of twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 positions of y.
 HALO = 2
@@ -25,7 +26,7 @@ HALO = 2
 TILES = (256, 128, 64, 32, 16)
 # Files are made of, and become, whole pictures up to here; beyond, tiles of 1024x1024 pixels. It
 # depends on the picture alone, so that all decoders do the same.
-WHOLE_PIXELS, CODING_TILE = 2**22, 64
+WHOLE_PIXELS, CODING_TILE = 2**20, 64
 
 
 class Tile(NamedTuple):
@@ -47,8 +48,9 @@ def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
     """Tiles of at most side x side that cover a y of this height and width."""
     starts = [(top, left) for top in range(0, size[0], side) for left in range(0, size[1], side)]
     for corner in starts:
-        ends = [min(start + side, end) for start, end in zip(corner, size, strict=True)]
-        core = tuple(slice(*ends_) for ends_ in zip(corner, ends, strict=True))
+        core = tuple(
+            slice(start, min(start + side, end)) for start, end in zip(corner, size, strict=True)
+        )
         window = tuple(
             slice(max(part.start - HALO, 0), min(part.stop + HALO, end))
             for part, end in zip(core, size, strict=True)
@@ -68,22 +70,24 @@ def cut(v: Tensor, part: tuple[slice, slice], unit: int) -> Tensor:
 
 
 @torch.no_grad()
-def in_tiles(network: Callable[[Tensor], Tensor], v: Tensor, side: int, ratio: float) -> Tensor:
-    """network(v), a few positions of y at a time.
+def in_tiles(
+    network: Callable[[Tensor], Tensor], v: Tensor, side: int, unit: int, out_unit: int
+) -> Tensor:
+    """network(v), channels-last, a few positions of y at a time.
 
     Args:
         network: g_a, for x [B, 3, 16 h, 16 w], or g_s, for y [B, M, h, w].
         side: of a tile, in positions of y.
-        ratio: how many times larger the result is than v: 1/16 or 16.
+        unit, out_unit: how many pixels a side of v, and of the result, are a position of y.
     """
-    unit, out_unit = (STRIDE, 1) if ratio < 1 else (1, STRIDE)
     height, width = v.size(2) // unit, v.size(3) // unit
     out = None
     for tile in tiles_of((height, width), side):
         part = tile.crop(network(cut(v, tile.window, unit)), out_unit)
         if out is None:
             shape = (v.size(0), part.size(1), height * out_unit, width * out_unit)
-            out = part.new_empty(shape)
+            out = torch.empty(shape, dtype=part.dtype, device=part.device,
+                              memory_format=torch.channels_last)  # fmt: skip
         cut(out, tile.core, out_unit).copy_(part)
     return out
 
@@ -140,22 +144,23 @@ class _TiledError(torch.autograd.Function):
 class MemoryBound(NamedTuple):
     """How much a refinement may take, bytes, for networks with N and M channels.
 
-    `base` is what the process holds without any picture. What a picture takes was measured on a
-    CPU, at N = 64 and 192, up to 24 megapixels.
+    `base` is what the process holds without any picture, `per_latent` what it keeps per element of
+    y. What a picture takes was measured on a CPU, at N = 64 and 192, up to 24 megapixels.
     """
 
     N: int
     M: int
     limit: float
     base: float
+    per_latent: float = 160
 
-    # Bytes: a pixel of g_s (or g_a) per channel N; an element of y; a pixel of the image.
-    PER_ACTIVATION, PER_LATENT, PER_PIXEL = 9, 160, 150
+    # Bytes: a pixel of g_s (or g_a) per channel N, and a pixel of the image.
+    PER_ACTIVATION, PER_PIXEL = 9, 150
 
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
         """Bytes that refining so many images of H, W takes, whole or in tiles."""
         pixels = images * size[0] * size[1]
-        kept = pixels * (self.PER_PIXEL + self.PER_LATENT * self.M / STRIDE**2)
+        kept = pixels * (self.PER_PIXEL + self.per_latent * self.M / STRIDE**2)
         seen = pixels
         if tile is not None:
             seen = min(pixels, images * (STRIDE * (tile + 2 * HALO)) ** 2)
@@ -182,19 +187,27 @@ class MemoryBound(NamedTuple):
         )
 
 
-def memory_bound(N: int, M: int, max_memory_gb: float | None, device: torch.device) -> MemoryBound:
+def memory_bound(
+    N: int, M: int, max_memory_gb: float | None, device: torch.device, vectors: int = 0
+) -> MemoryBound:
     """The bound that a config sets; else 0.9 of a GPU's memory, or 0.75 of the machine's.
 
-    The processes of one machine share the latter.
+    Processes that share a GPU or a machine share its memory.
+
+    Args:
+        vectors: how many vectors like the latents an optimizer keeps beyond Adam's two.
     """
     on_gpu = device.type == "cuda"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if max_memory_gb is not None:
         limit = max_memory_gb * 1e9
     elif on_gpu:
-        limit = 0.9 * torch.cuda.get_device_properties(device).total_memory
+        sharing = -(-processes // torch.cuda.device_count())
+        limit = 0.9 * torch.cuda.get_device_properties(device).total_memory / sharing
     else:
-        limit = 0.75 * _machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return MemoryBound(N, M, limit, base=0.2e9 if on_gpu else 1.3e9)
+        limit = 0.75 * _machine_memory() / processes
+    per_latent = MemoryBound._field_defaults["per_latent"] + 4 * vectors
+    return MemoryBound(N, M, limit, 0.2e9 if on_gpu else 1.3e9, per_latent)
 
 
 def _machine_memory() -> float:

@@ -53,8 +53,10 @@ from models import (
     rd_pass,
     weights_hash,
 )
-from reporting import Progress, Stopwatch, join_ranks, machine_facts, open_run
-from tiles import memory_bound
+from reporting import Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
+from tiles import MemoryBound, memory_bound
+
+LBFGS_HISTORY = 100  # torch's own
 
 
 @exits_with_one_line
@@ -73,48 +75,86 @@ def main(argv=None) -> int:
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
-    bound = memory_bound(model.N, model.M, config.max_memory_gb, device)
-    model = freeze(model, config.coder_scales).to(device)
+    vectors = 2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0
+    bound = memory_bound(model.N, model.M, config.max_memory_gb, device, vectors)
+    model = freeze(model.to(device), config.coder_scales)
 
     loaded = images.load(run.pending(images.names), config.num_workers)
     for batch in equal_sized(loaded, lambda size: min(config.images_at_once, bound.images(size))):
         if batch[0].x is None:
             run.skip(batch[0].name, batch[0].error)
             continue
+        for image in batch:
+            run.mention(image.name, image.notes)
         watch = Stopwatch(device)
-        seeds = [seed_of(config.seed, image.name) for image in batch]
         try:
-            x = torch.stack([image.x for image in batch]).to(device)  # [B, 3, H, W]
-            tile = bound.tile(x.shape[2:])
-            with run.progress([image.name for image in batch]) as progress:
-                if config.target is None:
-                    results = refine(model, x, rounding, config, seeds, progress, tile=tile)
-                else:
-                    results = [refine_to_target(
-                        model, coder, x, rounding, config, seeds[0], progress, tile
-                    )]  # fmt: skip
-        except InputError as error:  # no tile is small enough
-            run.skip(batch[0].name, str(error))
-            continue
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+            results = refine_batch(model, coder, batch, rounding, config, run, bound)
+            seconds, peak = watch.read()
+        except RefinementError as error:
             for image in batch:
-                run.skip(image.name, f"does not fit into the memory of {device}: see max_memory_gb")
+                run.skip(image.name, str(error))
             continue
         for image, result in zip(batch, results, strict=True):
-            run.mention(image.name, image.notes)
-            if result.latents is None:
-                run.skip(image.name, "its loss is not finite even before refinement")
+            if isinstance(result, str):
+                run.skip(image.name, result)
                 continue
-            try:
-                if coder is not None:
-                    write_files(model, coder, image.x[None], result)
-            except BitstreamError as error:
-                run.skip(image.name, f"cannot be coded: {error}")
-                continue
-            run.save(image, result, integer_latents(model, result.latents), watch, len(batch))
+            symbols = integer_latents(model, result.latents)
+            run.save(image, result, symbols, seconds / len(batch), peak, len(batch))
     return run.finish()
+
+
+class RefinementError(Exception):
+    """A batch cannot be refined here; says why."""
+
+
+def refine_batch(
+    model,
+    coder: Coder | None,
+    batch: Sequence[LoadedImage],
+    rounding: Rounding,
+    config: RefineConfig,
+    run: Run,
+    bound: MemoryBound,
+) -> list["Refinement | str"]:
+    """What refining images of one size gave, files and all, or why one has no result.
+
+    Raises:
+        RefinementError: they do not fit into memory.
+    """
+    seeds = [seed_of(config.seed, image.name) for image in batch]
+    try:
+        x = torch.stack([image.x for image in batch])  # [B, 3, H, W]
+        x = x.to(next(model.buffers()).device)
+        tile = bound.tile(x.shape[2:])
+        with run.progress([image.name for image in batch]) as progress:
+            if config.target is None:
+                results = refine(model, x, rounding, config, seeds, progress, tile=tile)
+            else:
+                results = [refine_to_target(model, coder, x, rounding, config, seeds[0], progress,
+                                            tile)]  # fmt: skip
+        return [finished(model, coder, x[i : i + 1], result) for i, result in enumerate(results)]
+    except BitstreamError as error:  # while a target was searched, which takes one image
+        return [f"cannot be coded: {error}"]
+    except InputError as error:
+        raise RefinementError(str(error)) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RefinementError(
+            f"does not fit into the memory of {x.device}: see max_memory_gb and batch_size"
+        ) from None
+
+
+def finished(model, coder: Coder | None, x: Tensor, result: "Refinement") -> "Refinement | str":
+    """A refinement of x [1, 3, H, W] with its files, or why it has no result."""
+    if result.latents is None:
+        return "its loss is not finite even before refinement"
+    try:
+        if coder is not None:
+            write_files(model, coder, x, result)
+    except BitstreamError as error:
+        return f"cannot be coded: {error}"
+    return result
 
 
 def equal_sized(
@@ -154,6 +194,11 @@ class Refinement:
     bitstream: bytes | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def lowest(self) -> float:
+        """The lowest true loss so far; infinite where none was finite."""
+        return self.best["true_loss"] if self.best else math.inf
+
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor) -> None:
         """Note an evaluated step; keep its latents and picture if its true loss is the lowest.
 
@@ -164,7 +209,7 @@ class Refinement:
         self.trajectory.append(row)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
-        if row["true_loss"] < (self.best["true_loss"] if self.best else math.inf):
+        if row["true_loss"] < self.lowest:
             self.best = row
             self.latents = Latents(*(v.detach().clone() for v in latents))
             self.pictures["refined"] = x_hat
@@ -200,7 +245,7 @@ def refine(
     lmbda = config.lmbda if lmbda is None else lmbda
     precision = getattr(torch, config.precision)
     x = x.contiguous(memory_format=torch.channels_last)
-    start = analyze(model, x, tile) if start is None else start
+    start = analyze(model, x) if start is None else start
     latents = Latents(*(v.clone().requires_grad_() for v in start))
     optimizer = build_optimizer(latents, config.optimizer)
     generators = [torch.Generator(x.device) for _ in seeds]
@@ -229,9 +274,10 @@ def refine(
         if due or step in pictured:
             true, x_hat = evaluate(model, x, latents, hard_round, lmbda, tile)
         if step in pictured:
+            label = "base" if step == first_step else f"step_{step:04d}"
             for result, picture in zip(results, x_hat.split(1), strict=True):
-                label = "base" if step == first_step else f"step_{step:04d}"
-                result.pictures[label] = picture
+                if not result.stopped:
+                    result.pictures[label] = picture.clone()
         if due:
             relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
             for index, result in enumerate(results):
@@ -239,13 +285,13 @@ def refine(
                 row |= {f"relaxed_{key}": value for key, value in relaxed[index].items()}
                 row |= {f"true_{key}": value for key, value in true[index].items()}
                 own = slice(index, index + 1)
-                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own])
+                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone())
             if step == steps or all(result.stopped for result in results):
                 break
         if options.custom_lr is not None:
             optimizer.param_groups[0]["lr"] = options.custom_lr.at(step)
         loss = optimizer.step(closure)
-        progress(loss / len(results), fmean(result.best["true_loss"] for result in results))
+        progress(loss / len(results), fmean(result.lowest for result in results))
     return results
 
 
@@ -288,7 +334,7 @@ def refine_to_target(
         values = {"kind": target.kind, "wanted": target.wanted, "got": value, "met": met}
         return replace(result, target=values)
 
-    unrefined = measure(analyze(model, x, tile))
+    unrefined = measure(analyze(model, x))
     search = LambdaSearch(target, config.lmbda, config.train_lambda, unrefined)
     first_step, start = 0, None
     while search.goes_on:
@@ -434,7 +480,7 @@ def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimiz
         return torch.optim.Adam(latents, lr=options.lr, fused=True)
     if options.name == "sgd":
         return torch.optim.SGD(latents, lr=options.lr, momentum=options.momentum)
-    return torch.optim.LBFGS(latents, lr=options.lr)
+    return torch.optim.LBFGS(latents, lr=options.lr, history_size=LBFGS_HISTORY)
 
 
 if __name__ == "__main__":

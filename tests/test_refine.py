@@ -539,10 +539,10 @@ def test_an_image_without_a_finite_loss_is_skipped(config_values, write_config, 
 def test_an_image_that_does_not_fit_into_memory_is_skipped(
     config_values, write_config, monkeypatch, capsys, error
 ):
-    def no_memory_for_wide_images(model, x, tile):
+    def no_memory_for_wide_images(model, x):
         if x.size(3) == 100:
             raise error
-        return analyze(model, x, tile)
+        return analyze(model, x)
 
     monkeypatch.setattr("train_flexible_inference.analyze", no_memory_for_wide_images)
     assert run(write_config(config_values)) == 1

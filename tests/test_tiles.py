@@ -12,7 +12,7 @@ from PIL import Image
 from config import Channels, InputError
 from conftest import ROOT, WEIGHTS, read_jsonl
 from models import Latents, analyze, build_model, freeze, rd_pass, synthesize
-from tiles import TILES, MemoryBound, coding_tile, memory_bound, tiles_of
+from tiles import TILES, MemoryBound, coding_tile, memory_bound, tiled_error, tiles_of
 from train_flexible_inference import main
 
 
@@ -26,7 +26,7 @@ def double_model():
 def test_tiles_give_the_whole_pictures_loss_and_gradient(double_model, side):
     torch.manual_seed(1)
     x = torch.rand(2, 3, 150, 203, dtype=torch.float64)
-    whole, tiled = (analyze(double_model, x, tile) for tile in (None, side))
+    whole, tiled = (analyze(double_model, x, tile) for tile in (1000, side))
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
     results = []
     for tile in (None, side):
@@ -79,8 +79,8 @@ def test_the_bound_is_the_configs_or_a_part_of_the_machines(monkeypatch):
 
 
 def test_only_large_pictures_are_coded_in_tiles():
-    assert coding_tile((2048, 2048)) is None
-    assert coding_tile((2049, 2048)) == 64
+    assert coding_tile((1024, 1024)) is None
+    assert coding_tile((1025, 1024)) == 64
 
 
 def _refined(config_values, write_config, **changes):
@@ -88,14 +88,25 @@ def _refined(config_values, write_config, **changes):
     return main(["--config", str(write_config(values, f"{values['save_name']}.json"))])
 
 
-def test_a_refinement_in_tiles_is_that_of_the_whole(config_values, write_config, tmp_path, capsys):
+def test_a_refinement_in_tiles_is_that_of_the_whole(
+    config_values, write_config, tmp_path, monkeypatch, capsys
+):
+    sides = []
+
+    def noted(g_s, y_hat, x, side):
+        sides.append(side)
+        return tiled_error(g_s, y_hat, x, side)
+
+    monkeypatch.setattr("models.tiled_error", noted)
     folder = tmp_path / "large"
     folder.mkdir()
     Image.fromarray(skimage.data.astronaut()[:400, :448]).save(folder / "a.png")
     config_values["dev_options"]["path_test"] = {"folder": str(folder)}
     assert _refined(config_values, write_config, save_name="whole") == 0
+    assert not sides
     # 400x448 pixels take 138 MB whole, and in tiles of 256 pixels 93 MB, beside 1.3 GB
     assert _refined(config_values, write_config, save_name="tiled", max_memory_gb=1.4) == 0
+    assert set(sides) == {16}
     (whole,), (tiled,) = (
         read_jsonl(tmp_path / "results" / name / "images.jsonl") for name in ("whole", "tiled")
     )
@@ -118,7 +129,7 @@ keep_pages()
 model = freeze(load_checkpoint(sys.argv[1]))
 x = torch.rand(1, 3, 1024, 1280)
 watch = Stopwatch(torch.device("cpu"))
-latents = Latents(*(v.requires_grad_() for v in analyze(model, x, tile)))
+latents = Latents(*(v.requires_grad_() for v in analyze(model, x)))
 rd_pass(model, x, latents, torch.round, 0.01, tile)["loss"].sum().backward()
 print(watch.read()[1] - watch.before / 2**20)
 """

@@ -1,0 +1,163 @@
+"""Images of one size refined together: the same as alone, and what fails does so alone."""
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+import train_flexible_inference
+from config import RefineConfig, load_config
+from conftest import read_jsonl, to_x
+from datasets import LoadedImage
+from experimental_inference_methods import METHODS, Temperature, build_rounding
+from models import Latents, analyze, rd_pass
+from train_flexible_inference import equal_sized, image_by_image, main, refine
+
+
+def _image(name, height, width):
+    return LoadedImage(name, torch.zeros(3, height, width) if height else None, (), "broken")
+
+
+def test_batches_are_of_equal_size_and_in_order():
+    sizes = [(8, 8), (8, 8), (8, 8), (8, 9), (0, 0), (0, 0), (8, 9), (8, 9)]
+    images = [_image(str(index), *size) for index, size in enumerate(sizes)]
+    batches = equal_sized(iter(images), lambda size: 2 if size == (8, 8) else 8)
+    names = [[image.name for image in batch] for batch in batches]
+    assert names == [["0", "1"], ["2"], ["3"], ["4"], ["5"], ["6", "7"]]
+
+
+def test_each_image_of_a_batch_has_its_own_noise():
+    rounding = build_rounding("unoise", temperature=Temperature(0.0, 1.0))
+    v = torch.zeros(3, 2, 4, 5)
+
+    def noise(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return image_by_image([rounding.at(0, generator) for generator in generators])
+
+    together = noise([5, 6, 7])(v)
+    for index, seed in enumerate([5, 6, 7]):
+        torch.testing.assert_close(together[index : index + 1], noise([seed])(v[:1]))
+    assert (together[0] != together[1]).any()
+
+
+@pytest.mark.parametrize("name", ["unoise", "sga_logits_3c"])
+def test_a_batch_is_refined_as_its_images_are(model, config_values, write_config, name):
+    config = load_config(write_config(config_values), RefineConfig, ["dev_options.save_final=true"])
+    key = (name, "log_ssl_a_factor_pow") if name == "sga_logits_3c" else (name, None)
+    rounding = build_rounding(*key, temperature=Temperature(0.01, 1.0))
+    x = torch.cat([to_x(skimage.data.coffee()[100:164, left : left + 80]) for left in (200, 300)])
+    together = refine(model, x, rounding, config, [11, 12], lambda *_: None)
+    for index, seed in enumerate([11, 12]):
+        own = slice(index, index + 1)
+        (alone,) = refine(model, x[own], rounding, config, [seed], lambda *_: None)
+        ours = together[index]
+        assert ours.best["step"] == alone.best["step"]
+        assert ours.latents.y.shape == alone.latents.y.shape
+        for row, expected in zip(ours.trajectory, alone.trajectory, strict=True):
+            for metric in ("relaxed_loss", "true_loss", "true_psnr"):
+                assert row[metric] == pytest.approx(expected[metric], rel=1e-3)
+        for label, picture in alone.pictures.items():
+            assert ours.pictures[label].shape == picture.shape
+            assert (ours.pictures[label] - picture).abs().mean() < 1e-3
+
+
+def test_an_image_that_has_no_finite_loss_leaves_the_others_alone(
+    model, config_values, write_config
+):
+    config = load_config(write_config(config_values), RefineConfig)
+    rounding = build_rounding("ste", temperature=Temperature(0.01, 1.0))
+    x = torch.cat([to_x(skimage.data.coffee()[100:164, left : left + 64]) for left in (200, 300)])
+    start = analyze(model, x)
+    start.y[0, 0, 0, 0] = torch.nan
+    shown = []
+    broken, sound = refine(
+        model, x, rounding, config, [1, 2], lambda *values: shown.append(values), start=start
+    )
+    assert broken.latents is None
+    assert broken.stopped == "the loss is not finite at step 0"
+    assert len(broken.trajectory) == 1
+    assert sound.stopped is None
+    assert sound.trajectory[-1]["step"] == config.tot_inference_iterations
+    assert sound.best["true_loss"] < sound.base["true_loss"]
+    assert len(shown) == config.tot_inference_iterations
+
+
+def _folder(tmp_path):
+    folder = tmp_path / "equal"
+    folder.mkdir()
+    coffee = skimage.data.coffee()
+    for index, left in enumerate((100, 180, 260)):
+        Image.fromarray(coffee[100:164, left : left + 80]).save(folder / f"{index}.png")
+    (folder / "1a.png").write_bytes(b"no image")
+    Image.fromarray(coffee[100:180, 300:364]).save(folder / "3.png")
+    return folder
+
+
+def _run(config_values, write_config, **changes):
+    code = main(["--config", str(write_config({**config_values, **changes}, "c.json"))])
+    folder = f"{config_values['output_dir']}/{changes['save_name']}"
+    return code, {row["name"]: row for row in read_jsonl(f"{folder}/images.jsonl")}
+
+
+def test_a_run_in_batches_leaves_what_a_run_one_by_one_does(config_values, write_config, tmp_path):
+    config_values["dev_options"]["path_test"] = {"folder": str(_folder(tmp_path))}
+    config_values["save_bitstreams"] = True
+    code, alone = _run(config_values, write_config, save_name="alone", tot_batches=9)
+    assert code == 1  # 1a.png
+    code, batched = _run(
+        config_values, write_config, save_name="batched", tot_batches=3, batch_size=3
+    )
+    assert code == 1
+    assert list(batched) == list(alone) == ["0.png", "1.png", "2.png", "3.png"]
+    assert [row["batch"] for row in alone.values()] == [1, 1, 1, 1]
+    assert [row["batch"] for row in batched.values()] == [2, 1, 1, 1]
+    assert batched["0.png"]["seconds"] == batched["1.png"]["seconds"]
+    for name, row in batched.items():
+        for side in ("base", "refined"):
+            for key in ("true_loss", "file_bpp", "psnr"):
+                assert row[side][key] == pytest.approx(alone[name][side][key], rel=5e-3)
+        folder = tmp_path / "results" / "batched"
+        assert (folder / "bitstreams" / f"{name}.olc").is_file()
+        assert np.load(folder / "latents" / f"{name}.npz")["y"].shape[0] == 64
+
+
+def test_lbfgs_and_targets_take_one_image_at_a_time(config_values, write_config):
+    config_values["batch_size"] = 4
+    path = write_config(config_values)
+    assert load_config(path, RefineConfig).images_at_once == 4
+    for override in ('optimizer={"name": "LBFGS"}', "target_bpp=0.3"):
+        assert load_config(path, RefineConfig, [override]).images_at_once == 1
+
+
+def test_a_batch_without_memory_is_skipped_and_the_run_goes_on(
+    config_values, write_config, tmp_path, monkeypatch, capsys
+):
+    folder = _folder(tmp_path)
+    config_values["dev_options"]["path_test"] = {"folder": str(folder)}
+
+    def analyze_few(model, x):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return analyze(model, x)
+
+    monkeypatch.setattr(train_flexible_inference, "analyze", analyze_few)
+    code, rows = _run(config_values, write_config, save_name="run", tot_batches=3, batch_size=2)
+    assert code == 1
+    assert list(rows) == ["2.png", "3.png"]
+    out = capsys.readouterr().out
+    for name in ("0.png", "1.png"):
+        assert f"{name}: skipped: does not fit into the memory of cpu: see max_memory_gb" in out
+
+
+@pytest.mark.parametrize("key", sorted(METHODS, key=str), ids=lambda k: "-".join(filter(None, k)))
+def test_noise_does_not_depend_on_tiles(model, key):
+    rounding = build_rounding(*key, temperature=Temperature(0.01, 1.0))
+    x = to_x(skimage.data.coffee()[100:180, 200:312])
+    losses = []
+    for encoder_tile, tile in ((16, None), (2, 3)):
+        latents = Latents(*analyze(model, x, encoder_tile))
+        with torch.no_grad():
+            relaxed = rounding.at(1, torch.Generator().manual_seed(1))
+            losses.append(rd_pass(model, x, latents, relaxed, 0.01, tile)["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
