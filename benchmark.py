@@ -153,12 +153,12 @@ def time_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds a step of a plain CompressAI loop, twice, and of train.py's."""
     rows = []
     for channels in (192, None):
-        figures = in_turns("training", list(TRAININGS), channels, 8, arguments)
-        print(f"training, batch 8 of {arguments.image_size}x{arguments.image_size}, "
+        figures = in_turns("training", list(TRAININGS), channels, 4, arguments)
+        print(f"training, batch 4 of {arguments.image_size}x{arguments.image_size}, "
               f"N = {figures['ours']['N']}, {torch.get_num_threads()} threads "
               f"({platform.machine()}), median of {arguments.rounds} rounds")  # fmt: skip
         print_figures(TRAININGS, figures, ("plain", "plain, pages kept"))
-        rows.append({"images": 8, "variants": figures})
+        rows.append({"images": 4, "variants": figures})
     return rows
 
 
