@@ -235,6 +235,9 @@ def measure(arguments: argparse.Namespace) -> int:
             [1 + x.size(2) - side, 1 + x.size(3) - side], size=(arguments.images, 2)
         )
         x = torch.cat([x[:, :, top : top + side, left : left + side] for top, left in starts])
+    elif x.size(2) % 64 or x.size(3) % 64:
+        raise InputError(f"--image: {x.size(3)}x{x.size(2)} pixels; the plain loop wants "
+                         "multiples of 64")  # fmt: skip
     else:
         x = x.expand(arguments.images, -1, -1, -1).contiguous()
     watch, times = Stopwatch(torch.device("cpu")), []

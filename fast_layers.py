@@ -8,6 +8,7 @@ import ctypes
 import sys
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,6 +54,16 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []  # bytes, the smallest first
+        # What tensors let go of, at any time and in any thread; sorted in when memory is wanted.
+        self._returned: deque[np.ndarray] = deque()
+
+    def __reduce__(self) -> tuple:
+        return Pool, ()  # a copy of a model needs no copy of unused memory
+
+    def clear(self) -> None:
+        """Give back what nobody uses: pictures of another size come."""
+        self._returned.clear()
+        self._free.clear()
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         """An uninitialised channels-last tensor [B, C, H, W] on like's device, of like's type.
@@ -67,20 +78,19 @@ class Pool:
         block = self._block_of(size + ALIGNMENT)
         start = -block.ctypes.data % ALIGNMENT
         lease = block[start : start + size]  # the storage holds it, so it dies with the last tensor
-        weakref.finalize(lease, self._take_back, block).atexit = False
+        weakref.finalize(lease, self._returned.append, block).atexit = False
         storage = torch.from_numpy(lease).untyped_storage()
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, strides)
 
     def _block_of(self, size: int) -> np.ndarray:
+        while self._returned:
+            insort(self._free, self._returned.popleft(), key=len)
         index = bisect_left(self._free, size, key=len)
         if index < len(self._free) and len(self._free[index]) <= self.SLACK * size:
             return self._free.pop(index)
         if index > 0 and len(self._free[index - 1]) * self.SLACK > size:
             self._free.pop(index - 1)  # a larger one takes its place
         return np.empty(size, np.uint8)
-
-    def _take_back(self, block: np.ndarray) -> None:
-        insort(self._free, block, key=len)
 
 
 # --- generalised divisive normalisation -----------------------------------------------------------
@@ -254,9 +264,9 @@ class UpsamplingKernel(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", bias.detach())
-        many = pool is not None and min(weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
-        many = many and weight.device.type == "cpu"
-        self.winograd = Winograd(self.weight, pool) if many else None
+        pooled_on_cpu = pool is not None and weight.device.type == "cpu"
+        wide = min(weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
+        self.winograd = Winograd(self.weight, pool) if pooled_on_cpu and wide else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
@@ -264,9 +274,9 @@ class UpsamplingKernel(nn.Module):
 
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
         """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
-        plain = v.device.type == "cpu" and v.dtype == torch.float32
-        plain = plain and not torch.is_autocast_enabled("cpu")
-        return self.winograd is not None and plain and height * width >= FEWEST_WINOGRAD_PLACES
+        in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        fits = v.device.type == "cpu" and height * width >= FEWEST_WINOGRAD_PLACES
+        return self.winograd is not None and in_float32 and fits
 
 
 class _Upsample(torch.autograd.Function):
@@ -292,9 +302,9 @@ class _Upsample(torch.autograd.Function):
 class ToPicture(nn.Module):
     """The decoder's last two layers with fixed weights, inverse GDN and `upsample` to few channels.
 
-    They take the most memory of all. So they work in strips of rows, and nothing between them is
-    ever there as a whole, forward or backward; the four phases of the picture are one convolution
-    (see `phases_of`), which for few channels is faster than the transposed one.
+    They take the most memory of all. So on a CPU they work in strips of rows, and nothing between
+    them is ever there as a whole, forward or backward. The four phases of the picture are one
+    convolution (see `phases_of`), which for few channels is faster than the transposed one.
 
     beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5], bias [C']: see `upsample`.
     """
@@ -322,6 +332,24 @@ class ToPicture(nn.Module):
                 yield image, first, min(first + rows, x.size(2))
 
 
+def _next_strip(
+    x: Tensor, before: Tensor | None, first: int, last: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """Rows first - 1 to last of what will be normalised, [1, last - first + 2, W, C].
+
+    Zeros stand for rows outside of the picture. The strip before has the first two already; also
+    returned is which rows, from and up to, are still to be computed.
+    """
+    strip = x.new_empty(1, last - first + 2, x.size(3), x.size(1))
+    if first:
+        strip[:, :2] = before[:, -2:]
+    else:
+        strip[:, 0] = 0
+    if last == x.size(2):
+        strip[:, -1] = 0
+    return strip, (first + 1 if first else 0, min(last + 1, x.size(2)))
+
+
 class _ToPicture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, stage: ToPicture) -> Tensor:
@@ -331,16 +359,7 @@ class _ToPicture(torch.autograd.Function):
         factor = stage.pool.empty(x, *x.shape) if ctx.needs_input_grad[0] else None
         picture = strip = None
         for image, first, last in stage.strips(x):
-            # Normalised rows first - 1 to last, the zeros outside of the picture included; the
-            # strip before has the first two already.
-            before, strip = strip, x.new_empty(1, last - first + 2, width, channels)
-            known, end = (first + 1 if first else 0), min(last + 1, height)
-            if first:
-                strip[:, :2] = before[:, -2:]
-            else:
-                strip[:, 0] = 0
-            if end == height:
-                strip[:, -1] = 0
+            strip, (known, end) = _next_strip(x, strip, first, last)
             new = strip[0, known - first + 1 : end - first + 1].view(-1, channels)
             _normalise(
                 _rows_of(x, image, known, end), beta, gamma, True,
@@ -424,7 +443,7 @@ class Winograd(nn.Module):
         down, across = -(-height // 4), -(-width // 4)  # tiles
         padded = self.pool.empty(x, batch, channels, 4 * down + 2, 4 * across + 2).zero_()
         padded[:, :, 1 : height + 1, 1 : width + 1] = x
-        padded = padded.permute(0, 2, 3, 1)  # [B, H + 2, W + 2, C]
+        padded = padded.permute(0, 2, 3, 1)  # [B, 4 down + 2, 4 across + 2, C]
         out = self.pool.empty(x, batch, len(bias), 8 * down, 8 * across)
         phases = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
         for image, first, last in self._strips(batch, down, across):

@@ -325,8 +325,11 @@ def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleH
     called on the device where the model will work.
 
     Raises:
-        ValueError: a transposed convolution is not CompressAI's `deconv`.
+        ValueError: the model is frozen already, or a transposed convolution is not CompressAI's
+            `deconv`.
     """
+    if not isinstance(model.g_s[-1], nn.ConvTranspose2d):
+        raise ValueError("the model is frozen already")
     pool = Pool()
     for network in (model.g_a, model.g_s, model.h_s):
         for index, layer in enumerate(network):
@@ -378,9 +381,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised this because a GPU or the machine has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def release_memory(model: MeanScaleHyperprior) -> None:
+    """Let a frozen model give back what it keeps for pictures of the size before."""
+    model.g_s[-1].pool.clear()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this was raised because a GPU or the machine has no memory left."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "allocate memory" in str(error)
 
 
 # --- the steps of one pass ------------------------------------------------------------------------

@@ -234,28 +234,18 @@ class Run:
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, steps, self.config.print_freq)
 
-    def save(
-        self,
-        image: LoadedImage,
-        result: Any,
-        symbols: Latents,
-        seconds: float,
-        peak: float,
-        batch: int,
-    ) -> None:
+    def save(self, image: LoadedImage, result: Any, symbols: Latents, cost: "Cost") -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         Args:
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
-            seconds, peak: the image's time, and the memory in MB of the batch that it was in.
-            batch: how many images were in it.
 
         Raises:
             OSError: a file cannot be written.
         """
         name = image.name
-        record = self._record(image, result, seconds, peak) | {"batch": batch}
+        record = self._record(image, result, cost)
         table = pd.DataFrame(result.trajectory)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -282,10 +272,9 @@ class Run:
             words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
-                 seconds)  # fmt: skip
+                 cost.seconds)  # fmt: skip
 
-    def _record(self, image: LoadedImage, result: Any, seconds: float, peak: float) -> dict:
-        steps = result.trajectory[-1]["step"]
+    def _record(self, image: LoadedImage, result: Any, cost: "Cost") -> dict:
         return _finite({
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
@@ -293,9 +282,8 @@ class Run:
             "lmbda": result.lmbda, "target": result.target, "seed": self.config.seed,
             "base": _side(result.base) | result.files.get("base", {}),
             "refined": _side(result.best) | result.files.get("refined", {}),
-            "best_step": result.best["step"], "steps": steps, "stopped": result.stopped,
-            "seconds": seconds, "seconds_per_step": seconds / max(steps, 1),
-            "peak_memory_mb": peak,
+            "best_step": result.best["step"], "steps": result.trajectory[-1]["step"],
+            "stopped": result.stopped, **cost._asdict(),
         })  # fmt: skip
 
     def finish(self) -> int:
@@ -1174,6 +1162,15 @@ def open_tracker(
 
 
 # --- measuring ------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """What an image took: its share of its batch's seconds; the batch's peak memory, and size."""
+
+    seconds: float
+    seconds_per_step: float
+    peak_memory_mb: float
+    batch: int
 
 
 class Stopwatch:

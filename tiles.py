@@ -24,8 +24,8 @@ STRIDE = 16  # pixels of x a position of y
 HALO = 2
 # Sides of tiles, positions of y.
 TILES = (256, 128, 64, 32, 16)
-# Files are made of, and become, whole pictures up to here; beyond, tiles of 1024x1024 pixels. It
-# depends on the picture alone, so that all decoders do the same.
+# Files become whole pictures up to here; beyond, tiles of 1024x1024 pixels. It depends on the
+# picture alone, so that all decoders do the same.
 WHOLE_PIXELS, CODING_TILE = 2**20, 64
 
 
@@ -154,7 +154,7 @@ class MemoryBound(NamedTuple):
     base: float
     per_latent: float = 160
 
-    # Bytes: a pixel of g_s (or g_a) per channel N, and a pixel of the image.
+    # Bytes: a pixel of g_s per channel N, and a pixel of the image.
     PER_ACTIVATION, PER_PIXEL = 9, 150
 
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
@@ -188,13 +188,19 @@ class MemoryBound(NamedTuple):
 
 
 def memory_bound(
-    N: int, M: int, max_memory_gb: float | None, device: torch.device, vectors: int = 0
+    N: int,
+    M: int,
+    max_memory_gb: float | None,
+    device: torch.device,
+    one_for_all: bool = False,
+    vectors: int = 0,
 ) -> MemoryBound:
     """The bound that a config sets; else 0.9 of a GPU's memory, or 0.75 of the machine's.
 
     Processes that share a GPU or a machine share its memory.
 
     Args:
+        one_for_all: all processes of this machine use this one GPU.
         vectors: how many vectors like the latents an optimizer keeps beyond Adam's two.
     """
     on_gpu = device.type == "cuda"
@@ -202,7 +208,7 @@ def memory_bound(
     if max_memory_gb is not None:
         limit = max_memory_gb * 1e9
     elif on_gpu:
-        sharing = -(-processes // torch.cuda.device_count())
+        sharing = processes if one_for_all else -(-processes // torch.cuda.device_count())
         limit = 0.9 * torch.cuda.get_device_properties(device).total_memory / sharing
     else:
         limit = 0.75 * _machine_memory() / processes

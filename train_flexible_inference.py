@@ -51,9 +51,10 @@ from models import (
     load_checkpoint,
     pick_device,
     rd_pass,
+    release_memory,
     weights_hash,
 )
-from reporting import Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
+from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
 from tiles import MemoryBound, memory_bound
 
 LBFGS_HISTORY = 100  # torch's own
@@ -76,7 +77,9 @@ def main(argv=None) -> int:
     })  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
     vectors = 2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0
-    bound = memory_bound(model.N, model.M, config.max_memory_gb, device, vectors)
+    bound = memory_bound(
+        model.N, model.M, config.max_memory_gb, device, ":" in config.device, vectors
+    )
     model = freeze(model.to(device), config.coder_scales)
 
     loaded = images.load(run.pending(images.names), config.num_workers)
@@ -89,18 +92,25 @@ def main(argv=None) -> int:
         watch = Stopwatch(device)
         try:
             results = refine_batch(model, coder, batch, rounding, config, run, bound)
-            seconds, peak = watch.read()
         except RefinementError as error:
             for image in batch:
                 run.skip(image.name, str(error))
             continue
+        cost = cost_of(results, watch)
         for image, result in zip(batch, results, strict=True):
             if isinstance(result, str):
                 run.skip(image.name, result)
                 continue
-            symbols = integer_latents(model, result.latents)
-            run.save(image, result, symbols, seconds / len(batch), peak, len(batch))
+            run.save(image, result, integer_latents(model, result.latents), cost)
     return run.finish()
+
+
+def cost_of(results: Sequence["Refinement | str"], watch: Stopwatch) -> Cost:
+    """Each image's share of what a batch took."""
+    seconds, peak = watch.read()
+    share = seconds / len(results)
+    steps = [result.trajectory[-1]["step"] for result in results if not isinstance(result, str)]
+    return Cost(share, share / max([1, *steps]), peak, len(results))
 
 
 class RefinementError(Exception):
@@ -122,9 +132,9 @@ def refine_batch(
         RefinementError: they do not fit into memory.
     """
     seeds = [seed_of(config.seed, image.name) for image in batch]
+    device = next(model.buffers()).device
     try:
-        x = torch.stack([image.x for image in batch])  # [B, 3, H, W]
-        x = x.to(next(model.buffers()).device)
+        x = torch.stack([image.x for image in batch]).to(device)  # [B, 3, H, W]
         tile = bound.tile(x.shape[2:])
         with run.progress([image.name for image in batch]) as progress:
             if config.target is None:
@@ -137,11 +147,11 @@ def refine_batch(
         return [f"cannot be coded: {error}"]
     except InputError as error:
         raise RefinementError(str(error)) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise RefinementError(
-            f"does not fit into the memory of {x.device}: see max_memory_gb and batch_size"
+            f"does not fit into the memory of {device}: see max_memory_gb and batch_size"
         ) from None
 
 
@@ -239,11 +249,12 @@ def refine(
         seeds: of each image's noise.
         lmbda, start: the config's lambda and the encoder's latents where there are none.
         first_step: where in the schedule of temperatures and learning rates to begin.
-        tile: positions of y a side that the networks see at a time; all without it.
+        tile: positions of y a side that g_s sees at a time; all without it.
     """
     options, steps = config.dev_options, config.tot_inference_iterations
     lmbda = config.lmbda if lmbda is None else lmbda
     precision = getattr(torch, config.precision)
+    release_memory(model)
     x = x.contiguous(memory_format=torch.channels_last)
     start = analyze(model, x) if start is None else start
     latents = Latents(*(v.clone().requires_grad_() for v in start))
@@ -251,6 +262,7 @@ def refine(
     generators = [torch.Generator(x.device) for _ in seeds]
     pictured = {first_step, 1, 500, steps} if options.save_final else set()
     results = [Refinement(lmbda) for _ in seeds]
+    losses = torch.zeros(len(x))
 
     def relaxed_rounding() -> Callable[[Tensor], Tensor]:
         # Seeded by the step: the same noise however often LBFGS asks within it.
@@ -258,9 +270,10 @@ def refine(
         return image_by_image([rounding.at(step, generator) for generator in noise])
 
     def closure() -> Tensor:
+        nonlocal losses
         optimizer.zero_grad()
         terms = rd_pass(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
-        loss = terms["loss"].sum()
+        losses, loss = terms["loss"].detach(), terms["loss"].sum()
         # The augmented loss averages in the true loss, a constant: half the gradient.
         (loss / 2 if options.augmented_loss else loss).backward()
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -290,8 +303,11 @@ def refine(
                 break
         if options.custom_lr is not None:
             optimizer.param_groups[0]["lr"] = options.custom_lr.at(step)
-        loss = optimizer.step(closure)
-        progress(loss / len(results), fmean(result.lowest for result in results))
+        optimizer.step(closure)
+        going = [index for index, result in enumerate(results) if not result.stopped]
+        # An index would wait for a GPU.
+        shown = losses if len(going) == len(results) else losses[going]
+        progress(shown.mean(), fmean(results[index].lowest for index in going))
     return results
 
 

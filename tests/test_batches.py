@@ -83,6 +83,7 @@ def test_an_image_that_has_no_finite_loss_leaves_the_others_alone(
     for row, expected in zip(sound.trajectory, alone.trajectory, strict=True):
         assert row["true_loss"] == pytest.approx(expected["true_loss"], rel=1e-3)
     assert len(shown) == config.tot_inference_iterations
+    assert all(loss.isfinite() and np.isfinite(lowest) for loss, lowest in shown)
 
 
 def _folder(tmp_path):
@@ -132,15 +133,16 @@ def test_lbfgs_and_targets_take_one_image_at_a_time(config_values, write_config)
         assert load_config(path, RefineConfig, [override]).images_at_once == 1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_a_batch_without_memory_is_skipped_and_the_run_goes_on(
-    config_values, write_config, tmp_path, monkeypatch, capsys
+    config_values, write_config, tmp_path, monkeypatch, capsys, error
 ):
     folder = _folder(tmp_path)
     config_values["dev_options"]["path_test"] = {"folder": str(folder)}
 
     def analyze_few(model, x):
         if len(x) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return analyze(model, x)
 
     monkeypatch.setattr(train_flexible_inference, "analyze", analyze_few)
@@ -159,6 +161,8 @@ def test_noise_does_not_depend_on_tiles(model, key):
     losses = []
     for encoder_tile, tile in ((16, None), (2, 3)):
         latents = Latents(*analyze(model, x, encoder_tile))
+        # Noise is drawn in the order of memory.
+        assert latents.y.is_contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             relaxed = rounding.at(1, torch.Generator().manual_seed(1))
             losses.append(rd_pass(model, x, latents, relaxed, 0.01, tile)["loss"].item())

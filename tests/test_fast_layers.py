@@ -62,11 +62,14 @@ def test_a_pool_hands_memory_out_again_only_when_nobody_uses_it():
     third = pool.empty(like, 2, 3, 45, 40)  # a little smaller
     assert third.data_ptr() == place
     del second, third
-    assert len(pool._free) == 2
     large = pool.empty(like, 2, 3, 55, 40)
-    assert len(pool._free) == 1  # one of them made room
+    assert len(pool._free) == 1  # of the two, one made room
     del large
-    assert sum(map(len, pool._free)) < 3 * 2 * 3 * 55 * 40 * 4
+    pool.empty(like, 1, 1, 1, 1)
+    assert sum(map(len, pool._free)) < 2 * (2 * 3 * 55 * 40 * 4 + 64)
+    assert copy.deepcopy(pool)._free == []
+    pool.clear()
+    assert pool._free == []
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -232,6 +235,8 @@ def test_layers_of_another_kind_are_refused():
     model.g_s[0] = torch.nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
     with pytest.raises(ValueError, match="kernel of 5"):
         freeze(model)
+    with pytest.raises(ValueError, match="frozen already"):
+        freeze(freeze(build_model(Channels(N=8, M=8))))
 
 
 def test_a_model_made_ready_for_training_computes_the_same():

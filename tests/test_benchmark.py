@@ -1,0 +1,69 @@
+"""The benchmark's own turns: what each measures is what it says, and wrong input is one line."""
+
+import json
+
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+from benchmark import REFINEMENTS, SCHEDULE, main, plain_round, summed_up
+from experimental_inference_methods import build_rounding, gumbel_softmax, rounding_logits
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(skimage.data.coffee()[100:228, 200:328]).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("variant", ["refine:plain", "refine:ours", "refine:floor"])
+def test_a_turn_prints_its_figures(picture, capsys, variant):
+    assert main(["measure", "--variant", variant, "--images", "2", "--image", picture]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["seconds"] > 0
+    assert (row["N"], row["M"], row["size"]) == (64, 64, [128, 128])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["measure"], "--variant None: refine:NAME or training:NAME"),
+        (["measure", "--variant", "refine:fast"], "--variant refine:fast"),
+        (["measure", "--variant", "training:ours", "--image_size", "256"], "--image_size 256"),
+        (["refine", "--rounds", "0"], "--rounds 0: must be above 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(picture, capsys, arguments, message):
+    assert main([*arguments, "--image", picture]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_odd_pictures_are_refused_for_the_plain_loop(tmp_path, capsys):
+    path = tmp_path / "odd.png"
+    Image.fromarray(skimage.data.coffee()[:100, :128]).save(path)
+    assert main(["measure", "--variant", "refine:ours", "--image", str(path)]) == 2
+    assert "128x100 pixels; the plain loop wants multiples of 64" in capsys.readouterr().err
+
+
+def test_the_plain_loop_draws_from_the_same_distribution():
+    """Mean and spread of its rounding and of the project's, at one value and temperature."""
+    v = torch.full((100_000,), 0.3, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain = plain_round(v, SCHEDULE(100))
+    rounding = build_rounding("sga_logits_3c", "log_ssl_a_factor_pow", temperature=SCHEDULE)
+    ours = rounding(v, SCHEDULE(100), torch.Generator().manual_seed(0))
+    assert plain.mean().item() == pytest.approx(ours.mean().item(), abs=0.01)
+    assert plain.std().item() == pytest.approx(ours.std().item(), rel=0.02)
+    candidates, logits = rounding_logits(v[:1], "sga_logits_3c", "log_ssl_a_factor_pow")
+    weights = gumbel_softmax(logits.movedim(-1, 0).expand(3, 100_000), SCHEDULE(100), None)
+    expected = (weights * candidates[0][:, None]).sum(0).mean().item()
+    assert plain.mean().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_medians_and_extremes_of_turns():
+    rows = [{"seconds": s, "peak_mb": p, "N": 4} for s, p in ((3.0, 10), (1.0, 30), (2.0, 20))]
+    got = summed_up(rows)
+    assert got == {"seconds": 2.0, "fastest": 1.0, "slowest": 3.0, "peak_mb": 20, "N": 4}
+    assert {"plain", "plain, pages kept", "ours", "floor"} <= set(REFINEMENTS)
