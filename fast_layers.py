@@ -393,7 +393,9 @@ class _ToPicture(torch.autograd.Function):
 
 
 class Winograd(nn.Module):
-    """Winograd's minimal filtering F(4x4, 3x3) for the four phases of `upsample` (arXiv 1509.09308).
+    """Winograd's minimal filtering F(4x4, 3x3) for the four phases of `upsample`.
+
+    See arXiv 1509.09308.
 
     A tile of 4x4 places needs 36 products a channel instead of 144 for the phase of 3x3 taps; the
     others have a zero tap first, so that the products of point 0 vanish: 30, 30 and 25 instead of
