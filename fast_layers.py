@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from metrics import squared_error
+
 # On a CPU so many bytes of each tensor are worked on at a time: what fits into the caches.
 CHUNK_BYTES = 3 * 2**19
 # Measured on two x86-64 cores: from where on Winograd's form wins, and its tiles at a time.
@@ -272,6 +274,12 @@ class UpsamplingKernel(nn.Module):
         """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
         return upsample(x, self)
 
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient to x, [B, C, H, W], for `grad` [B, C', 2 H, 2 W] to the result."""
+        if self.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
+            return self.winograd.gradient(grad)
+        return F.conv2d(grad, self.weight.to(grad.dtype), stride=2, padding=2)
+
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
         """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
         in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -292,104 +300,158 @@ class _Upsample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        kernel = ctx.kernel
-        if kernel.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
-            return kernel.winograd.gradient(grad), None
-        weight = kernel.weight.to(grad.dtype)
-        return F.conv2d(grad, weight, stride=2, padding=2).to(ctx.dtype), None
+        return ctx.kernel.gradient(grad).to(ctx.dtype), None
+
+
+class FrozenDecoder(nn.Sequential):
+    """g_s with fixed weights: any layers, and `ToPicture` as the last."""
+
+    def squared_error(
+        self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
+        """See `ToPicture.squared_error`; y_hat [B, M, h, w], x [B, 3, H, W]."""
+        *layers, to_picture = self
+        for layer in layers:
+            y_hat = layer(y_hat)
+        return to_picture.squared_error(y_hat, x, corner)
 
 
 class ToPicture(nn.Module):
-    """The decoder's last two layers with fixed weights, inverse GDN and `upsample` to few channels.
+    """The decoder's last three layers with fixed weights: `upsample`, inverse GDN, `upsample`.
 
-    They take the most memory of all. So on a CPU they work in strips of rows, and nothing between
-    them is ever there as a whole, forward or backward. The four phases of the picture are one
-    convolution (see `phases_of`), which for few channels is faster than the transposed one.
+    What lies between them takes the most memory of all. So on a CPU the last two work in strips of
+    rows, and the gradient of the squared error is computed along the way, in place: only the first
+    one's result is ever there as a whole. The four phases of the picture are one convolution (see
+    `phases_of`), which for few channels is faster than the transposed one.
 
-    beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5], bias [C']: see `upsample`.
+    upsampling: the first of the three; beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5],
+    bias [C']: of the last.
     """
 
-    def __init__(self, beta: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, pool: Pool):
+    def __init__(
+        self,
+        upsampling: UpsamplingKernel,
+        beta: Tensor,
+        gamma: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pool: Pool,
+    ):
         super().__init__()
-        self.pool = pool
+        self.upsampling, self.pool = upsampling, pool
         self.register_buffer("beta", beta.detach())
         self.register_buffer("gamma", gamma.detach())
         self.register_buffer("weight", weight.detach())
         self.register_buffer("phases", phases_of(weight.detach()))
         self.register_buffer("phases_bias", bias.detach().repeat(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C', 2 H, 2 W] for x [B, C, H, W]; the gradient, once, goes to x alone."""
-        return _ToPicture.apply(x, self)
-
-    def strips(self, x: Tensor) -> Iterator[tuple[int, int, int]]:
-        """Image, first and last row of each part of x [B, C, H, W]; whole images on a GPU."""
-        rows = x.size(2)
-        if x.device.type == "cpu":
-            rows = max(1, STRIP_BYTES // (x.size(1) * x.size(3) * x.element_size()))
-        for image in range(len(x)):
-            for first in range(0, x.size(2), rows):
-                yield image, first, min(first + rows, x.size(2))
-
-
-def _next_strip(
-    x: Tensor, before: Tensor | None, first: int, last: int
-) -> tuple[Tensor, tuple[int, int]]:
-    """Rows first - 1 to last of what will be normalised, [1, last - first + 2, W, C].
-
-    Zeros stand for rows outside of the picture. The strip before has the first two already; also
-    returned is which rows, from and up to, are still to be computed.
-    """
-    strip = x.new_empty(1, last - first + 2, x.size(3), x.size(1))
-    if first:
-        strip[:, :2] = before[:, -2:]
-    else:
-        strip[:, 0] = 0
-    if last == x.size(2):
-        strip[:, -1] = 0
-    return strip, (first + 1 if first else 0, min(last + 1, x.size(2)))
-
-
-class _ToPicture(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, stage: ToPicture) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        batch, channels, height, width = x.shape
-        beta, gamma = stage.beta.to(x.dtype), stage.gamma.to(x.dtype)
-        factor = stage.pool.empty(x, *x.shape) if ctx.needs_input_grad[0] else None
-        picture = strip = None
-        for image, first, last in stage.strips(x):
-            strip, (known, end) = _next_strip(x, strip, first, last)
-            new = strip[0, known - first + 1 : end - first + 1].view(-1, channels)
-            _normalise(
-                _rows_of(x, image, known, end), beta, gamma, True,
-                None if factor is None else _rows_of(factor, image, known, end), new,
-            )  # fmt: skip
-            phases = F.conv2d(
-                strip.permute(0, 3, 1, 2), stage.phases, stage.phases_bias, padding=(0, 1)
-            )
-            if picture is None:
-                picture = phases.new_empty(batch, stage.weight.size(1), 2 * height, 2 * width)
-                picture = picture.contiguous(memory_format=torch.channels_last)
-            interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
-        ctx.save_for_backward(x, factor, gamma)
-        ctx.stage = stage
+    @torch.no_grad()
+    def forward(self, v: Tensor) -> Tensor:
+        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w], without a gradient."""
+        x, picture = self._begin(v)
+        for _ in self._strips(x, picture):
+            pass
         return picture
+
+    def squared_error(
+        self, v: Tensor, target: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of squared errors of a part of the picture, and that part.
+
+        Args:
+            v: [B, C, h, w].
+            target: [B, C', H, W], what the picture should be from row and column `corner` on.
+
+        Returns:
+            The sum [B], float64, with a gradient to v; and [B, C', H, W], which has none.
+        """
+        return _SquaredError.apply(v, target, corner, self)
+
+    def _begin(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, 2 h, 2 w], the first layer's result, and an empty picture, channels-last."""
+        x = self.upsampling(v).contiguous(memory_format=torch.channels_last)
+        rows = x.new_empty(len(x), 2 * x.size(2), 2 * x.size(3), self.weight.size(1))
+        return x, rows.permute(0, 3, 1, 2)
+
+    def _strips(self, x: Tensor, picture: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Write the picture of x [B, C, H, W], rows first to last of an image at a time.
+
+        Yields image, first, last and GDN's factors [last - first + 2, W, C], of one row more on
+        either side, as soon as the pixels of these rows are there. Then x may be changed up to row
+        last - 2: the next strip reads the others.
+        """
+        (channels, height, width), rows = x.shape[1:], x.size(2)
+        beta, gamma = self.beta.to(x.dtype), self.gamma.to(x.dtype)
+        if x.device.type == "cpu":
+            rows = max(2, STRIP_BYTES // (channels * width * x.element_size()))
+        for image in range(len(x)):
+            before = None
+            for first in range(0, height, rows):
+                last = min(first + rows, height)
+                known, end = (first + 1 if first else 0), min(last + 1, height)
+                strip = x.new_empty(2, last - first + 2, width, channels)  # factor, normalised
+                if first:
+                    strip[:, :2] = before[:, -2:]
+                else:
+                    strip[1, 0] = 0  # outside of the picture
+                if last == height:
+                    strip[1, -1] = 0
+                factor, normal = strip[:, known - first + 1 : end - first + 1].flatten(1, 2)
+                _normalise(_rows_of(x, image, known, end), beta, gamma, True, factor, normal)
+                padded = strip[1:].permute(0, 3, 1, 2)
+                phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
+                interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
+                yield image, first, last, strip[0]
+                before = strip
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v: Tensor, target: Tensor, corner, stage: ToPicture) -> tuple[Tensor, Tensor]:
+        x, picture = stage._begin(v)
+        weight, gamma = stage.weight.to(x.dtype), stage.gamma.to(x.dtype)
+        for image, first, last, factor in stage._strips(x, picture):
+            if not ctx.needs_input_grad[0]:
+                continue
+            # Rows of x of which all pixels that they reach are there, and were not before.
+            start, end = max(first - 1, 0), last if last == x.size(2) else last - 1
+            error = _error_rows(picture[image], target[image], corner, 2 * start - 2, 2 * end + 1)
+            to_normal = F.conv2d(error, weight, stride=2).to(x.dtype)  # [1, C, end - start, W]
+            to_normal = _rows(to_normal.contiguous(memory_format=torch.channels_last))
+            factor_rows = factor[start - first + 1 : end - first + 1].flatten(0, 1)
+            x_rows = _rows_of(x, image, start, end)
+            _normalise_backward(x_rows, factor_rows, to_normal, x_rows, gamma, True)
+        gradient = stage.upsampling.gradient(x).to(v.dtype) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(gradient)
+        (top, left), (height, width) = corner, target.shape[2:]
+        shown = picture[:, :, top : top + height, left : left + width].to(target.dtype)
+        ctx.mark_non_differentiable(shown)
+        return squared_error(shown, target), shown
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, factor, gamma = ctx.saved_tensors
-        weight = ctx.stage.weight.to(grad.dtype)
-        grad = F.pad(grad, (2, 2, 2, 2))
-        for image, first, last in ctx.stage.strips(x):
-            strip = grad[image : image + 1, :, 2 * first : 2 * last + 3]
-            to_normal = F.conv2d(strip, weight, stride=2).to(x.dtype)  # [1, C, rows, W]
-            to_normal = to_normal.contiguous(memory_format=torch.channels_last)
-            x_rows, factor_rows = (_rows_of(v, image, first, last) for v in (x, factor))
-            # In the factor's place: autograd refuses a second pass over it.
-            _normalise_backward(x_rows, factor_rows, _rows(to_normal), factor_rows, gamma, True)
-        return factor, None
+    def backward(ctx, grad: Tensor, _: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * (2 * grad).to(gradient.dtype)[:, None, None, None], None, None, None
+
+
+def _error_rows(
+    picture: Tensor, target: Tensor, corner: tuple[int, int], first: int, last: int
+) -> Tensor:
+    """picture - target in rows first to last of the picture, [1, C', last - first, W + 4].
+
+    Zeros where there is no target, as in the two columns more on either side. picture [C', H, W];
+    target [C', h, w] from row and column `corner` on.
+    """
+    (top, left), (height, width) = corner, target.shape[1:]
+    rows = target.new_zeros(1, last - first, picture.size(2) + 4, len(picture))
+    error = rows.permute(0, 3, 1, 2)
+    above, below = max(first, top), min(last, top + height)
+    if above < below:
+        error[0, :, above - first : below - first, left + 2 : left + 2 + width] = (
+            picture[:, above:below, left : left + width] - target[:, above - top : below - top]
+        )
+    return error.to(picture.dtype)
 
 
 class Winograd(nn.Module):

@@ -19,6 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 
 from config import Channels, InputError
 from datasets import write_whole
-from fast_layers import Pool, ToPicture, UpsamplingKernel, gdn
-from metrics import bits_per_pixel, mean_squared_error, psnr, rate_distortion_loss
+from fast_layers import FrozenDecoder, Pool, ToPicture, UpsamplingKernel, gdn
+from metrics import bits_per_pixel, psnr, rate_distortion_loss, squared_error
 from tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_error
 
 with warnings.catch_warnings():
@@ -328,7 +329,7 @@ def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleH
         ValueError: the model is frozen already, or a transposed convolution is not CompressAI's
             `deconv`.
     """
-    if not isinstance(model.g_s[-1], nn.ConvTranspose2d):
+    if isinstance(model.g_s, FrozenDecoder):
         raise ValueError("the model is frozen already")
     pool = Pool()
     for network in (model.g_a, model.g_s, model.h_s):
@@ -342,10 +343,11 @@ def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleH
                 # h_s is too small to gain by a pool and another form.
                 pooled = None if network is model.h_s else pool
                 network[index] = UpsamplingKernel(layer.weight, layer.bias, pooled)
-    *layers, normalisation, upsampling = model.g_s
-    model.g_s = nn.Sequential(*layers, ToPicture(
-        normalisation.beta, normalisation.gamma, upsampling.weight, upsampling.bias, pool
-    ))  # fmt: skip
+    *layers, before, normalisation, last = model.g_s
+    to_picture = ToPicture(
+        before, normalisation.beta, normalisation.gamma, last.weight, last.bias, pool
+    )
+    model.g_s = FrozenDecoder(*layers, to_picture)
     if coder_scales:
         build_tables(model)
         conditional = model.gaussian_conditional
@@ -471,10 +473,27 @@ def synthesize(
 ) -> Tensor:
     """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1].
 
-    With `tile` g_s sees so many positions of y a side at a time, and there are no gradients.
+    With `tile` g_s sees so many positions of y a side at a time. There is no gradient then, nor
+    where the model is frozen: see `squared_error_of`.
     """
     x_hat = model.g_s(y_hat) if tile is None else in_tiles(model.g_s, y_hat, tile, 1, STRIDE)
     return _widened(x_hat[:, :, : size[0], : size[1]])
+
+
+def squared_error_of(
+    model: MeanScaleHyperprior, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
+    """Sum of squared errors of x_hat, [B] in float64, and x_hat itself, [B, 3, H, W].
+
+    Args:
+        y_hat: [B, M, h, w].
+        x: [B, 3, H, W], what the picture should be from row and column `corner` on.
+    """
+    if isinstance(model.g_s, FrozenDecoder):
+        return model.g_s.squared_error(y_hat, x, corner)
+    (top, left), (height, width) = corner, x.shape[2:]
+    x_hat = _widened(model.g_s(y_hat)[:, :, top : top + height, left : left + width])
+    return squared_error(x_hat, x), x_hat
 
 
 class TrainingPass(nn.Module):
@@ -534,7 +553,7 @@ def rd_pass(
 
     Returns:
         loss, bpp, bpp_y, bpp_z (bits per pixel) and mse (of pixels in [0, 1], not clamped), each
-        [B]; y_hat, z_hat and x_hat, the latter without gradients where there are tiles.
+        [B]; y_hat, z_hat and x_hat, the latter without a gradient where the model is frozen.
     """
     y, z = latents
     num_pixels = x.size(2) * x.size(3)
@@ -545,11 +564,10 @@ def rd_pass(
     bpp_y = bits_per_pixel(likelihood_y(model, y_hat, scales, means), num_pixels)
     with _autocast(x.device.type, precision):
         if tile is None:
-            x_hat = synthesize(model, y_hat, x.shape[2:])
-            mse = mean_squared_error(x_hat, x)
+            error, x_hat = squared_error_of(model, y_hat, x)
         else:
-            error, x_hat = tiled_error(lambda v: _widened(model.g_s(v)), y_hat, x, tile)
-            mse = (error / x[0].numel()).to(x.dtype)
+            error, x_hat = tiled_error(partial(squared_error_of, model), y_hat, x, tile)
+    mse = (error / x[0].numel()).to(x.dtype)
     bpp = bpp_y + bpp_z
     return {
         "loss": rate_distortion_loss(bpp, mse, lmbda),

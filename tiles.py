@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from config import InputError
-from metrics import squared_error
 
 ENCODER_TILE = 16  # positions of y
 STRIDE = 16  # pixels of x a position of y
@@ -35,13 +34,16 @@ class Tile(NamedTuple):
     core: tuple[slice, slice]
     window: tuple[slice, slice]
 
+    def corner(self, unit: int) -> tuple[int, int]:
+        """Row and column at which the core begins in what the window gave."""
+        top, left = (core.start - window.start for core, window in zip(*self, strict=True))
+        return unit * top, unit * left
+
     def crop(self, v: Tensor, unit: int) -> Tensor:
         """The core of what the window gave, [B, C, h * unit, w * unit]."""
-        rows, columns = (
-            slice(unit * (core.start - window.start), unit * (core.stop - window.start))
-            for core, window in zip(self.core, self.window, strict=True)
-        )
-        return v[:, :, rows, columns]
+        (top, left), (rows, columns) = self.corner(unit), self.core
+        height, width = (unit * (side.stop - side.start) for side in (rows, columns))
+        return v[:, :, top : top + height, left : left + width]
 
 
 def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
@@ -93,7 +95,10 @@ def in_tiles(
 
 
 def tiled_error(
-    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, x: Tensor, side: int
+    error_of: Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]],
+    y_hat: Tensor,
+    x: Tensor,
+    side: int,
 ) -> tuple[Tensor, Tensor]:
     """Sum of squared errors of g_s(y_hat), cropped to x, tile by tile, and the picture itself.
 
@@ -101,17 +106,19 @@ def tiled_error(
     in memory at a time.
 
     Args:
+        error_of: the same of a window of y_hat and the x that begins at a row and column of its
+            picture, as `models.squared_error_of`.
         y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W]; side: in positions of y.
 
     Returns:
         The sum [B], float64, and x_hat [B, 3, H, W], which has no gradient.
     """
-    return _TiledError.apply(y_hat, x, g_s, side)
+    return _TiledError.apply(y_hat, x, error_of, side)
 
 
 class _TiledError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_hat: Tensor, x: Tensor, g_s, side: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx, y_hat: Tensor, x: Tensor, error_of, side: int) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(y_hat) if needed else None
         x_hat = torch.empty_like(x)
@@ -120,8 +127,7 @@ class _TiledError(torch.autograd.Function):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
-                shown = tile.crop(g_s(y_part), STRIDE)[:, :, : x_part.size(2), : x_part.size(3)]
-                error = squared_error(shown, x_part)  # [B]
+                error, shown = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
                 if needed:
                     (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
                     cut(gradient, tile.window, 1).add_(to_y_part)

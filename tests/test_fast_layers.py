@@ -145,23 +145,36 @@ def test_interleaved_phases_are_torchs_pixel_shuffle():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
-@pytest.mark.parametrize("height", [1, 2, 7])
-def test_the_last_two_layers_in_strips_are_the_layers(monkeypatch, rows, height):
+@pytest.mark.parametrize("size", [(1, 3), (2, 2), (5, 4)])
+@pytest.mark.parametrize("part", [(0, 0, 99, 99), (0, 0, 3, 7), (2, 1, 2, 9), (3, 4, 99, 99)])
+def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size, part):
+    """Picture, squared error of a part of it, and the gradient, in float64 by autograd."""
     torch.manual_seed(0)
-    channels, width = 6, 5
-    monkeypatch.setattr(fast_layers, "STRIP_BYTES", rows * channels * width * 8)
+    channels, (height, width), (top, left, *part_size) = 6, size, part
+    monkeypatch.setattr(fast_layers, "STRIP_BYTES", rows * channels * 2 * width * 8)
+    first, first_bias = torch.randn(4, channels, 5, 5).double(), torch.randn(channels).double()
     beta, gamma = torch.rand(channels).double() + 0.1, torch.rand(channels, channels).double()
-    weight, bias = torch.randn(channels, 3, 5, 5).double(), torch.randn(3).double()
-    x = torch.randn(2, channels, height, width, dtype=torch.float64)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    picture = ToPicture(beta, gamma, weight, bias, Pool())(ours)
-    normal = theirs * (beta[:, None, None] + torch.einsum("ij,bjhw->bihw", gamma, theirs**2)).sqrt()
-    expected = F.conv_transpose2d(normal, weight, bias, 2, 2, 1)
-    torch.testing.assert_close(picture, expected)
-    gradient = torch.randn_like(expected)
-    picture.backward(gradient)
-    expected.backward(gradient)
+    last, last_bias = torch.randn(channels, 3, 5, 5).double(), torch.randn(3).double()
+    v = torch.randn(2, 4, height, width, dtype=torch.float64)
+    ours, theirs = v.clone().requires_grad_(), v.clone().requires_grad_()
+    x = F.conv_transpose2d(theirs, first, first_bias, 2, 2, 1)
+    normal = x * (beta[:, None, None] + torch.einsum("ij,bjhw->bihw", gamma, x**2)).sqrt()
+    picture = F.conv_transpose2d(normal, last, last_bias, 2, 2, 1)
+    expected = picture[:, :, top : top + part_size[0], left : left + part_size[1]]
+    target = torch.rand_like(expected)
+    pool = Pool()
+    stage = ToPicture(UpsamplingKernel(first, first_bias, pool), beta, gamma, last, last_bias, pool)
+    error, shown = stage.squared_error(ours, target, (top, left))
+    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(stage(v), picture)
+    theirs_error = (expected - target).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(error, theirs_error)
+    weights = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    (error * weights).sum().backward()
+    (theirs_error * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(stage.squared_error(v, target, (top, left))[0], error)
 
 
 @pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: "-".join(filter(None, k)))
@@ -214,7 +227,8 @@ def test_winograds_form_within_a_frozen_model(monkeypatch, precision, tile):
     monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
     stock = build_model(Channels(N=8, M=8)).eval()
     frozen = freeze(copy.deepcopy(stock))
-    assert [layer.winograd is not None for layer in frozen.g_s[:-1:2]] == [True] * 3
+    kernels = [layer for layer in frozen.g_s.modules() if isinstance(layer, UpsamplingKernel)]
+    assert [kernel.winograd is not None for kernel in kernels] == [True] * 3
     x = torch.rand(1, 3, 128, 64)
     y, z = torch.randn(1, 8, 8, 4) * 2, torch.randn(1, 8, 2, 1) * 2
     ours, theirs = (
