@@ -10,6 +10,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from metrics import squared_error
 # On a CPU so many bytes of each tensor are worked on at a time: what fits into the caches.
 CHUNK_BYTES = 3 * 2**19
 # Measured on two x86-64 cores: from where on Winograd's form wins, and its tiles at a time.
-FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES, WINOGRAD_TILES = 96, 1024, 200
+FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES, WINOGRAD_TILES = 96, 4096, 200
 STRIP_BYTES = 2**22  # of rows at a time in `ToPicture`
 ALIGNMENT = 64  # bytes, of a cache line
 # glibc's names for the two thresholds, of malloc.h.
@@ -101,8 +102,7 @@ class Pool:
 def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None = None) -> Tensor:
     """x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse (arXiv 1511.06281).
 
-    A matrix product over channels stands for the usual 1x1 convolution, whose result would depend
-    on the number of threads. Two tensors are kept for the backward pass: x and the factor.
+    Two tensors are kept for the backward pass: x and the factor.
 
     Args:
         x: [B, C, H, W]; beta: [C] and gamma: [C, C], not negative, re-parametrised already.
@@ -153,10 +153,10 @@ def _normalise(
 ) -> None:
     """GDN of pixels x [n, C] into `out`, and into `factor` the root of the norm, or 1 / it."""
     root = torch.sqrt if inverse else torch.rsqrt
-    square = norm = None
+    square = None
     for x_part, factor_part, out_part in _chunks(x, x if factor is None else factor, out):
         square = torch.mul(x_part, x_part, out=_like(square, x_part))
-        norm = torch.mm(square, gamma.t(), out=_like(norm, x_part)).add_(beta)
+        norm = mix_channels(square, gamma, beta)
         rooted = root(norm, out=norm if factor is None else factor_part)
         torch.mul(x_part, rooted, out=out_part)
 
@@ -170,24 +170,37 @@ def _normalise_backward(
     inverse: bool,
     grad_weights: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """The gradient to pixels x [n, C] into `grad_x`, which may be `factor`.
+    """The gradient to pixels x [n, C] into `grad_x`, which may be `factor` or x.
 
     Adds to `grad_weights`, of beta and gamma in float32, where they are given.
     """
-    # twice the gradient to the norm, and its part in x's gradient over x
-    to_norm = to_x = None
+    to_norm = None  # twice the gradient to the norm
     grad_beta, grad_gamma = grad_weights
+    from_norm = gamma.t().contiguous()
     for x_part, factor_part, grad_part, out in _chunks(x, factor, grad, grad_x):
         to_norm = torch.mul(grad_part, x_part, out=_like(to_norm, x_part))
         if inverse:
             to_norm.div_(factor_part)
         else:
             to_norm.mul_(factor_part).mul_(factor_part).mul_(factor_part).neg_()
-        to_x = torch.mm(to_norm, gamma, out=_like(to_x, x_part)).mul_(x_part)
-        torch.mul(grad_part, factor_part, out=out).add_(to_x)
+        to_x = mix_channels(to_norm, from_norm)
         if grad_beta is not None:
             grad_beta.add_(to_norm.sum(0), alpha=0.5)
             grad_gamma.add_(to_norm.t() @ x_part.square(), alpha=0.5)
+        torch.addcmul(to_x.mul_(x_part), grad_part, factor_part, out=out)
+
+
+def mix_channels(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight^T + bias, [n, C'], for pixels [n, C] and weight [C', C]."""
+    if rows.device.type != "cpu":
+        return F.linear(rows, weight, bias)
+    # A matrix product would go to MKL, which leaves half of an AMD processor's width unused.
+    return _rows(F.conv2d(_as_column(rows), weight[:, :, None, None], bias))
+
+
+def _as_column(rows: Tensor) -> Tensor:
+    """Pixels [n, C] as a channels-last picture [1, C, n, 1], a view."""
+    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -202,8 +215,11 @@ def _rows_of(v: Tensor, image: int, first: int, last: int) -> Tensor:
 
 def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of tensors [n, C], a few rows at a time on a CPU."""
-    size = CHUNK_BYTES // (rows[0].size(1) * rows[0].element_size())
-    count = max(size, 1) if rows[0].device.type == "cpu" else max(len(rows[0]), 1)
+    count = len(rows[0])
+    if count == 0:
+        return iter(())
+    if rows[0].device.type == "cpu":
+        count = max(1, CHUNK_BYTES // (rows[0].size(1) * rows[0].element_size()))
     return zip(*(v.split(count) for v in rows), strict=True)
 
 
@@ -266,9 +282,7 @@ class UpsamplingKernel(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", bias.detach())
-        pooled_on_cpu = pool is not None and weight.device.type == "cpu"
-        wide = min(weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
-        self.winograd = Winograd(self.weight, pool) if pooled_on_cpu and wide else None
+        self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
@@ -283,8 +297,15 @@ class UpsamplingKernel(nn.Module):
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
         """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
         in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        fits = v.device.type == "cpu" and height * width >= FEWEST_WINOGRAD_PLACES
-        return self.winograd is not None and in_float32 and fits
+        pooled_on_cpu = v.device.type == "cpu" and self.pool is not None
+        wide = min(self.weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
+        large = height * width >= FEWEST_WINOGRAD_PLACES
+        return in_float32 and pooled_on_cpu and wide and large
+
+    @cached_property
+    def winograd(self) -> "Winograd":
+        """Made when it is first wanted: six times as large as the kernel itself."""
+        return Winograd(self.weight, self.pool)
 
 
 class _Upsample(torch.autograd.Function):
@@ -384,16 +405,18 @@ class ToPicture(nn.Module):
         beta, gamma = self.beta.to(x.dtype), self.gamma.to(x.dtype)
         if x.device.type == "cpu":
             rows = max(2, STRIP_BYTES // (channels * width * x.element_size()))
+        rows = min(rows, height)
+        # GDN's factors and what it normalises, in the same place for all strips: it stays cached.
+        strips = x.new_empty(2, rows + 2, width, channels)
         for image in range(len(x)):
-            before = None
             for first in range(0, height, rows):
                 last = min(first + rows, height)
                 known, end = (first + 1 if first else 0), min(last + 1, height)
-                strip = x.new_empty(2, last - first + 2, width, channels)  # factor, normalised
                 if first:
-                    strip[:, :2] = before[:, -2:]
+                    strips[:, :2] = strips[:, rows:]
                 else:
-                    strip[1, 0] = 0  # outside of the picture
+                    strips[1, 0] = 0  # outside of the picture
+                strip = strips[:, : last - first + 2]
                 if last == height:
                     strip[1, -1] = 0
                 factor, normal = strip[:, known - first + 1 : end - first + 1].flatten(1, 2)
@@ -402,7 +425,6 @@ class ToPicture(nn.Module):
                 phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
                 interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
                 yield image, first, last, strip[0]
-                before = strip
 
 
 class _SquaredError(torch.autograd.Function):
@@ -448,8 +470,11 @@ def _error_rows(
     error = rows.permute(0, 3, 1, 2)
     above, below = max(first, top), min(last, top + height)
     if above < below:
-        error[0, :, above - first : below - first, left + 2 : left + 2 + width] = (
-            picture[:, above:below, left : left + width] - target[:, above - top : below - top]
+        part = error[0, :, above - first : below - first, left + 2 : left + 2 + width]
+        torch.sub(
+            picture[:, above:below, left : left + width],
+            target[:, above - top : below - top],
+            out=part,
         )
     return error.to(picture.dtype)
 
@@ -457,15 +482,12 @@ def _error_rows(
 class Winograd(nn.Module):
     """Winograd's minimal filtering F(4x4, 3x3) for the four phases of `upsample`.
 
-    See arXiv 1509.09308.
-
-    A tile of 4x4 places needs 36 products a channel instead of 144 for the phase of 3x3 taps; the
-    others have a zero tap first, so that the products of point 0 vanish: 30, 30 and 25 instead of
-    96, 96 and 64. 121 matrix products replace 400. In float32 the error is ten times that
-    of direct convolution, a few 1e-6 of the result.
+    See arXiv 1509.09308. A tile of 4x4 places takes 36 products a channel and phase instead of 100
+    on average. All phases share their input's points, so that one grouped 1x1 convolution, whose 36
+    groups are the points, does the work. In float32 the error is ten times that of direct
+    convolution, a few 1e-6 of the result.
     """
 
-    PLACES, POINTS = 4, 6
     # To the points 0, 1, -1, 2, -2, infinity: of the input, of the kernel, and back.
     INPUT = (
         (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
@@ -480,26 +502,17 @@ class Winograd(nn.Module):
     def __init__(self, weight: Tensor, pool: Pool):
         super().__init__()
         self.pool = pool
-        kernel, output = (torch.tensor(m, dtype=torch.float64) for m in (self.KERNEL, self.OUTPUT))
-        points = torch.tensor(self.INPUT, dtype=torch.float64)
+        points, kernel, output = (
+            torch.tensor(matrix, dtype=torch.float64)
+            for matrix in (self.INPUT, self.KERNEL, self.OUTPUT)
+        )
         self.register_buffer("to_points", torch.kron(points, points).float())  # [36, 36]
-        channels, out_channels = weight.shape[:2]
-        phases = phases_of(weight.double()).view(2, 2, out_channels, channels, 3, 3)
-        self.phases = [(row, column) for row in (0, 1) for column in (0, 1)]
-        for row, column in self.phases:
-            taps = kernel[row:] @ phases[row, column] @ kernel[column:].t()  # [C', C, n, n']
-            name = f"{row}{column}"
-            # Of three dimensions: a channels-last model would tear one of four apart.
-            taps = taps.permute(2, 3, 1, 0).flatten(0, 1).float().contiguous()
-            self.register_buffer("kernel" + name, taps)  # [n n', C, C']
-            back = torch.kron(output[:, row:].contiguous(), output[:, column:].contiguous())
-            self.register_buffer("back" + name, back.float())  # [16, n n']
-
-    def _of_phase(self, row: int, column: int) -> tuple[Tensor, Tensor]:
-        """The kernel [n, n', C, C'] and the way back [16, n n'] of a phase; n is 6 - row."""
-        kernel = getattr(self, f"kernel{row}{column}")
-        kernel = kernel.view(self.POINTS - row, self.POINTS - column, *kernel.shape[1:])
-        return kernel, getattr(self, f"back{row}{column}")
+        self.register_buffer("from_points", torch.kron(output, output).float())  # [16, 36]
+        phases = phases_of(weight).unflatten(0, (4, -1))  # [4, C', C, 3, 3]
+        taps = phases.new_empty(6, 6, *phases.shape[:3], dtype=torch.float32)
+        for index, phase in enumerate(phases):  # one at a time: in float64 they are large
+            taps[:, :, index] = (kernel @ phase.double() @ kernel.t()).permute(2, 3, 0, 1)
+        self.register_buffer("kernel", taps.flatten(0, 3))  # [36 * 4 C', C]
 
     def upsample(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W], channels-last, for x [B, C, H, W]."""
@@ -509,21 +522,13 @@ class Winograd(nn.Module):
         padded[:, :, 1 : height + 1, 1 : width + 1] = x
         padded = padded.permute(0, 2, 3, 1)  # [B, 4 down + 2, 4 across + 2, C]
         out = self.pool.empty(x, batch, len(bias), 8 * down, 8 * across)
-        phases = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
+        places = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
         for image, first, last in self._strips(batch, down, across):
-            rows, tiles = last - first, (last - first) * across
-            strip = padded[image, 4 * first : 4 * last + 2]
-            windows = strip.unfold(0, 6, 4).unfold(1, 6, 4)  # [rows, across, C, 6, 6]
-            windows = windows.permute(3, 4, 0, 1, 2).reshape(36, -1)
-            points = (self.to_points @ windows).view(6, 6, tiles, channels)
-            for row, column in self.phases:
-                kernel, back = self._of_phase(row, column)
-                products = x.new_empty(*kernel.shape[:2], tiles, len(bias))
-                for index in range(len(kernel)):
-                    torch.bmm(points[index + row, column:], kernel[index], out=products[index])
-                values = (back @ products.flatten(0, 1).flatten(1)).view(4, 4, rows, across, -1)
-                place = phases[image, first:last, :, row, :, :, column]  # [rows, 4, across, 4, C']
-                torch.add(values.permute(2, 0, 3, 1, 4), bias, out=place)
+            windows = padded[image, 4 * first : 4 * last + 2].unfold(0, 6, 4).unfold(1, 6, 4)
+            values = self._values(windows.permute(0, 1, 3, 4, 2).reshape(-1, 36, channels))
+            values = values.view(last - first, across, 4, 4, 2, 2, -1).permute(0, 2, 4, 1, 3, 5, 6)
+            torch.add(values, bias, out=places[image, first:last])
+            del values  # before the next strip takes as much memory
         if (height, width) == (4 * down, 4 * across):
             return out
         # A layer that works in place may follow, and must not find a view.
@@ -541,29 +546,35 @@ class Winograd(nn.Module):
         if (height, width) != (4 * down, 4 * across):
             grad = F.pad(grad, (0, 0, 0, 8 * across - 2 * width, 0, 8 * down - 2 * height))
         grad = grad.reshape(batch, down, 4, 2, across, 4, 2, -1)
-        channels = self._of_phase(0, 0)[0].size(2)
+        channels = self.kernel.size(1)
         padded = self.pool.empty(grad, batch, channels, 4 * down + 4, 4 * across + 4).zero_()
         out = padded.permute(0, 2, 3, 1).view(batch, down + 1, 4, across + 1, 4, channels)
         for image, first, last in self._strips(batch, down, across):
-            rows, tiles = last - first, (last - first) * across
-            points = grad.new_zeros(6, 6, tiles, channels)
-            for row, column in self.phases:
-                kernel, back = self._of_phase(row, column)
-                values = grad[image, first:last, :, row, :, :, column]  # [rows, 4, across, 4, C']
-                values = values.permute(1, 3, 0, 2, 4).reshape(16, -1)
-                products = (back.t() @ values).view(*kernel.shape[:2], tiles, -1)
-                for index in range(len(kernel)):
-                    part = points[index + row, column:]
-                    part.baddbmm_(products[index], kernel[index].transpose(1, 2))
-            windows = (self.to_points.t() @ points.view(36, -1)).view(6, 6, rows, across, channels)
-            windows = windows.permute(2, 0, 3, 1, 4)  # [rows, 6, across, 6, C]: they overlap by 2
+            rows = last - first
+            values = grad[image, first:last].permute(0, 3, 1, 4, 2, 5, 6)
+            windows = self._windows(values.reshape(rows * across, 16, -1))
+            windows = windows.view(rows, across, 6, 6, channels).transpose(1, 2)
+            # [rows, 6, across, 6, C]: they overlap by 2
             here = out[image, first:last, :, :across], windows[:, :4, :, :4]
             below = out[image, first + 1 : last + 1, :2, :across], windows[:, 4:, :, :4]
             right = out[image, first:last, :, 1:, :2], windows[:, :4, :, 4:]
             corner = out[image, first + 1 : last + 1, :2, 1:, :2], windows[:, 4:, :, 4:]
             for place, part in (here, below, right, corner):
                 place.add_(part)
+            del windows, here, below, right, corner, part  # as above
         return padded[:, :, 1 : height + 1, 1 : width + 1]
+
+    def _values(self, windows: Tensor) -> Tensor:
+        """The 4x4 places of the four phases, [tiles, 16, 4 C'], of windows [tiles, 36, C]."""
+        points = _as_column((self.to_points @ windows).flatten(1))
+        products = F.conv2d(points, self.kernel[:, :, None, None], groups=36)
+        return self.from_points @ _rows(products).view(len(windows), 36, -1)
+
+    def _windows(self, values: Tensor) -> Tensor:
+        """The transpose of `_values`: [tiles, 36, C] for [tiles, 16, 4 C']."""
+        products = _as_column((self.from_points.t() @ values).flatten(1))
+        points = F.conv_transpose2d(products, self.kernel[:, :, None, None], groups=36)
+        return self.to_points.t() @ _rows(points).view(len(values), 36, -1)
 
     def _strips(self, batch: int, down: int, across: int) -> Iterator[tuple[int, int, int]]:
         """Image, first and last row of tiles of each part: what fits into the caches."""
