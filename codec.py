@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from config import InputError, exits_with_one_line
 from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture, write_whole
 from experimental_inference_methods import hard_round
+from fast_layers import keep_pages
 from metrics import picture_quality
 from models import (
     EntropyModel,
@@ -469,6 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--overwrite", action="store_true", help="replace files that are there already"
         )
     arguments = parser.parse_args(argv)
+    keep_pages()
     if arguments.command == "info":
         return for_each(find_jobs(arguments.paths, (SUFFIX,)), print_header)
     if arguments.output.exists() and not arguments.output.is_dir():
