@@ -9,6 +9,7 @@ import argparse
 import difflib
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,11 +44,18 @@ class Channels(Section):
 
 
 class Optimizer(Section):
-    """What moves the latents. `momentum` is SGD's."""
+    """What moves the latents. `momentum` is SGD's; `schedule` is of the learning rate."""
 
     name: Literal["adam", "sgd", "LBFGS"] = "adam"
     lr: Positive = 0.005
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`; `cosine` falls to 0 at the end."""
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class CustomLr(Section):
@@ -97,7 +105,7 @@ class DevOptions(Section):
     path_test: TestPaths = TestPaths()
     improving_methods: dict[str, bool] = {}
     temp_rate: NonNegative = 1e-3
-    temp_schedule: Literal["exp", "exp0"] = "exp"
+    temp_schedule: Literal["exp", "exp0", "exp_of_run", "linear"] = "exp"
     sga_logits_params: SgaLogitsParams = SgaLogitsParams()
     gnoise_sigma: Positive | None = None
     scale_factor: Positive | None = None
@@ -260,6 +268,21 @@ class RefineConfig(ModelOfLambda):
     def _one_target(self) -> "RefineConfig":
         if self.target_bpp is not None and self.target_psnr is not None:
             raise ValueError("target_bpp and target_psnr are both set: give only one")
+        return self
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimisation step `step` (0 is the first)."""
+        if self.dev_options.custom_lr is not None:
+            return self.dev_options.custom_lr.at(step)
+        return self.optimizer.lr_at(step, self.tot_inference_iterations)
+
+    @model_validator(mode="after")
+    def _one_lr_schedule(self) -> "RefineConfig":
+        if self.dev_options.custom_lr is not None and self.optimizer.schedule != "constant":
+            raise ValueError(
+                f"dev_options.custom_lr is set and optimizer.schedule is "
+                f"{self.optimizer.schedule}: only one may set the learning rate"
+            )
         return self
 
     @model_validator(mode="after")

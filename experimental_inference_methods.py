@@ -12,6 +12,7 @@ rounding is always `torch.round(v)`. tau in [0, 1] is the temperature, 0 at the 
 
 Sources: Yang, Bamler, Mandt 2020 (arXiv 2006.04240): `sga`, `ste`, `unoise`, `danneal`.
 Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789): SGA+, all `sga_logits*` functions.
+Agustsson, Theis 2020 (arXiv 2006.09952) and C3 (arXiv 2312.02753): `soft_round_*`.
 """
 
 import inspect
@@ -29,28 +30,34 @@ from config import InputError, RefineConfig
 
 # Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
 TAU_MIN = 1e-8
+SOFTEST = 1e-3  # a smaller T of soft rounding overflows nowhere, but rounds no harder
 EXP_MAX = 80  # exp of more overflows in float32
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """tau(t), the annealing schedule, in [lb, ub] (arXiv 2401.17789).
+    """tau(t), the annealing schedule, in [lb, ub].
 
-    `exp`: clip(exp(-rate t), lb, ub). `exp0`: ub * exp(-rate (t - 700)) with the same clip, which
-    holds ub for the first 700 steps.
+    Published (arXiv 2401.17789): `exp`, clip(exp(-rate t), lb, ub); `exp0`,
+    ub * exp(-rate (t - 700)) with the same clip, which holds ub for the first 700 steps.
+    Ours, which go by the part of the run that is over, however long it is: `exp_of_run`,
+    clip(exp(-rate t / steps), lb, ub); `linear`, ub * (1 - t / steps).
     """
 
     rate: float
     ub: float
     schedule: str = "exp"
     lb: float = 0.0
+    steps: int = 1
 
     def __call__(self, step: int) -> float:
         """The temperature of optimisation step `step` (0 is the first)."""
-        if self.schedule == "exp":
-            tau = math.exp(-self.rate * step)
-        else:
-            tau = self.ub * math.exp(-self.rate * max(step - 700, 0))
+        tau = {
+            "exp": lambda: math.exp(-self.rate * step),
+            "exp0": lambda: self.ub * math.exp(-self.rate * max(step - 700, 0)),
+            "exp_of_run": lambda: math.exp(-self.rate * step / self.steps),
+            "linear": lambda: self.ub * (1 - step / self.steps),
+        }[self.schedule]()
         return min(max(tau, self.lb), self.ub)
 
 
@@ -266,6 +273,64 @@ def _uniform(v: Tensor, generator: Generator | None) -> Tensor:
 
 def _normal(v: Tensor, generator: Generator | None) -> Tensor:
     return torch.empty_like(v).normal_(generator=generator)
+
+
+# --- soft rounding with annealed noise; made for a tau that falls linearly from 1 to 0 ------------
+
+
+def soft_round(v: Tensor, sharpness: float) -> Tensor:
+    """v for a large `sharpness`, round(v) for a small one, and smooth between (arXiv 2006.09952).
+
+    floor(v) + 1/2 + tanh((v - floor(v) - 1/2) / T) / (2 tanh(1 / (2 T))) for T = sharpness > 0.
+    """
+    middle = v.detach().floor() + 0.5
+    return middle + torch.tanh((v - middle) / sharpness) / (2 * math.tanh(0.5 / sharpness))
+
+
+def _between(start: float, end: float, tau: float) -> float:
+    return max(end + tau * (start - end), SOFTEST)
+
+
+@rounding_method("soft_round_unoise")
+def soft_round_unoise(
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
+    t_end: float = 0.05, sigma_start: float = 0.22, sigma_end: float = 0.1,
+) -> Tensor:  # fmt: skip
+    """Uniform noise of standard deviation sigma between two soft roundings, all annealed.
+
+    The mechanism is C3's (arXiv 2312.02753), the noise and the settings are ours.
+    """
+    sharpness = _between(t_start, t_end, tau)
+    noise = _uniform(v, generator) * (math.sqrt(3) * _between(sigma_start, sigma_end, tau))
+    return soft_round(soft_round(v, sharpness) + noise, sharpness)
+
+
+@rounding_method("soft_round_gnoise")
+def soft_round_gnoise(
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
+    t_end: float = 0.05, sigma_start: float = 0.22, sigma_end: float = 0.1,
+) -> Tensor:  # fmt: skip
+    """The same with Gaussian noise."""
+    sharpness = _between(t_start, t_end, tau)
+    noise = _normal(v, generator) * _between(sigma_start, sigma_end, tau)
+    return soft_round(soft_round(v, sharpness) + noise, sharpness)
+
+
+@rounding_method("soft_round_knoise")
+def soft_round_knoise(
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
+    t_end: float = 0.05, a_start: float = 2.0, a_end: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The same with C3's Kumaraswamy noise on (-1/2, 1/2) (arXiv 2312.02753).
+
+    Of its distribution function 1 - (1 - w^a)^b with b = (2^a (a - 1) + 1) / a the mode stays in
+    the middle; a = 1 is uniform, a larger one narrower.
+    """
+    sharpness, a = _between(t_start, t_end, tau), a_end + tau * (a_start - a_end)
+    b = (2**a * (a - 1) + 1) / a
+    u = _open_uniform(v, generator)
+    noise = (1 - u ** (1 / b)) ** (1 / a) - 0.5
+    return soft_round(soft_round(v, sharpness) + noise, sharpness)
 
 
 # --- two classes: scores of the distance u in [0, 1) to floor and to ceil -------------------------
@@ -488,6 +553,11 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
         for key, value in options.published_hyper_parameters.items()
         if key.removeprefix("3c_") in method.defaults
     }
-    temperature = Temperature(options.temp_rate, params.ub, options.temp_schedule)
+    temperature = Temperature(
+        options.temp_rate,
+        params.ub,
+        options.temp_schedule,
+        steps=config.tot_inference_iterations,
+    )
     chosen = {**published, **options.rounding_params}
     return build_rounding(family, params.logits, temperature=temperature, **chosen)

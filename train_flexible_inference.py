@@ -301,8 +301,7 @@ def refine(
                 result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone())
             if step == steps or all(result.stopped for result in results):
                 break
-        if options.custom_lr is not None:
-            optimizer.param_groups[0]["lr"] = options.custom_lr.at(step)
+        optimizer.param_groups[0]["lr"] = config.lr_at(step)
         optimizer.step(closure)
         going = [index for index, result in enumerate(results) if not result.stopped]
         # An index would wait for a GPU.

@@ -80,8 +80,8 @@ WRONG = {
     ),
     "number as text": (['train_lambda="0.01"'], 'train_lambda = "0.01": should be a valid number'),
     "not a choice": (
-        ["dev_options.temp_schedule=linear"],
-        "dev_options.temp_schedule = \"linear\": should be 'exp' or 'exp0'",
+        ["dev_options.temp_schedule=cosine"],
+        "dev_options.temp_schedule = \"cosine\": should be 'exp', 'exp0', 'exp_of_run' or 'linear'",
     ),
     "optimizer": (["optimizer.name=Adam"], "optimizer.name = \"Adam\": should be 'adam', 'sgd'"),
     "negative": (["eval_freq=0"], "eval_freq = 0: should be greater than or equal to 1"),
@@ -102,6 +102,13 @@ WRONG = {
     "method not a flag": (
         ["dev_options.improving_methods.sga=1"],
         "dev_options.improving_methods.sga = 1: should be true or false",
+    ),
+    "two rates": (
+        [
+            "optimizer.schedule=cosine",
+            'dev_options.custom_lr={"start_iters":1,"warmup_steps":1,"start_lr":1,"end_lr":1}',
+        ],
+        "custom_lr is set and optimizer.schedule is cosine: only one may set the learning rate",
     ),
     "two data sets": (["dev_options.sample=true"], "folder and sample are true: exactly one of"),
     "no data set": (["dev_options.folder=false"], "none is true: exactly one of kodak, tecnick"),
@@ -188,6 +195,15 @@ def test_custom_learning_rate_is_flat_then_linear_then_flat():
     assert rates == pytest.approx([0.04, 0.04, 0.04, 0.03, 0.02, 0.02])
     at_once = CustomLr(start_iters=2, warmup_steps=0, start_lr=0.04, end_lr=0.01)
     assert [at_once.at(step) for step in (1, 2)] == [0.04, 0.01]
+
+
+def test_the_cosine_falls_from_the_rate_to_nothing_over_the_run(config_values, write_config):
+    overrides = ["optimizer.lr=0.04", "optimizer.schedule=cosine", "tot_inference_iterations=300"]
+    config = load_config(write_config(config_values), RefineConfig, overrides)
+    rates = [config.lr_at(step) for step in (0, 100, 150, 200, 300)]
+    assert rates == pytest.approx([0.04, 0.03, 0.02, 0.01, 0.0])
+    constant = load_config(write_config(config_values), RefineConfig, overrides[::2])
+    assert [constant.lr_at(step) for step in (0, 299)] == [0.04, 0.04]
 
 
 def test_every_published_key_is_known():

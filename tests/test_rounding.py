@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from experimental_inference_methods import (
     rounding_from_config,
     rounding_logits,
     rounding_method,
+    soft_round,
 )
 
 TABLES = json.loads((ROOT / "tests/reference/rounding_logits.json").read_text())
@@ -49,6 +52,65 @@ def test_temperatures_are_the_published_ones(entry):
     if entry["method"] == "temp_ste":
         annealed = [max(w, 1e-4) for w in annealed]
     assert annealed == pytest.approx(entry["annealed_temperature"], abs=1e-12)
+
+
+def test_our_temperatures_go_by_the_part_of_the_run():
+    for steps in (50, 2000):
+        linear = Temperature(0.001, 0.8, "linear", steps=steps)
+        marks = [linear(part * steps // 10) for part in (0, 5, 10)]
+        assert marks == pytest.approx([0.8, 0.4, 0])
+        falling = Temperature(2.0, 1.0, "exp_of_run", steps=steps)
+        marks = [falling(part * steps // 10) for part in (0, 5, 10)]
+        assert marks == pytest.approx([1, math.exp(-1), math.exp(-2)])
+
+
+def test_soft_rounding_is_the_papers_and_goes_from_nothing_to_rounding():
+    v = torch.linspace(-2.4, 2.45, 98, dtype=torch.float64).requires_grad_()
+    for sharpness in (0.05, 0.35, 2.0):
+        distance = v.detach().numpy() - np.floor(v.detach().numpy()) - 0.5
+        half = np.tanh(distance / sharpness) / np.tanh(1 / (2 * sharpness)) / 2
+        expected = np.floor(v.detach().numpy()) + 0.5 + half
+        np.testing.assert_allclose(soft_round(v, sharpness).detach().numpy(), expected)
+        assert torch.autograd.gradcheck(lambda v, s=sharpness: soft_round(v, s), v)
+    torch.testing.assert_close(soft_round(v, 100.0), v, rtol=0, atol=1e-4)
+    torch.testing.assert_close(soft_round(v, 1e-3), v.round())
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.25, 0.0])
+def test_noise_between_soft_roundings_is_of_its_distribution(tau):
+    """At T = 100 soft rounding is the identity, and the noise itself shows."""
+    v = torch.full((200_000,), 0.3, dtype=torch.float64)
+    sigma, soft = 0.1 + tau * 0.12, {"t_start": 100.0, "t_end": 100.0}
+
+    def noise(name, **params):
+        rounding = build_rounding(name, temperature=FLAT, **soft, **params)
+        return rounding(v, tau, torch.Generator().manual_seed(0)) - v
+
+    uniform = noise("soft_round_unoise")
+    assert uniform.std().item() == pytest.approx(sigma, rel=0.01)
+    assert uniform.abs().max().item() == pytest.approx(3**0.5 * sigma, rel=0.01)
+    normal = noise("soft_round_gnoise")
+    assert normal.std().item() == pytest.approx(sigma, rel=0.01)
+    assert (normal.abs() < sigma).double().mean().item() == pytest.approx(0.683, abs=0.005)
+    a = 1 + tau * 1.5
+    b = (2**a * (a - 1) + 1) / a
+    kumaraswamy = noise("soft_round_knoise", a_start=2.5)
+    for w in (0.1, 0.35, 0.5, 0.8):
+        below = (kumaraswamy + 0.5 < w).double().mean().item()
+        assert below == pytest.approx(1 - (1 - w**a) ** b, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["soft_round_unoise", "soft_round_gnoise", "soft_round_knoise"])
+def test_soft_rounding_with_noise_sharpens_to_hard_rounding(name):
+    """At the end little noise is left where v is near an integer."""
+    calm = {} if name == "soft_round_knoise" else {"sigma_end": 0.001}
+    rounding = build_rounding(name, temperature=FLAT, t_end=0.01, **calm)
+    v = torch.tensor([-1.9, -0.2, 0.1, 2.3], dtype=torch.float64)
+    for seed in range(20):
+        got = rounding(v, 0.0, torch.Generator().manual_seed(seed))
+        if calm:
+            torch.testing.assert_close(got, v.round())
+        assert ((got - got.round()).abs() < 1e-3).double().mean() > 0.7
 
 
 def test_baseline_temperature_is_the_published_one():
@@ -104,6 +166,8 @@ def test_every_method_becomes_hard_rounding(key):
     if key[0] in NOISE_ONLY:
         assert (v_hat - v).abs().max() < 1.2
         assert (v_hat - v).std() > 0.2
+    elif key[0].startswith("soft_round"):  # noise is left, and moves what lies near a half
+        assert (v_hat - hard_round(v)).abs().median() < 0.01
     else:
         torch.testing.assert_close(v_hat, hard_round(v), rtol=0, atol=1e-6)
 
