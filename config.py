@@ -216,6 +216,7 @@ class RefineConfig(ModelOfLambda):
     optimizer: Optimizer = Optimizer()
     improving_methods: dict[str, bool] = {}
     dev_options: DevOptions
+    polish_passes: Index = 0
     eval_freq: Count = 50
     device: str = "auto"
     output_dir: str = Field("results", min_length=1)

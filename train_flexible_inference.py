@@ -54,6 +54,7 @@ from models import (
     release_memory,
     weights_hash,
 )
+from polish import polish
 from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
 from tiles import MemoryBound, memory_bound
 
@@ -307,7 +308,24 @@ def refine(
         # An index would wait for a GPU.
         shown = losses if len(going) == len(results) else losses[going]
         progress(shown.mean(), fmean(results[index].lowest for index in going))
+    if config.polish_passes:
+        for index, (result, generator) in enumerate(zip(results, generators, strict=True)):
+            if not result.stopped:
+                polish_result(model, x[index : index + 1], result, config, generator, tile)
     return results
+
+
+def polish_result(
+    model, x: Tensor, result: "Refinement", config: RefineConfig, generator, tile: int | None
+) -> None:
+    """Polish the best latents of x [1, 3, H, W], and note what that gave as one more row."""
+    passes, last = config.polish_passes, result.trajectory[-1]
+    latents = polish(model, x, result.latents, result.lmbda, passes, generator, tile)
+    (metrics,), x_hat = evaluate(model, x, latents, hard_round, result.lmbda, tile)
+    row = {"step": last["step"] + passes, "temperature": 0.0, "lmbda": result.lmbda}
+    # Nothing is relaxed any more.
+    row |= {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
+    result.add(row, latents, x_hat)
 
 
 def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
