@@ -26,6 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from config import Channels, InputError, PretrainConfig, exits_with_one_line
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,7 +36,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from codec import build_coder, compress_picture
-from config import Channels, InputError, PretrainConfig, exits_with_one_line
 from datasets import (
     Draws,
     ImageFiles,
@@ -216,9 +218,10 @@ def print_figures(
 def measure(arguments: argparse.Namespace) -> int:
     """One turn of one variant: the median of a few steps and the peak of memory, as JSON."""
     kind, _, name = (arguments.variant or "").partition(":")
-    variant = {"refine": REFINEMENTS, "training": TRAININGS}.get(kind, {}).get(name)
+    variant = LOOPS.get(kind, {}).get(name)
     if variant is None:
-        raise InputError(f"--variant {arguments.variant}: refine:NAME or training:NAME")
+        known = ", ".join(f"{kind}:{name}" for kind, names in LOOPS.items() for name in names)
+        raise InputError(f"--variant {arguments.variant}: there are {known}")
     if variant.keeps_pages:
         keep_pages()
     torch.manual_seed(0)
@@ -419,7 +422,7 @@ REFINEMENTS = {
     "plain": Variant("plain published loop, as its users have it", False, plain_step),
     "plain, pages kept": Variant("plain published loop, pages kept", True, plain_step),
     "ours": Variant("this project's loop", True, our_step),
-    "floor": Variant("torch's convolutions of g_s and h_s alone, pages kept", True, floor_step),
+    "floor": Variant("floor: torch's convolutions alone, pages kept", True, floor_step),
     "compiled": Variant("this loop, torch.compile of CompressAI's g_s", True, compiled_step),
 }
 TRAININGS = {
@@ -427,6 +430,7 @@ TRAININGS = {
     "plain, pages kept": Variant("plain CompressAI loop, pages kept", True, plain_training),
     "ours": Variant("train.py's step", True, our_training),
 }
+LOOPS = {"refine": REFINEMENTS, "training": TRAININGS}
 
 
 # --- the loader of tfrecords ----------------------------------------------------------------------

@@ -31,12 +31,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from config import InputError, exits_with_one_line
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from config import InputError, exits_with_one_line
 from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture, write_whole
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages

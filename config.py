@@ -10,12 +10,18 @@ import difflib
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# libgomp reads this when torch is imported, which must come after this module. By default its
+# threads spin for long while they wait: on a machine with other work a step takes twice as long.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 class InputError(Exception):

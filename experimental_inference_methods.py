@@ -31,7 +31,7 @@ from config import InputError, RefineConfig
 # Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
 TAU_MIN = 1e-8
 SOFTEST = 1e-3  # a smaller T of soft rounding overflows nowhere, but rounds no harder
-EXP_MAX = 80  # exp of more overflows in float32
+EXP_MAX = 80  # exp of 89 overflows in float32; a probability of exp(-80) is none
 
 
 @dataclass(frozen=True)

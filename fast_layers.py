@@ -200,7 +200,7 @@ def mix_channels(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _as_column(rows: Tensor) -> Tensor:
     """Pixels [n, C] as a channels-last picture [1, C, n, 1], a view."""
-    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+    return rows.view(1, len(rows), 1, rows.size(1)).permute(0, 3, 1, 2)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -366,9 +366,14 @@ class ToPicture(nn.Module):
         self.register_buffer("phases", phases_of(weight.detach()))
         self.register_buffer("phases_bias", bias.detach().repeat(4))
 
-    @torch.no_grad()
     def forward(self, v: Tensor) -> Tensor:
-        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w], without a gradient."""
+        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w], without a gradient.
+
+        Raises:
+            RuntimeError: a gradient to v is wanted; only `squared_error` has one.
+        """
+        if torch.is_grad_enabled() and v.requires_grad:
+            raise RuntimeError("a frozen g_s gives no gradient of its picture: see squared_error")
         x, picture = self._begin(v)
         for _ in self._strips(x, picture):
             pass

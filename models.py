@@ -473,8 +473,11 @@ def synthesize(
 ) -> Tensor:
     """x_hat [B, 3, *size] for y_hat [B, M, h, w]; not clamped to [0, 1].
 
-    With `tile` g_s sees so many positions of y a side at a time. There is no gradient then, nor
-    where the model is frozen: see `squared_error_of`.
+    With `tile` g_s sees so many positions of y a side at a time. There is no gradient then, and
+    where the model is frozen it may not be wanted: see `squared_error_of`.
+
+    Raises:
+        RuntimeError: a gradient through a frozen g_s is wanted.
     """
     x_hat = model.g_s(y_hat) if tile is None else in_tiles(model.g_s, y_hat, tile, 1, STRIDE)
     return _widened(x_hat[:, :, : size[0], : size[1]])

@@ -5,6 +5,7 @@ position of y from one of x, so tiles that overlap by it give the same as the wh
 do sums over tiles; only float rounding differs.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,10 +187,11 @@ class MemoryBound(NamedTuple):
         for side in (None, *TILES):
             if self.needed(size, tile=side) <= self.limit:
                 return side
-        least = self.needed(size, tile=TILES[-1]) / 1e9
+        least = math.ceil(self.needed(size, tile=TILES[-1]) / 1e7) / 100
         raise InputError(
-            f"{size[1]}x{size[0]} pixels need {least:.1f} GB even in the smallest tiles; "
-            f"max_memory_gb is {self.limit / 1e9:.1f}"
+            f"{size[1]}x{size[0]} pixels need {least:.2f} GB even in the smallest tiles "
+            f"({self.base / 1e9:.1f} GB are taken without any picture); "
+            f"max_memory_gb is {self.limit / 1e9:.2f}"
         )
 
 

@@ -15,13 +15,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from config import PretrainConfig, exits_with_one_line, parse_command_line
+
+# isort: split
 import torch
 from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from config import PretrainConfig, exits_with_one_line, parse_command_line
 from datasets import Draws, ImageFiles, open_folder, open_training_data
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages

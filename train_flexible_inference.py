@@ -19,6 +19,16 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
+from config import (
+    InputError,
+    Optimizer,
+    RefineConfig,
+    Target,
+    exits_with_one_line,
+    parse_command_line,
+)
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -29,14 +39,6 @@ from codec import (
     decode_picture,
     encode_latents,
     file_measures,
-)
-from config import (
-    InputError,
-    Optimizer,
-    RefineConfig,
-    Target,
-    exits_with_one_line,
-    parse_command_line,
 )
 from datasets import LoadedImage, open_images, seed_of
 from experimental_inference_methods import Rounding, hard_round, rounding_from_config

@@ -29,7 +29,7 @@ def test_a_turn_prints_its_figures(picture, capsys, variant):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["measure"], "--variant None: refine:NAME or training:NAME"),
+        (["measure"], "--variant None: there are refine:plain, "),
         (["measure", "--variant", "refine:fast"], "--variant refine:fast"),
         (["measure", "--variant", "training:ours", "--image_size", "256"], "--image_size 256"),
         (["refine", "--rounds", "0"], "--rounds 0: must be above 0"),
