@@ -356,10 +356,9 @@ class ToPicture(nn.Module):
         gamma: Tensor,
         weight: Tensor,
         bias: Tensor,
-        pool: Pool,
     ):
         super().__init__()
-        self.upsampling, self.pool = upsampling, pool
+        self.upsampling = upsampling
         self.register_buffer("beta", beta.detach())
         self.register_buffer("gamma", gamma.detach())
         self.register_buffer("weight", weight.detach())
@@ -488,7 +487,7 @@ def _error_rows(
     return error.to(picture.dtype)
 
 
-class Winograd(nn.Module):
+class Winograd:
     """Winograd's minimal filtering F(4x4, 3x3) for the four phases of `upsample`.
 
     See arXiv 1509.09308. A tile of 4x4 places takes 36 products a channel and phase instead of 100
@@ -509,19 +508,18 @@ class Winograd(nn.Module):
     OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
     def __init__(self, weight: Tensor, pool: Pool):
-        super().__init__()
         self.pool = pool
         points, kernel, output = (
             torch.tensor(matrix, dtype=torch.float64)
             for matrix in (self.INPUT, self.KERNEL, self.OUTPUT)
         )
-        self.register_buffer("to_points", torch.kron(points, points).float())  # [36, 36]
-        self.register_buffer("from_points", torch.kron(output, output).float())  # [16, 36]
+        self.to_points = torch.kron(points, points).float()  # [36, 36]
+        self.from_points = torch.kron(output, output).float()  # [16, 36]
         phases = phases_of(weight).unflatten(0, (4, -1))  # [4, C', C, 3, 3]
         taps = phases.new_empty(6, 6, *phases.shape[:3], dtype=torch.float32)
         for index, phase in enumerate(phases):  # one at a time: in float64 they are large
             taps[:, :, index] = (kernel @ phase.double() @ kernel.t()).permute(2, 3, 0, 1)
-        self.register_buffer("kernel", taps.flatten(0, 3))  # [36 * 4 C', C]
+        self.kernel = taps.flatten(0, 3)  # [36 * 4 C', C]
 
     def upsample(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W], channels-last, for x [B, C, H, W]."""

@@ -344,9 +344,7 @@ def freeze(model: MeanScaleHyperprior, coder_scales: bool = False) -> MeanScaleH
                 pooled = None if network is model.h_s else pool
                 network[index] = UpsamplingKernel(layer.weight, layer.bias, pooled)
     *layers, before, normalisation, last = model.g_s
-    to_picture = ToPicture(
-        before, normalisation.beta, normalisation.gamma, last.weight, last.bias, pool
-    )
+    to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
     model.g_s = FrozenDecoder(*layers, to_picture)
     if coder_scales:
         build_tables(model)
@@ -385,7 +383,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 def release_memory(model: MeanScaleHyperprior) -> None:
     """Let a frozen model give back what it keeps for pictures of the size before."""
-    model.g_s[-1].pool.clear()
+    model.g_s[-1].upsampling.pool.clear()
 
 
 def is_out_of_memory(error: Exception) -> bool:

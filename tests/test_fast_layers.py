@@ -162,8 +162,8 @@ def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size,
     picture = F.conv_transpose2d(normal, last, last_bias, 2, 2, 1)
     expected = picture[:, :, top : top + part_size[0], left : left + part_size[1]]
     target = torch.rand_like(expected)
-    pool = Pool()
-    stage = ToPicture(UpsamplingKernel(first, first_bias, pool), beta, gamma, last, last_bias, pool)
+    upsampling = UpsamplingKernel(first, first_bias, Pool())
+    stage = ToPicture(upsampling, beta, gamma, last, last_bias)
     error, shown = stage.squared_error(ours, target, (top, left))
     torch.testing.assert_close(shown, expected)
     torch.testing.assert_close(stage(v), picture)
