@@ -30,7 +30,7 @@ from config import InputError, RefineConfig
 
 # Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
 TAU_MIN = 1e-8
-SOFTEST = 1e-3  # a smaller T of soft rounding overflows nowhere, but rounds no harder
+LEAST = 1e-3  # of what softness and noise may fall to, for neither may be 0
 EXP_MAX = 80  # exp of 89 overflows in float32; a probability of exp(-80) is none
 
 
@@ -278,17 +278,17 @@ def _normal(v: Tensor, generator: Generator | None) -> Tensor:
 # --- soft rounding with annealed noise; made for a tau that falls linearly from 1 to 0 ------------
 
 
-def soft_round(v: Tensor, sharpness: float) -> Tensor:
-    """v for a large `sharpness`, round(v) for a small one, and smooth between (arXiv 2006.09952).
+def soft_round(v: Tensor, softness: float) -> Tensor:
+    """v for a large `softness`, round(v) for a small one, and smooth between (arXiv 2006.09952).
 
-    floor(v) + 1/2 + tanh((v - floor(v) - 1/2) / T) / (2 tanh(1 / (2 T))) for T = sharpness > 0.
+    floor(v) + 1/2 + tanh((v - floor(v) - 1/2) / T) / (2 tanh(1 / (2 T))) for T = softness > 0.
     """
     middle = v.detach().floor() + 0.5
-    return middle + torch.tanh((v - middle) / sharpness) / (2 * math.tanh(0.5 / sharpness))
+    return middle + torch.tanh((v - middle) / softness) / (2 * math.tanh(0.5 / softness))
 
 
 def _between(start: float, end: float, tau: float) -> float:
-    return max(end + tau * (start - end), SOFTEST)
+    return max(end + tau * (start - end), LEAST)
 
 
 @rounding_method("soft_round_unoise")
@@ -300,9 +300,9 @@ def soft_round_unoise(
 
     The mechanism is C3's (arXiv 2312.02753), the noise and the settings are ours.
     """
-    sharpness = _between(t_start, t_end, tau)
+    softness = _between(t_start, t_end, tau)
     noise = _uniform(v, generator) * (math.sqrt(3) * _between(sigma_start, sigma_end, tau))
-    return soft_round(soft_round(v, sharpness) + noise, sharpness)
+    return soft_round(soft_round(v, softness) + noise, softness)
 
 
 @rounding_method("soft_round_gnoise")
@@ -311,9 +311,9 @@ def soft_round_gnoise(
     t_end: float = 0.05, sigma_start: float = 0.22, sigma_end: float = 0.1,
 ) -> Tensor:  # fmt: skip
     """The same with Gaussian noise."""
-    sharpness = _between(t_start, t_end, tau)
+    softness = _between(t_start, t_end, tau)
     noise = _normal(v, generator) * _between(sigma_start, sigma_end, tau)
-    return soft_round(soft_round(v, sharpness) + noise, sharpness)
+    return soft_round(soft_round(v, softness) + noise, softness)
 
 
 @rounding_method("soft_round_knoise")
@@ -326,11 +326,11 @@ def soft_round_knoise(
     Of its distribution function 1 - (1 - w^a)^b with b = (2^a (a - 1) + 1) / a the mode stays in
     the middle; a = 1 is uniform, a larger one narrower.
     """
-    sharpness, a = _between(t_start, t_end, tau), a_end + tau * (a_start - a_end)
+    softness, a = _between(t_start, t_end, tau), _between(a_start, a_end, tau)
     b = (2**a * (a - 1) + 1) / a
     u = _open_uniform(v, generator)
     noise = (1 - u ** (1 / b)) ** (1 / a) - 0.5
-    return soft_round(soft_round(v, sharpness) + noise, sharpness)
+    return soft_round(soft_round(v, softness) + noise, softness)
 
 
 # --- two classes: scores of the distance u in [0, 1) to floor and to ceil -------------------------

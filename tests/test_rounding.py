@@ -66,12 +66,12 @@ def test_our_temperatures_go_by_the_part_of_the_run():
 
 def test_soft_rounding_is_the_papers_and_goes_from_nothing_to_rounding():
     v = torch.linspace(-2.43, 2.47, 98, dtype=torch.float64).requires_grad_()
-    for sharpness in (0.05, 0.35, 2.0):
+    for softness in (0.05, 0.35, 2.0):
         distance = v.detach().numpy() - np.floor(v.detach().numpy()) - 0.5
-        half = np.tanh(distance / sharpness) / np.tanh(1 / (2 * sharpness)) / 2
+        half = np.tanh(distance / softness) / np.tanh(1 / (2 * softness)) / 2
         expected = np.floor(v.detach().numpy()) + 0.5 + half
-        np.testing.assert_allclose(soft_round(v, sharpness).detach().numpy(), expected)
-        assert torch.autograd.gradcheck(lambda v, s=sharpness: soft_round(v, s), v)
+        np.testing.assert_allclose(soft_round(v, softness).detach().numpy(), expected)
+        assert torch.autograd.gradcheck(lambda v, s=softness: soft_round(v, s), v)
     torch.testing.assert_close(soft_round(v, 100.0), v, rtol=0, atol=1e-4)
     torch.testing.assert_close(soft_round(v, 1e-6), v.round())
 
@@ -270,7 +270,7 @@ def test_unknown_methods_are_refused_by_name(config_values, write_config, flags,
         ({"power": "abc"}, "hyper-parameter power = 'abc' must be a number"),
         ({"power": True}, "hyper-parameter power = True must be a number"),
         ({"power": 1, "3c_power": 2}, "with and without its 3c_ prefix"),
-        ({"sharpness": 1}, "no hyper-parameter 'sharpness'; it has factor, power, scale_factor"),
+        ({"softness": 1}, "no hyper-parameter 'softness'; it has factor, power, scale_factor"),
     ],
 )
 def test_wrong_hyper_parameters_are_refused_by_name(config_values, write_config, params, message):
