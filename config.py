@@ -57,7 +57,7 @@ class Optimizer(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
 
-    def lr_at(self, step: int, steps: int) -> float:
+    def lr_at(self, step: float, steps: int) -> float:
         """The learning rate of step `step` of `steps`; `cosine` falls to 0 at the end."""
         if self.schedule == "constant":
             return self.lr
@@ -72,7 +72,7 @@ class CustomLr(Section):
     start_lr: Positive
     end_lr: NonNegative
 
-    def at(self, step: int) -> float:
+    def at(self, step: float) -> float:
         """The learning rate of optimisation step `step` (0 is the first)."""
         if step < self.start_iters:
             return self.start_lr
@@ -80,6 +80,18 @@ class CustomLr(Section):
             return self.end_lr
         progress = (step - self.start_iters) / self.warmup_steps
         return self.start_lr + (self.end_lr - self.start_lr) * progress
+
+
+class EarlyStop(Section):
+    """Settled is an image whose last `evaluations` true losses lie within `tolerance` of them."""
+
+    evaluations: Annotated[int, Field(ge=2)] = 5
+    tolerance: Positive = 1e-4
+
+    def settled(self, losses: Sequence[float]) -> bool:
+        """Whether these true losses, the oldest first, have come to rest."""
+        last = losses[-self.evaluations :]
+        return len(last) == self.evaluations and max(last) - min(last) < self.tolerance * last[-1]
 
 
 class SgaLogitsParams(Section):
@@ -223,6 +235,8 @@ class RefineConfig(ModelOfLambda):
     improving_methods: dict[str, bool] = {}
     dev_options: DevOptions
     polish_passes: Index = 0
+    early_stop: EarlyStop | None = None
+    max_seconds: Positive | None = None
     eval_freq: Count = 50
     device: str = "auto"
     output_dir: str = Field("results", min_length=1)
@@ -275,9 +289,14 @@ class RefineConfig(ModelOfLambda):
     def _one_target(self) -> "RefineConfig":
         if self.target_bpp is not None and self.target_psnr is not None:
             raise ValueError("target_bpp and target_psnr are both set: give only one")
+        if self.target is not None and self.max_seconds is not None:
+            raise ValueError(
+                f"max_seconds and target_{self.target.kind} are both set: give only one, for a "
+                "target takes as many runs as it needs"
+            )
         return self
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: float) -> float:
         """The learning rate of optimisation step `step` (0 is the first)."""
         if self.dev_options.custom_lr is not None:
             return self.dev_options.custom_lr.at(step)

@@ -50,7 +50,7 @@ class Temperature:
     lb: float = 0.0
     steps: int = 1
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """The temperature of optimisation step `step` (0 is the first)."""
         tau = {
             "exp": lambda: math.exp(-self.rate * step),
@@ -446,7 +446,7 @@ class Rounding:
         """Relaxed rounding of centred latents v, any shape, at temperature tau."""
         return self.sample(v, tau, generator, **self.params)
 
-    def at(self, step: int, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
+    def at(self, step: float, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
         """The rounding of one optimisation step, as `models.rd_pass` takes it: v -> v_hat."""
         return partial(self, tau=self.temperature(step), generator=generator)
 

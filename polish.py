@@ -45,6 +45,18 @@ class Point(NamedTuple):
         return (self.rate.sum(1, keepdim=True) + self.distortion).flatten(1).sum(1)
 
 
+class Polished(NamedTuple):
+    """Latents on their lattice, and how many passes were taken."""
+
+    latents: Latents
+    passes: int
+
+
+def cost_in_steps(passes: int) -> int:
+    """About how many steps of refinement take as long as so many passes, probes and all."""
+    return PROBES + 2 * passes if passes else 0
+
+
 @torch.no_grad()
 def polish(
     model,
@@ -54,8 +66,9 @@ def polish(
     passes: int,
     generator: Generator | None = None,
     tile: int | None = None,
-) -> Latents:
-    """Latents that lie on their lattice and whose true loss is not above that of `latents`.
+    in_time: Callable[[], bool] = lambda: True,
+) -> Polished:
+    """Latents whose true loss is not above that of `latents`.
 
     A pass takes one evaluation of g_s and its gradient, a second where moves are taken back. When
     no move promises anything there are no more passes.
@@ -64,6 +77,7 @@ def polish(
         x: [B, 3, H, W] in [0, 1].
         generator: of the probes' noise, on x's device.
         tile: positions of y a side that g_s sees at a time; all without it.
+        in_time: whether there is time for another pass.
     """
     pixels, scale = x.size(2) * x.size(3), lmbda * 255**2 / x[0].numel()
     z_hat = round_around(latents.z, medians_of(model), hard_round)
@@ -80,10 +94,12 @@ def polish(
     best = here = point_of(hard_round(latents.y - means))
     curvature = scale * _curvature(model, here.y + means, x, generator, tile)
     refused = torch.zeros_like(here.y, dtype=torch.bool)
-    for _ in range(passes):
+    taken = 0
+    while taken < passes and in_time():
         moves = _promising_moves(here, rate_of, curvature, refused)
         if not moves.any():
             break
+        taken += 1
         there = point_of(here.y + moves)
         change = F.avg_pool2d(
             there.distortion - here.distortion, REACH, 1, REACH // 2, divisor_override=1
@@ -93,7 +109,7 @@ def polish(
         here = point_of(here.y + moves.masked_fill(wrong, 0)) if wrong.any() else there
         lower = (here.loss < best.loss)[:, None, None, None]
         best = Point(*(torch.where(lower, new, old) for new, old in zip(here, best, strict=True)))
-    return Latents(best.y + means, z_hat)
+    return Polished(Latents(best.y + means, z_hat), taken)
 
 
 def _promising_moves(

@@ -2,7 +2,8 @@
 
 results/<save_name>/
     config.json          the config with every default filled in
-    images.jsonl         one record an image, written the moment it is done
+    images.jsonl         one record an image, written the moment it is done; `clock` has the
+                         seconds at which each row of its trajectory was there
     latents/*.npz        the refined integer latents
     bitstreams/*.olc     the refined images as files, with `save_bitstreams`
     trajectories/*.csv   each metric at each evaluated step, per image
@@ -230,7 +231,8 @@ class Run:
 
     def progress(self, names: Sequence[str]) -> "Progress":
         """A bar for a batch of images on a terminal, lines elsewhere."""
-        steps = None if self.config.target else self.config.tot_inference_iterations
+        open_ended = self.config.target or self.config.max_seconds
+        steps = None if open_ended else self.config.tot_inference_iterations
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, steps, self.config.print_freq)
 
@@ -283,7 +285,8 @@ class Run:
             "base": _side(result.base) | result.files.get("base", {}),
             "refined": _side(result.best) | result.files.get("refined", {}),
             "best_step": result.best["step"], "steps": result.trajectory[-1]["step"],
-            "stopped": result.stopped, **cost._asdict(),
+            "stopped": result.stopped, "settled": result.settled, **cost._asdict(),
+            "clock": [round(seconds, 3) for seconds in result.clock],
         })  # fmt: skip
 
     def finish(self) -> int:
@@ -802,11 +805,12 @@ def merge_records(folder: Path, order: Sequence[str]) -> dict[str, dict]:
 
 
 def mean_trajectory(paths: Sequence[Path]) -> pd.DataFrame:
-    """The mean over images at each evaluated step; `images` says over how many."""
-    rows = pd.concat([pd.read_csv(path) for path in paths])
-    grouped = rows.groupby("step")
-    table = grouped.mean(numeric_only=True)
-    table.insert(0, "images", grouped.size())
+    """The mean over images at each evaluated step; where an image has none, its last one counts."""
+    tables = [pd.read_csv(path).set_index("step") for path in paths]
+    steps = sorted(set().union(*(table.index for table in tables)))
+    rows = pd.concat([table.reindex(steps, method="ffill") for table in tables])
+    table = rows.groupby("step").mean(numeric_only=True)
+    table.insert(0, "images", len(tables))
     return table.reset_index()
 
 

@@ -12,14 +12,16 @@ Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamle
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
 from config import (
+    EarlyStop,
     InputError,
     Optimizer,
     RefineConfig,
@@ -56,7 +58,7 @@ from models import (
     release_memory,
     weights_hash,
 )
-from polish import polish
+from polish import cost_in_steps, polish
 from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
 from tiles import MemoryBound, memory_bound
 
@@ -192,34 +194,41 @@ class Refinement:
 
     A row holds `step`, `temperature`, `lmbda` and the metrics of `evaluate` as `relaxed_*` and
     `true_*`; `base` and `best` are rows. base_latents are those that it began from. With files,
-    `bitstream` is the refined one, and `files` has the measures of `base` and `refined`.
+    `bitstream` is the refined one, and `files` has the measures of `base` and `refined`. `clock`
+    has the seconds, this image's share of its batch's, at which each row was there.
     """
 
     lmbda: float
+    early_stop: EarlyStop | None = None
     latents: Latents | None = None
     base_latents: Latents | None = None
     base: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, Tensor] = field(default_factory=dict)
+    clock: list[float] = field(default_factory=list)
     stopped: str | None = None
+    settled: bool = False
     target: dict[str, Any] | None = None
     bitstream: bytes | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def over(self) -> bool:
+        """Whether more steps are no use, for the loss is not finite or has settled."""
+        return self.settled or self.stopped is not None
 
     @property
     def lowest(self) -> float:
         """The lowest true loss so far; infinite where none was finite."""
         return self.best["true_loss"] if self.best else math.inf
 
-    def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor) -> None:
-        """Note an evaluated step; keep its latents and picture if its true loss is the lowest.
-
-        Nothing counts after a loss that is not finite.
-        """
-        if self.stopped:
-            return
+    def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor, seconds: float) -> None:
+        """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
         self.trajectory.append(row)
+        self.clock.append(seconds)
+        if self.early_stop is not None:
+            self.settled = self.early_stop.settled([row["true_loss"] for row in self.trajectory])
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
         if row["true_loss"] < self.lowest:
@@ -228,6 +237,50 @@ class Refinement:
             self.pictures["refined"] = x_hat
         if self.base is None:
             self.base, self.base_latents = row, self.latents
+
+
+class Pace:
+    """Where in its schedule each step of a run stands: at its own number.
+
+    With a time limit steps move on by more than one where the speed so far asks for it, so that the
+    schedule ends with the time, however long it is.
+    """
+
+    WARM_UP = 2  # steps whose time says little of the others'
+
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.position: float = first
+        self.last, self.seconds, self.clock = last, seconds, clock
+        self.taken, self.start, self.warm = 0, clock(), 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether the schedule is at its end."""
+        return self.position >= self.last
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return self.clock() - self.start
+
+    def advance(self) -> None:
+        """A step was taken."""
+        self.taken += 1
+        stride = 1
+        if self.seconds is not None:
+            elapsed, warm_up = self.elapsed, self.WARM_UP if self.taken > self.WARM_UP else 0
+            if self.taken == self.WARM_UP:
+                self.warm = elapsed
+            each = (elapsed - (self.warm if warm_up else 0)) / (self.taken - warm_up)
+            left = round((self.seconds - elapsed) / each)
+            stride = max(1, (self.last - self.position) / left) if left > 1 else self.last
+        self.position = min(self.position + stride, self.last)
 
 
 def refine(
@@ -246,7 +299,7 @@ def refine(
 
     Every `eval_freq` steps and at the end the latents are truly rounded and evaluated, before that
     step's update; the first, no refinement, competes too, so no result is worse. Nothing waits for
-    a GPU in between.
+    a GPU in between. `max_seconds` and `early_stop` may leave steps out.
 
     Args:
         seeds: of each image's noise.
@@ -257,20 +310,23 @@ def refine(
     options, steps = config.dev_options, config.tot_inference_iterations
     lmbda = config.lmbda if lmbda is None else lmbda
     precision = getattr(torch, config.precision)
+    # Polishing has its part of the time.
+    part = steps / (steps + cost_in_steps(config.polish_passes)) * len(x)
+    pace = Pace(first_step, steps, config.max_seconds and config.max_seconds * part)
     release_memory(model)
     x = x.contiguous(memory_format=torch.channels_last)
     start = analyze(model, x) if start is None else start
     latents = Latents(*(v.clone().requires_grad_() for v in start))
     optimizer = build_optimizer(latents, config.optimizer)
     generators = [torch.Generator(x.device) for _ in seeds]
-    pictured = {first_step, 1, 500, steps} if options.save_final else set()
-    results = [Refinement(lmbda) for _ in seeds]
+    pictured = {first_step, 1, 500} if options.save_final else set()
+    results = [Refinement(lmbda, config.early_stop) for _ in seeds]
     losses = torch.zeros(len(x))
 
     def relaxed_rounding() -> Callable[[Tensor], Tensor]:
         # Seeded by the step: the same noise however often LBFGS asks within it.
         noise = (g.manual_seed(seed + step) for g, seed in zip(generators, seeds, strict=True))
-        return image_by_image([rounding.at(step, generator) for generator in noise])
+        return image_by_image([rounding.at(pace.position, generator) for generator in noise])
 
     def closure() -> Tensor:
         nonlocal losses
@@ -285,49 +341,75 @@ def refine(
                 v.grad = v.grad.contiguous()
         return loss
 
-    for step in range(first_step, steps + 1):
-        due = step % config.eval_freq == 0 or step in (first_step, steps)
+    for step in count(first_step):
+        due = step % config.eval_freq == 0 or step == first_step or pace.over
+        if pace.over and pictured:
+            pictured.add(step)
         if due or step in pictured:
             true, x_hat = evaluate(model, x, latents, hard_round, lmbda, tile)
         if step in pictured:
             label = "base" if step == first_step else f"step_{step:04d}"
             for result, picture in zip(results, x_hat.split(1), strict=True):
-                if not result.stopped:
+                if not result.over:
                     result.pictures[label] = picture.clone()
         if due:
             relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
+            temperature, seconds = rounding.temperature(pace.position), pace.elapsed / len(x)
             for index, result in enumerate(results):
-                row = {"step": step, "temperature": rounding.temperature(step), "lmbda": lmbda}
+                if result.over:
+                    continue
+                row = {"step": step, "temperature": temperature, "lmbda": lmbda}
                 row |= {f"relaxed_{key}": value for key, value in relaxed[index].items()}
                 row |= {f"true_{key}": value for key, value in true[index].items()}
                 own = slice(index, index + 1)
-                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone())
-            if step == steps or all(result.stopped for result in results):
+                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone(), seconds)
+            if pace.over or all(result.over for result in results):
                 break
-        optimizer.param_groups[0]["lr"] = config.lr_at(step)
+        optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
         optimizer.step(closure)
-        going = [index for index, result in enumerate(results) if not result.stopped]
+        pace.advance()
+        going = [index for index, result in enumerate(results) if not result.over]
         # An index would wait for a GPU.
         shown = losses if len(going) == len(results) else losses[going]
         progress(shown.mean(), fmean(results[index].lowest for index in going))
     if config.polish_passes:
-        for index, (result, generator) in enumerate(zip(results, generators, strict=True)):
-            if not result.stopped:
-                polish_result(model, x[index : index + 1], result, config, generator, tile)
+        polish_results(model, x, results, config, generators, pace, tile)
     return results
 
 
-def polish_result(
-    model, x: Tensor, result: "Refinement", config: RefineConfig, generator, tile: int | None
+def polish_results(
+    model,
+    x: Tensor,
+    results: Sequence[Refinement],
+    config: RefineConfig,
+    generators: Sequence[torch.Generator],
+    pace: Pace,
+    tile: int | None,
 ) -> None:
-    """Polish the best latents of x [1, 3, H, W], and note what that gave as one more row."""
-    passes, last = config.polish_passes, result.trajectory[-1]
-    latents = polish(model, x, result.latents, result.lmbda, passes, generator, tile)
-    (metrics,), x_hat = evaluate(model, x, latents, hard_round, result.lmbda, tile)
-    row = {"step": last["step"] + passes, "temperature": 0.0, "lmbda": result.lmbda}
-    # Nothing is relaxed any more.
-    row |= {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
-    result.add(row, latents, x_hat)
+    """Polish the best latents of each image of x [B, 3, H, W]; one more row says what that gave.
+
+    With `max_seconds` each image has its share of the time that is left.
+    """
+    left = [index for index, result in enumerate(results) if not result.stopped]
+    for nth, index in enumerate(left):
+        own, result, begin = slice(index, index + 1), results[index], pace.elapsed
+        share = math.inf
+        if config.max_seconds:
+            share = (config.max_seconds * len(x) - begin) / (len(left) - nth)
+        if share <= 0:
+            break
+        latents, passes = polish(
+            model, x[own], result.latents, result.lmbda, config.polish_passes, generators[index],
+            tile, in_time=lambda begin=begin, share=share: pace.elapsed - begin < share,
+        )  # fmt: skip
+        if not passes:
+            continue
+        (metrics,), x_hat = evaluate(model, x[own], latents, hard_round, result.lmbda, tile)
+        # Nothing is relaxed any more.
+        row = {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
+        step, seconds = result.trajectory[-1]["step"] + passes, pace.elapsed - begin
+        row = {"step": step, "temperature": 0.0, "lmbda": result.lmbda} | row
+        result.add(row, latents, x_hat, result.clock[-1] + seconds)
 
 
 def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -444,14 +526,21 @@ def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
 
     Steps count on; the base's loss is that at the chosen lambda.
     """
-    taken = 0
+    taken, seconds = 0, 0.0
     for result in tried:
         first = result.trajectory[0]["step"]
         for row in result.trajectory:
             row["step"] += taken - first
-        taken = result.trajectory[-1]["step"]
+        result.clock = [seconds + time for time in result.clock]
+        taken, seconds = result.trajectory[-1]["step"], result.clock[-1]
     # Where one run ends the next one begins: its first row would stand there twice.
-    way = [*tried[0].trajectory, *(row for result in tried[1:] for row in result.trajectory[1:])]
+    way, clock = (
+        [
+            *getattr(tried[0], key),
+            *(one for result in tried[1:] for one in getattr(result, key)[1:]),
+        ]
+        for key in ("trajectory", "clock")
+    )
     base = dict(tried[0].base)
     for kind in ("relaxed", "true"):
         mse = 10 ** (-base[f"{kind}_psnr_raw"] / 10)
@@ -462,6 +551,7 @@ def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
         base=base,
         base_latents=tried[0].base_latents,
         trajectory=way,
+        clock=clock,
         pictures={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
         target={**chosen.target, "stretches": len(tried)},
     )

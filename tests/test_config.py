@@ -110,6 +110,11 @@ WRONG = {
         ],
         "custom_lr is set and optimizer.schedule is cosine: only one may set the learning rate",
     ),
+    "time and target": (
+        ["max_seconds=9", "target_bpp=0.3"],
+        "max_seconds and target_bpp are both set: give only one",
+    ),
+    "early stop": (["early_stop={}", "early_stop.evaluations=1"], "greater than or equal to 2"),
     "two data sets": (["dev_options.sample=true"], "folder and sample are true: exactly one of"),
     "no data set": (["dev_options.folder=false"], "none is true: exactly one of kodak, tecnick"),
     "upper bound": (["dev_options.sga_logits_params.ub=1.5"], "ub = 1.5: should be less than or"),

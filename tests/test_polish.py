@@ -34,7 +34,7 @@ def test_polishing_lowers_the_true_loss_of_each_image(model, x, tile):
     latents = analyze(model, both)
     before = _true_loss(model, both, latents)
     generator = torch.Generator().manual_seed(0)
-    polished = polish(model, both, latents, LMBDA, 12, generator, tile)
+    polished = polish(model, both, latents, LMBDA, 12, generator, tile).latents
     after = _true_loss(model, both, polished)
     # The encoder's latents are far from the best integers: 12 passes find 1 % and more.
     assert (after < 0.99 * before).all()
@@ -56,7 +56,7 @@ def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
         return torch.randint(-1, 2, here.y.shape, generator=random).to(here.y.dtype)
 
     monkeypatch.setattr(polishing, "_promising_moves", any_moves)
-    polished = polish(model, x, latents, LMBDA, 5)
+    polished = polish(model, x, latents, LMBDA, 5).latents
     assert _true_loss(model, x, polished) <= before * (1 + 1e-6)
 
 
@@ -70,7 +70,8 @@ def test_the_promised_change_is_the_true_one(model, x, monkeypatch):
 
     monkeypatch.setattr(polishing, "PROBES", 64)
     monkeypatch.setattr(polishing, "_promising_moves", noted)
-    start = polish(model, x, analyze(model, x), LMBDA, 1, torch.Generator().manual_seed(0))
+    start, passes = polish(model, x, analyze(model, x), LMBDA, 1, torch.Generator().manual_seed(0))
+    assert passes == 0
     base, promised, true = _true_loss(model, x, start), [], []
     lively = integer_latents(model, start).y.nonzero()
     for index in np.random.default_rng(0).choice(len(lively), 30, replace=False):
@@ -90,6 +91,7 @@ def test_polishing_is_the_last_row_of_a_refinement(model, config_values, write_c
     (result,) = refine(model, x, rounding, config, [1], lambda *_: None)
     *_, before, last = result.trajectory
     assert (before["step"], last["step"]) == (8, 12)
+    assert 0 < result.clock[-2] < result.clock[-1]
     assert last["true_loss"] == last["relaxed_loss"] < before["true_loss"]
     assert result.best is last
     assert last["true_loss"] == pytest.approx(_true_loss(model, x, result.latents).item(), rel=1e-6)

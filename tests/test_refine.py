@@ -39,7 +39,7 @@ def results(config_values):
 
 def numbers(folder):
     """Every record less what a clock or the machine's load decides."""
-    clock = ("seconds", "seconds_per_step", "peak_memory_mb")
+    clock = ("seconds", "seconds_per_step", "peak_memory_mb", "clock")
     return [
         {key: value for key, value in record.items() if key not in clock}
         for record in read_jsonl(folder / "images.jsonl")
