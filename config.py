@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -398,6 +399,65 @@ class PretrainConfig(ModelOfLambda):
                 "or a folder of images in train_folder"
             )
         return self
+
+
+ShortName = Annotated[str, Field(pattern=r"^\S(.{0,60}\S)?$")]
+JsonValue = bool | int | float | str | None | dict[str, Any]
+
+
+class ComparedMethod(Section):
+    """A refinement config, and what to change in it: `{"optimizer.lr": 0.01}`."""
+
+    config: str
+    set: dict[str, JsonValue] = {}
+
+
+class ComparedModel(Section):
+    """A checkpoint, and the lambda of the refinement where it is not the checkpoint's own."""
+
+    pretrain: str = Field(min_length=1)
+    train_lambda: Positive
+    inference_lambda: Positive | None = None
+
+    @property
+    def label(self) -> str:
+        """What tells it from others, e.g. `lambda 0.01` or `lambda 0.01 at 0.005`."""
+        at = "" if self.inference_lambda is None else f" at {self.inference_lambda:g}"
+        return f"lambda {self.train_lambda:g}{at}"
+
+
+class CompareConfig(Section):
+    """What `compare.py` reads: every method with every model and seed over one image set."""
+
+    save_name: str = Field(pattern=SAVE_NAME)
+    output_dir: str = Field("results", min_length=1)
+    data_set: Literal["kodak", "tecnick", "pathology", "clic", "folder", "sample"] = "sample"
+    path: str | None = None
+    images: Count = 24
+    methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
+    models: list[ComparedModel] = Field(min_length=1)
+    seeds: list[Index] = Field([0], min_length=1)
+    anchor: str
+    groups: dict[ShortName, list[str]] = {}
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "CompareConfig":
+        if self.anchor not in self.methods:
+            raise ValueError(f"anchor = {self.anchor!r}: must be one of {', '.join(self.methods)}")
+        if self.data_set != "sample" and self.path is None:
+            raise ValueError(f"path is missing: the folder of {self.data_set}")
+        labels = [model.label for model in self.models]
+        if len(set(labels)) < len(labels) or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a model (train_lambda and inference_lambda) or a seed stands twice")
+        if len({folder_name(method) for method in self.methods}) < len(self.methods):
+            raise ValueError("methods: names must differ in more than punctuation")
+        return self
+
+
+def folder_name(name: str) -> str:
+    """A short name as part of a path: letters, digits, blanks, . and -."""
+    return re.sub(r"[^\w.-]+", " ", name).strip(" .") or "_"
 
 
 # --- reading --------------------------------------------------------------------------------------

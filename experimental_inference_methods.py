@@ -17,6 +17,7 @@ Agustsson, Theis 2020 (arXiv 2006.09952) and C3 (arXiv 2312.02753): `soft_round_
 
 import inspect
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,50 @@ class Temperature:
             "linear": lambda: self.ub * (1 - step / self.steps),
         }[self.schedule]()
         return min(max(tau, self.lb), self.ub)
+
+
+class Pace:
+    """Where in its schedule each step of a run stands: at its own number.
+
+    With a time limit steps move on by more than one where the speed so far asks for it, so that the
+    schedule ends with the time, however long it is.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.position: float = first
+        self.last, self.seconds, self.clock = last, seconds, clock
+        self.taken, self.start, self.first_taken = 0, clock(), 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether the schedule is at its end."""
+        return self.position >= self.last
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return self.clock() - self.start
+
+    def advance(self) -> None:
+        """A step was taken. The first one's time says little of the others'."""
+        self.taken += 1
+        stride = 1
+        if self.seconds is not None:
+            elapsed, left = self.elapsed, math.inf
+            if self.taken == 1:
+                self.first_taken = elapsed
+            else:
+                each = (elapsed - self.first_taken) / (self.taken - 1)
+                left = round((self.seconds - elapsed) / each)
+            over = left <= 1 or elapsed >= self.seconds
+            stride = self.last if over else max(1, (self.last - self.position) / left)
+        self.position = min(self.position + stride, self.last)
 
 
 # arXiv 2006.04240: the schedule of SGA and deterministic annealing.
@@ -142,6 +187,11 @@ def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> T
         return torch.stack((1 - second, second))
     exponential = _open_uniform(logits, generator).log_().neg_()
     return torch.softmax(torch.sub(logits * tau**-2, exponential.log_(), alpha=1 / tau), dim=0)
+
+
+def gumbel_noise(like: Tensor, generator: Generator | None) -> Tensor:
+    """Independent draws of the standard Gumbel distribution, shaped as `like`."""
+    return _open_uniform(like, generator).log_().neg_().log_().neg_()
 
 
 def _open_uniform(like: Tensor, generator: Generator | None) -> Tensor:

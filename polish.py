@@ -1,9 +1,13 @@
-"""Greedy moves of single symbols of y by one, judged by what they truly do.
+"""Moves of single symbols of y by one, after annealing: a search on the integers themselves.
 
-Annealing ends near, not at, the best integers. At the rounded point the rate of each move is exact,
-and its distortion is known to second order: the gradient, and a curvature from random probes. Moves
-so far apart that their pixels hardly meet are made together, and each that does not lower the true
-loss around it is taken back.
+Annealing ends near, not at, the best integers. At a rounded point the rate of every move of one
+symbol is exact, and what it does to the distortion is known to second order. Moves are drawn with
+probability exp(-change / temperature), none with that of no change (a heat bath), in every
+neighbourhood of the picture at once; one evaluation then gives the gradient at the new point. As
+the temperature, in bits, falls, less and less is moved for the worse. The best point counts.
+
+Drawing moves by their first-order change is Gibbs with gradients (Grathwohl et al. 2021,
+arXiv 2102.04509); the exact rate, the curvature and the parallel moves are ours.
 """
 
 from collections.abc import Callable
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from experimental_inference_methods import hard_round
+from experimental_inference_methods import Pace, gumbel_noise, hard_round
 from models import (
     Latents,
     likelihood_y,
@@ -23,38 +27,30 @@ from models import (
     round_around,
     squared_error_of,
 )
-from tiles import STRIDE, tiled_error
+from tiles import tiled_error
 
-PROBES = 8
-APART = 3  # positions of y between two moves of one pass, at least
-# A move changes pixels up to two positions away.
-REACH = 5
+HOT, COLD = 0.5, 0.02  # bits
+REACH = 1  # positions of y around a move where no other is made in the same pass
+PROBES = 16
+# How far curvatures lie from the product of their channel's and their position's mean, relatively:
+# measured on the model of lambda 0.01.
+SPREAD = 0.18
+LEAST_CURVATURE = 1e-3  # bits
 
 
 class Point(NamedTuple):
-    """Where integers y [B, M, h, w] lie: what they cost, in the loss's unit, and where it goes."""
+    """Integers y [B, M, h, w], and what they cost, in bits: an image's bits plus its distortion."""
 
     y: Tensor
     rate: Tensor  # [B, M, h, w]
-    distortion: Tensor  # [B, 1, h, w], of the pixels of each position
     gradient: Tensor  # [B, M, h, w], of the distortion
-
-    @property
-    def loss(self) -> Tensor:
-        """Rate of y and distortion of each image, [B]."""
-        return (self.rate.sum(1, keepdim=True) + self.distortion).flatten(1).sum(1)
-
-
-class Polished(NamedTuple):
-    """Latents on their lattice, and how many passes were taken."""
-
-    latents: Latents
-    passes: int
+    loss: Tensor  # [B]
+    x_hat: Tensor
 
 
 def cost_in_steps(passes: int) -> int:
     """About how many steps of refinement take as long as so many passes, probes and all."""
-    return PROBES + 2 * passes if passes else 0
+    return PROBES + passes if passes else 0
 
 
 @torch.no_grad()
@@ -63,74 +59,74 @@ def polish(
     x: Tensor,
     latents: Latents,
     lmbda: float,
-    passes: int,
+    pace: Pace,
     generator: Generator | None = None,
     tile: int | None = None,
-    in_time: Callable[[], bool] = lambda: True,
-) -> Polished:
-    """Latents whose true loss is not above that of `latents`.
-
-    A pass takes one evaluation of g_s and its gradient, a second where moves are taken back. When
-    no move promises anything there are no more passes.
+) -> Latents:
+    """Latents on their lattice whose true loss is not above that of `latents`; z is only rounded.
 
     Args:
         x: [B, 3, H, W] in [0, 1].
-        generator: of the probes' noise, on x's device.
+        pace: passes, from 0; each takes an evaluation of g_s and its gradient, and the curvature
+            takes `PROBES` more.
+        generator: of all noise, on x's device.
         tile: positions of y a side that g_s sees at a time; all without it.
-        in_time: whether there is time for another pass.
     """
-    pixels, scale = x.size(2) * x.size(3), lmbda * 255**2 / x[0].numel()
+    distortion_in_bits = lmbda * 255**2 / x.size(1)  # per unit of squared error
     z_hat = round_around(latents.z, medians_of(model), hard_round)
     scales, means = prior_params(model, z_hat, latents.y.shape[2:])
 
     def rate_of(y: Tensor) -> Tensor:
-        return -likelihood_y(model, y + means, scales, means).log2() / pixels
+        return -likelihood_y(model, y + means, scales, means).log2()
 
     def point_of(y: Tensor) -> Point:
-        x_hat, gradient = _picture_and_gradient(model, y + means, x, tile)
-        distortion = scale * _by_position((x_hat - x).square())
-        return Point(y, rate_of(y), distortion, scale * gradient)
+        error, x_hat, gradient = _error_and_gradient(model, y + means, x, tile)
+        rate = rate_of(y)
+        loss = rate.flatten(1).sum(1) + distortion_in_bits * error
+        return Point(y, rate, distortion_in_bits * gradient, loss, x_hat)
 
-    best = here = point_of(hard_round(latents.y - means))
-    curvature = scale * _curvature(model, here.y + means, x, generator, tile)
-    refused = torch.zeros_like(here.y, dtype=torch.bool)
-    taken = 0
-    while taken < passes and in_time():
-        moves = _promising_moves(here, rate_of, curvature, refused)
-        if not moves.any():
-            break
-        taken += 1
+    here = point_of(hard_round(latents.y - means))
+    best, lowest = here.y, here.loss
+    curvature = distortion_in_bits * _curvature(model, here, means, generator, tile)
+    while not pace.over:
+        temperature = HOT * (COLD / HOT) ** (pace.position / pace.last)
+        moves = _drawn_moves(here, rate_of, curvature, temperature, generator)
         there = point_of(here.y + moves)
-        change = F.avg_pool2d(
-            there.distortion - here.distortion, REACH, 1, REACH // 2, divisor_override=1
-        ) + (there.rate - here.rate).sum(1, keepdim=True)  # [B, 1, h, w], around each position
-        wrong = (moves != 0) & (change >= 0)
-        refused |= wrong
-        here = point_of(here.y + moves.masked_fill(wrong, 0)) if wrong.any() else there
-        lower = (here.loss < best.loss)[:, None, None, None]
-        best = Point(*(torch.where(lower, new, old) for new, old in zip(here, best, strict=True)))
-    return Polished(Latents(best.y + means, z_hat), taken)
+        # What a move did to its own gradient tells its curvature without noise.
+        seen = (moves * (there.gradient - here.gradient) / 2).clamp_min(LEAST_CURVATURE)
+        curvature = torch.where(moves != 0, seen, curvature)
+        here = there
+        lower = (here.loss < lowest)[:, None, None, None]
+        best, lowest = torch.where(lower, here.y, best), torch.minimum(here.loss, lowest)
+        pace.advance()
+    return Latents(best + means, z_hat)
 
 
-def _promising_moves(
-    here: Point, rate_of: Callable[[Tensor], Tensor], curvature: Tensor, refused: Tensor
+def _drawn_moves(
+    here: Point,
+    rate_of: Callable[[Tensor], Tensor],
+    curvature: Tensor,
+    temperature: float,
+    generator: Generator | None,
 ) -> Tensor:
-    """The moves to try, -1, 0 or 1, [B, M, h, w]: of each neighbourhood the most promising one."""
+    """Moves of -1, 0 or 1, [B, M, h, w]: at most one in a position of y and `REACH` around it."""
     up, down = (
-        rate_of(here.y + move) - here.rate + move * here.gradient + curvature for move in (1, -1)
+        (here.rate - rate_of(here.y + move) - move * here.gradient - curvature) / temperature
+        + gumbel_noise(here.y, generator)
+        for move in (1, -1)
     )
-    change, channel = torch.minimum(up, down).masked_fill(refused, 1).min(1, keepdim=True)
-    lowest = -F.max_pool2d(-change, 2 * APART - 1, 1, APART - 1)
-    picked = torch.zeros_like(here.y).scatter_(
-        1, channel, ((change == lowest) & (change < 0)).to(up.dtype)
-    )
-    return torch.where(up < down, picked, -picked)
+    # The largest of scores with Gumbel noise is a draw from their softmax.
+    score, channel = torch.maximum(up, down).max(1, keepdim=True)  # [B, 1, h, w]
+    highest = F.max_pool2d(score, 2 * REACH + 1, 1, REACH)
+    picked = (score == highest) & (score > gumbel_noise(score, generator))
+    moves = torch.zeros_like(here.y).scatter_(1, channel, picked.to(here.y.dtype))
+    return torch.where(up > down, moves, -moves)
 
 
-def _picture_and_gradient(
+def _error_and_gradient(
     model, y_hat: Tensor, target: Tensor, tile: int | None
-) -> tuple[Tensor, Tensor]:
-    """x_hat, and the gradient of the squared error to `target`; like target, and y_hat."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error to `target` [B], x_hat like target, and the error's gradient like y_hat."""
     error_of = partial(squared_error_of, model)
     with torch.enable_grad():
         y_hat = y_hat.detach().requires_grad_()
@@ -139,28 +135,26 @@ def _picture_and_gradient(
         else:
             error, x_hat = tiled_error(error_of, y_hat, target, tile)
         (gradient,) = torch.autograd.grad(error.sum(), y_hat)
-    return x_hat.detach(), gradient
+    return error.detach(), x_hat.detach(), gradient
 
 
 def _curvature(
-    model, y_hat: Tensor, x: Tensor, generator: Generator | None, tile: int | None
+    model, here: Point, means: Tensor, generator: Generator | None, tile: int | None
 ) -> Tensor:
-    """Half the second derivative of the squared error to each element of y_hat, shaped as it is.
+    """Half the second derivative of the squared error to each element of y, shaped as it is.
 
     That is the squared norm of x_hat's derivative J, without g_s's own curvature: the mean of
     (J^T r)^2 over noise r of unit variance, and J^T r is half the gradient for a target that is r
-    away from x_hat.
+    away from x_hat. So few draws are drawn near to what their channel and position have on average.
     """
-    x_hat, _ = _picture_and_gradient(model, y_hat, x, tile)
-    total = torch.zeros_like(y_hat)
+    total = torch.zeros_like(here.y)
     for _ in range(PROBES):
-        noise = torch.empty_like(x).normal_(generator=generator)
-        total += (_picture_and_gradient(model, y_hat, x_hat - noise, tile)[1] / 2).square()
-    return total / PROBES
-
-
-def _by_position(v: Tensor) -> Tensor:
-    """Sums of v [B, C, H, W] over channels and the pixels of each position of y, [B, 1, h, w]."""
-    height, width = v.shape[2:]
-    v = F.pad(v.sum(1, keepdim=True), (0, -width % STRIDE, 0, -height % STRIDE))
-    return F.avg_pool2d(v, STRIDE, divisor_override=1)
+        noise = torch.empty_like(here.x_hat).normal_(generator=generator)
+        gradient = _error_and_gradient(model, here.y + means, here.x_hat - noise, tile)[2]
+        total += (gradient / 2).square()
+    drawn = total / PROBES
+    of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)
+    typical = of_channel * of_position / drawn.mean((1, 2, 3), keepdim=True)
+    # A draw's relative variance is 2 / PROBES.
+    trust = SPREAD**2 / (SPREAD**2 + 2 / PROBES)
+    return typical + trust * (drawn - typical)

@@ -12,7 +12,6 @@ Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamle
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby, islice
@@ -43,7 +42,7 @@ from codec import (
     file_measures,
 )
 from datasets import LoadedImage, open_images, seed_of
-from experimental_inference_methods import Rounding, hard_round, rounding_from_config
+from experimental_inference_methods import Pace, Rounding, hard_round, rounding_from_config
 from fast_layers import keep_pages
 from metrics import mean_squared_error, picture_quality, psnr, to_8_bit
 from models import (
@@ -239,50 +238,6 @@ class Refinement:
             self.base, self.base_latents = row, self.latents
 
 
-class Pace:
-    """Where in its schedule each step of a run stands: at its own number.
-
-    With a time limit steps move on by more than one where the speed so far asks for it, so that the
-    schedule ends with the time, however long it is.
-    """
-
-    WARM_UP = 2  # steps whose time says little of the others'
-
-    def __init__(
-        self,
-        first: int,
-        last: int,
-        seconds: float | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self.position: float = first
-        self.last, self.seconds, self.clock = last, seconds, clock
-        self.taken, self.start, self.warm = 0, clock(), 0.0
-
-    @property
-    def over(self) -> bool:
-        """Whether the schedule is at its end."""
-        return self.position >= self.last
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since it was made."""
-        return self.clock() - self.start
-
-    def advance(self) -> None:
-        """A step was taken."""
-        self.taken += 1
-        stride = 1
-        if self.seconds is not None:
-            elapsed, warm_up = self.elapsed, self.WARM_UP if self.taken > self.WARM_UP else 0
-            if self.taken == self.WARM_UP:
-                self.warm = elapsed
-            each = (elapsed - (self.warm if warm_up else 0)) / (self.taken - warm_up)
-            left = round((self.seconds - elapsed) / each)
-            stride = max(1, (self.last - self.position) / left) if left > 1 else self.last
-        self.position = min(self.position + stride, self.last)
-
-
 def refine(
     model,
     x: Tensor,
@@ -392,24 +347,21 @@ def polish_results(
     """
     left = [index for index, result in enumerate(results) if not result.stopped]
     for nth, index in enumerate(left):
-        own, result, begin = slice(index, index + 1), results[index], pace.elapsed
-        share = math.inf
+        own, result, seconds = slice(index, index + 1), results[index], None
         if config.max_seconds:
-            share = (config.max_seconds * len(x) - begin) / (len(left) - nth)
-        if share <= 0:
-            break
-        latents, passes = polish(
-            model, x[own], result.latents, result.lmbda, config.polish_passes, generators[index],
-            tile, in_time=lambda begin=begin, share=share: pace.elapsed - begin < share,
-        )  # fmt: skip
-        if not passes:
-            continue
+            seconds = (config.max_seconds * len(x) - pace.elapsed) / (len(left) - nth)
+            if seconds <= 0:
+                break
+        passes = Pace(0, config.polish_passes, seconds)
+        latents = polish(
+            model, x[own], result.latents, result.lmbda, passes, generators[index], tile
+        )
         (metrics,), x_hat = evaluate(model, x[own], latents, hard_round, result.lmbda, tile)
         # Nothing is relaxed any more.
         row = {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
-        step, seconds = result.trajectory[-1]["step"] + passes, pace.elapsed - begin
+        step = result.trajectory[-1]["step"] + passes.taken
         row = {"step": step, "temperature": 0.0, "lmbda": result.lmbda} | row
-        result.add(row, latents, x_hat, result.clock[-1] + seconds)
+        result.add(row, latents, x_hat, result.clock[-1] + passes.elapsed)
 
 
 def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:

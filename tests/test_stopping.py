@@ -11,9 +11,9 @@ import torch
 
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import rounding_from_config
+from experimental_inference_methods import Pace, rounding_from_config
 from reporting import mean_trajectory
-from train_flexible_inference import Pace, main, refine
+from train_flexible_inference import main, refine
 
 
 class Clock:
