@@ -40,6 +40,7 @@ from scipy import stats
 
 import train_flexible_inference
 from datasets import write_whole
+from experimental_inference_methods import rounding_from_config
 from reporting import first_rank_does, join_ranks, read_records
 
 CONFIDENCE = 0.95
@@ -87,7 +88,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     """Every method with every model and seed, checked before anything runs.
 
     Raises:
-        InputError: a method's config is missing or wrong; its name comes first.
+        InputError: a method's config is missing or wrong.
     """
     runs = []
     for method, chosen in config.methods.items():
@@ -111,10 +112,9 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
                     "resume": True,
                 }  # fmt: skip
                 overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-                try:
-                    refine_config = load_config(chosen.config, RefineConfig, overrides)
-                except InputError as error:
-                    raise InputError(f"methods.{method}: {error}") from None
+                source = f"methods.{method}, {chosen.config} and its changes"
+                refine_config = load_config(chosen.config, RefineConfig, overrides, source)
+                rounding_from_config(refine_config)
                 runs.append(
                     PlannedRun(method, model, seed, chosen.config, overrides, refine_config)
                 )

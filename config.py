@@ -465,8 +465,15 @@ def folder_name(name: str) -> str:
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+def load_config(
+    path: str | Path,
+    schema: type[Schema],
+    overrides: Sequence[str] = (),
+    source: str | None = None,
+) -> Schema:
     """Read and check a JSON config; `overrides` are `key.sub=value` strings applied first.
+
+    Errors begin with `source`, by default the path and the overrides.
 
     Raises:
         InputError: no such file, not JSON, or not what `schema` asks for.
@@ -478,7 +485,8 @@ def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str]
         return schema.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_describe(problem, schema) for problem in error.errors())
-        source = f"{path} with --set {' '.join(overrides)}" if overrides else path
+        if source is None:
+            source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
         raise InputError(f"{source}: {problems}") from None
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from compare import plan_runs
 from config import (
+    CompareConfig,
     CustomLr,
     InputError,
     PretrainConfig,
@@ -19,7 +21,8 @@ from experimental_inference_methods import rounding_from_config
 
 EXAMPLES = sorted((ROOT / "example_files").rglob("*.json"))
 PRETRAIN_EXAMPLES = [path for path in EXAMPLES if "train" in f"{path.parent.name}{path.stem}"]
-REFINE_EXAMPLES = sorted(set(EXAMPLES) - set(PRETRAIN_EXAMPLES))
+COMPARE_EXAMPLES = [path for path in EXAMPLES if path.parent.name == "compare"]
+REFINE_EXAMPLES = sorted({*EXAMPLES} - {*PRETRAIN_EXAMPLES} - {*COMPARE_EXAMPLES})
 
 
 @pytest.mark.parametrize("path", REFINE_EXAMPLES, ids=lambda p: p.stem)
@@ -29,6 +32,16 @@ def test_example_files_load_and_name_a_method(path):
     if path.parent.name == "baselines":
         assert rounding.name == path.stem == config.save_name.split("/")[1]
     assert (ROOT / config.pretrain).is_file()
+
+
+@pytest.mark.parametrize("path", COMPARE_EXAMPLES, ids=lambda p: p.stem)
+def test_comparisons_load_and_all_their_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(path, CompareConfig)
+    assert config.save_name == path.stem
+    assert len({run.folder for run in plan_runs(config)}) == len(config.methods) * len(
+        config.models
+    )
 
 
 @pytest.mark.parametrize("path", PRETRAIN_EXAMPLES, ids=lambda p: p.stem)

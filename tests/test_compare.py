@@ -1,0 +1,142 @@
+"""Comparisons: what is run and reused, and the numbers against a second way to them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+
+from compare import half_interval, main, plan_runs, plot_loss
+from config import CompareConfig, load_config
+from conftest import WEIGHTS, read_jsonl
+
+NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
+
+
+@pytest.fixture
+def compared(config_values, write_config, photos, tmp_path):
+    """The JSON values of a comparison of two methods with two seeds over `photos`."""
+    path = write_config(config_values, "method.json")
+    return {
+        "save_name": "both",
+        "output_dir": str(tmp_path / "results"),
+        "data_set": "folder",
+        "path": str(photos),
+        "images": 3,
+        "methods": {
+            "slow": {"config": str(path), "set": {"optimizer.lr": 0.001}},
+            "fast, of course": {"config": str(path), "set": {"polish_passes": 3}},
+        },
+        "models": [{"pretrain": str(WEIGHTS), "train_lambda": 0.01}],
+        "seeds": [0, 5],
+        "anchor": "slow",
+        "groups": {"animals": ["a_chelsea.png"]},
+    }
+
+
+def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys):
+    path = write_config(compared, "compare.json")
+    assert main(["--config", str(path)]) == 0
+    folder = tmp_path / "results/both"
+    runs = {
+        (method, seed): read_jsonl(folder / f"runs/{name}/lambda 0.01 seed {seed}/images.jsonl")
+        for method, name in (("slow", "slow"), ("fast, of course", "fast of course"))
+        for seed in (0, 5)
+    }
+    losses = {
+        method: [
+            np.mean([runs[method, seed][index]["refined"]["true_loss"] for seed in (0, 5)])
+            for index in range(3)
+        ]
+        for method in ("slow", "fast, of course")
+    }
+    images = pd.read_csv(folder / "images.csv")
+    assert len(images) == 2 * 2 * 3
+    assert set(images["image"]) == set(NAMES)
+    table = pd.read_csv(folder / "table.csv").set_index("method")
+    fast, slow = table.loc["fast, of course"], table.loc["slow"]
+    assert fast["true_loss"] == pytest.approx(np.mean(losses["fast, of course"]))
+    assert fast["steps"] == 8 + 3 and slow["steps"] == 8
+    ratios = np.divide(losses["fast, of course"], losses["slow"])
+    assert fast["change_percent"] == pytest.approx(100 * (ratios.mean() - 1), rel=1e-6)
+    low, high = stats.ttest_1samp(100 * (ratios - 1), 0).confidence_interval(0.95)
+    assert fast["half_interval"] == pytest.approx((high - low) / 2, rel=1e-6)
+    of_means = 100 * (np.mean(losses["fast, of course"]) / np.mean(losses["slow"]) - 1)
+    assert fast["change_of_mean_percent"] == pytest.approx(of_means, rel=1e-6)
+    assert fast["group: animals"] == pytest.approx(100 * (ratios[0] - 1), rel=1e-6)
+    assert fast["seeds"] == 2 and fast["seed_spread_percent"] > 0
+    assert slow["change_percent"] == 0
+    base = np.mean([record["base"]["true_loss"] for record in runs["slow", 0]])
+    assert table.loc["(base)", "true_loss"] == pytest.approx(base)
+    printed = capsys.readouterr().out
+    assert "| lambda 0.01 | fast, of course | 3 |" in printed
+    assert printed.count((folder / "table.md").read_text()) == 1
+    assert min(Image.open(folder / "loss.png").size) > 400
+    assert "<svg" in (folder / "loss.svg").read_text()[:600]
+
+
+def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config, tmp_path):
+    compared["seeds"] = [0]
+    both, slow = compared["methods"], compared["methods"].pop("fast, of course")
+    assert main(["--config", str(write_config(compared, "compare.json"))]) == 0
+    folder = tmp_path / "results/both"
+    before = (folder / "runs/slow/lambda 0.01/images.jsonl").read_bytes()
+    compared["methods"] = both | {"new": slow}
+    path = write_config(compared, "compare.json")
+    assert main(["--config", str(path)]) == 0
+    # A record holds the seconds that it took: the same bytes were not computed again.
+    assert (folder / "runs/slow/lambda 0.01/images.jsonl").read_bytes() == before
+    assert set(pd.read_csv(folder / "table.csv")["method"]) == {"(base)", "slow", "new"}
+    runs = plan_runs(load_config(path, CompareConfig))
+    left, right = plot_loss(runs).axes
+    for run, line, clock in zip(runs, left.lines[::2], right.lines[::2], strict=False):
+        records = read_jsonl(run.folder / "images.jsonl")
+        final = np.mean([record["refined"]["true_loss"] for record in records])
+        assert min(line.get_ydata()) == pytest.approx(final, rel=0.01)
+        assert clock.get_xdata()[-1] == pytest.approx(
+            np.mean([record["clock"][-1] for record in records])
+        )
+
+
+WRONG = {
+    "anchor": ({"anchor": "medium"}, "anchor = 'medium': must be one of slow, fast, of course"),
+    "no path": ({"path": None}, "path is missing: the folder of folder"),
+    "typo": ({"seed": 1}, "unknown key 'seed': did you mean 'seeds'?"),
+    "seed twice": ({"seeds": [1, 1]}, "a seed stands twice"),
+    "missing config": (
+        {"methods": {"slow": {"config": "none.json"}}},
+        "config none.json: No such file or directory",
+    ),
+    "wrong change": (
+        {"methods": {"slow": {"config": "method.json", "set": {"optimizer.rate": 1}}}},
+        "methods.slow, method.json and its changes: unknown key 'optimizer.rate'",
+    ),
+    "no method": (
+        {"methods": {"slow": {"config": "method.json",
+                              "set": {"dev_options.improving_methods": {"sgaa": True}}}}},
+        "improving_methods.sgaa: no such method",
+    ),
+    "same folder": (
+        {"methods": {"slow": {"config": "method.json"}, "slow!": {"config": "method.json"}}},
+        "names must differ in more than punctuation",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_comparison_runs_nothing(
+    compared, write_config, tmp_path, monkeypatch, capsys, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", str(write_config(compared | changes, "compare.json"))]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_interval_needs_two_values():
+    assert np.isnan(half_interval([1.0]))
+    assert half_interval([1.0, 1.0, 1.0]) == 0
+    assert json.dumps(half_interval([0.0, 2.0]))[:6] == "12.706"  # t of one degree of freedom
