@@ -1,16 +1,19 @@
 # make demo: refine the sample photos; make train-demo: train on them; make test: run the tests;
-# make bench: speed and memory beside plain loops.
+# make report: compare methods on the sample photos, a page with plots; make bench: speed and memory.
 # All install first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo train-demo test bench lint install clean
+.PHONY: demo train-demo report test bench lint install clean
 
 demo: install
 	$(BIN)/python train_flexible_inference.py --config example_files/demo.json
 
 train-demo: install
 	$(BIN)/python train.py --config example_files/train_demo.json
+
+report: install
+	$(BIN)/python compare.py --config example_files/compare/demo.json --quick
 
 test: install
 	$(BIN)/python -m pytest

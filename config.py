@@ -426,6 +426,9 @@ class ComparedModel(Section):
         return f"lambda {self.train_lambda:g}{at}"
 
 
+Codec = Literal["JPEG", "JPEG 2000", "WebP", "AVIF"]
+
+
 class CompareConfig(Section):
     """What `compare.py` reads: every method with every model and seed over one image set."""
 
@@ -436,15 +439,35 @@ class CompareConfig(Section):
     images: Count = 24
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
     models: list[ComparedModel] = Field(min_length=1)
+    set: dict[str, JsonValue] = {}
     seeds: list[Index] = Field([0], min_length=1)
-    anchor: str
+    anchor: str = "base"
     groups: dict[ShortName, list[str]] = {}
+    codecs: list[Codec] = []
+    published: dict[ShortName, str] = {}
+    shown: Index = 2
     device: str = "auto"
+    quick: bool = False
+    quick_images: Count = 2
+    quick_steps: Count = 100
+
+    @property
+    def name(self) -> str:
+        """The comparison's folder below `output_dir`."""
+        return f"{self.save_name}_quick" if self.quick else self.save_name
+
+    @property
+    def image_set(self) -> str:
+        """The data set that is refined."""
+        return "sample" if self.quick else self.data_set
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "CompareConfig":
-        if self.anchor not in self.methods:
-            raise ValueError(f"anchor = {self.anchor!r}: must be one of {', '.join(self.methods)}")
+        known = ["base", *self.methods]
+        if self.anchor not in known:
+            raise ValueError(f"anchor = {self.anchor!r}: must be one of {', '.join(known)}")
+        for name in self.methods.keys() & {"base", *get_args(Codec)}:
+            raise ValueError(f"methods.{name}: is in every comparison or a codec; another name")
         if self.data_set != "sample" and self.path is None:
             raise ValueError(f"path is missing: the folder of {self.data_set}")
         labels = [model.label for model in self.models]
@@ -517,9 +540,15 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 
 def parse_command_line(
-    schema: type[Schema], description: str, argv: Sequence[str] | None = None
+    schema: type[Schema],
+    description: str,
+    argv: Sequence[str] | None = None,
+    flags: dict[str, str] | None = None,
 ) -> Schema:
     """The checked config of `--config JSON [--set key.sub=value ...]`.
+
+    Args:
+        flags: `--name` sets the config's key `name` to true; what each is for.
 
     Raises:
         InputError: see `load_config`. SystemExit 2 for a wrong command line, as argparse does.
@@ -539,8 +568,11 @@ def parse_command_line(
         choices=("true", "True"),
         help="accepted for the published command lines; the config is always read",
     )
+    for name, purpose in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=purpose)
     arguments = parser.parse_args(argv)
-    return load_config(arguments.config, schema, arguments.set)
+    switched_on = [f"{name}=true" for name in flags or {} if getattr(arguments, name)]
+    return load_config(arguments.config, schema, [*arguments.set, *switched_on])
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

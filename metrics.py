@@ -1,8 +1,14 @@
-"""Rate and distortion as pure tensor maths; every result is one value an image, [B].
+"""Rate and distortion as pure tensor maths, one value an image, [B]; and what curves differ by.
 
 Sums over rows run in float64, so that the reported digits do not depend on how threads split them.
 """
 
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import bjontegaard
 import torch
 import torch.nn.functional as F
 from pytorch_msssim import ms_ssim as _ms_ssim
@@ -83,3 +89,73 @@ def picture_quality(x_hat: Tensor, x: Tensor) -> dict[str, float | None]:
         "ms_ssim": None if similarity is None else similarity.item(),
         "ms_ssim_db": None if similarity is None else ms_ssim_db(similarity).item(),
     }
+
+
+# --- rate-distortion curves -----------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """Points of a rate-distortion curve: bits per pixel, and PSNR or another quality in dB."""
+
+    bpp: Sequence[float]
+    db: Sequence[float]
+
+
+class CurvesDoNotCompareError(ValueError):
+    """Two curves have no common ground; says why."""
+
+
+def bd_rate(anchor: Curve, test: Curve, method: str = "akima") -> float:
+    """Mean difference in rate at equal quality, percent; negative where `test` needs fewer bits.
+
+    Bjontegaard 2001 (VCEG-M33), by the `bjontegaard` package.
+
+    Args:
+        method: how points are joined, `akima` or `pchip`.
+
+    Raises:
+        CurvesDoNotCompareError: too few points, quality that does not rise with the rate, or no
+            quality that both reach.
+    """
+    anchor, test = _sorted(anchor), _sorted(test)
+    if not overlap(anchor.db, test.db):
+        raise CurvesDoNotCompareError(_apart("dB", anchor.db, test.db))
+    return _delta(bjontegaard.bd_rate, anchor, test, method)
+
+
+def bd_psnr(anchor: Curve, test: Curve, method: str = "akima") -> float:
+    """Mean difference in quality at equal rate, dB; positive where `test` is better.
+
+    See `bd_rate`.
+    """
+    anchor, test = _sorted(anchor), _sorted(test)
+    if not overlap(anchor.bpp, test.bpp):
+        raise CurvesDoNotCompareError(_apart("bpp", anchor.bpp, test.bpp))
+    return _delta(bjontegaard.bd_psnr, anchor, test, method)
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """The common part of two ranges of values, in [0, 1] of what they cover together."""
+    common = min(max(a), max(b)) - max(min(a), min(b))
+    return max(common, 0.0) / (max(*a, *b) - min(*a, *b))
+
+
+def _sorted(curve: Curve) -> Curve:
+    points = sorted(zip(curve.bpp, curve.db, strict=True))
+    if len(points) < 3:
+        raise CurvesDoNotCompareError(f"{len(points)} points: at least 3 make a curve")
+    bpp, db = zip(*points, strict=True)
+    if any(after <= before for side in (bpp, db) for before, after in pairwise(side)):
+        raise CurvesDoNotCompareError("quality does not rise with the rate everywhere")
+    return Curve(bpp, db)
+
+
+def _apart(unit: str, anchor: Sequence[float], test: Sequence[float]) -> str:
+    ranges = " and ".join(f"{min(side):.4g} to {max(side):.4g} {unit}" for side in (anchor, test))
+    return f"curves do not overlap: {ranges}"
+
+
+def _delta(function, anchor: Curve, test: Curve, method: str) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a small overlap, which callers say themselves
+        return float(function(*anchor, *test, method, require_matching_points=False))

@@ -1032,7 +1032,7 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
             label: np.asarray(Image.open(folder / name / f"{label}.png"))
             for label in ("original", "base", "refined")
         }
-        window = _most_improved(*pictures.values())
+        window = most_improved(*pictures.values())
         for axis, (label, picture) in zip(row, pictures.items(), strict=True):
             axis.imshow(picture[window], interpolation="nearest")
             axis.set_xticks([])
@@ -1046,7 +1046,7 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
     return figure
 
 
-def _most_improved(original: np.ndarray, base: np.ndarray, refined: np.ndarray) -> tuple:
+def most_improved(original: np.ndarray, base: np.ndarray, refined: np.ndarray) -> tuple:
     """The window of at most 160x160 pixels whose squared error fell most."""
 
     def error(picture: np.ndarray) -> np.ndarray:

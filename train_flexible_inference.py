@@ -67,7 +67,20 @@ LBFGS_HISTORY = 100  # torch's own
 @exits_with_one_line
 def main(argv=None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
-    config = parse_command_line(RefineConfig, "Refine the latents of images.", argv)
+    return refine_images(parse_command_line(RefineConfig, "Refine the latents of images.", argv))
+
+
+def refine_images(
+    config: RefineConfig, on_image: Callable[[Cost], None] = lambda cost: None
+) -> int:
+    """Refine every image of a config that is not done yet; 0, or 1 when an image failed.
+
+    Args:
+        on_image: told what each image took.
+
+    Raises:
+        InputError: what the config names is missing or wrong. OSError: a file cannot be written.
+    """
     keep_pages()
     rounding = rounding_from_config(config)
     ranks = join_ranks()
@@ -106,6 +119,7 @@ def main(argv=None) -> int:
                 run.skip(image.name, result)
                 continue
             run.save(image, result, integer_latents(model, result.latents), cost)
+            on_image(cost)
     return run.finish()
 
 

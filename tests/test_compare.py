@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from compare import half_interval, main, plan_runs, plot_loss
+from compare import main, plan_runs
 from config import CompareConfig, load_config
 from conftest import WEIGHTS, read_jsonl
+from figures import ComparedRun, colors_of, plot_loss
+from tables import half_interval
 
 NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
 
@@ -53,7 +55,7 @@ def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys
         for method in ("slow", "fast, of course")
     }
     images = pd.read_csv(folder / "images.csv")
-    assert len(images) == 2 * 2 * 3
+    assert len(images) == 2 * 2 * 3 + 3  # the base once
     assert set(images["image"]) == set(NAMES)
     table = pd.read_csv(folder / "table.csv").set_index("method")
     fast, slow = table.loc["fast, of course"], table.loc["slow"]
@@ -69,7 +71,7 @@ def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys
     assert fast["seeds"] == 2 and fast["seed_spread_percent"] > 0
     assert slow["change_percent"] == 0
     base = np.mean([record["base"]["true_loss"] for record in runs["slow", 0]])
-    assert table.loc["(base)", "true_loss"] == pytest.approx(base)
+    assert table.loc["base", "true_loss"] == pytest.approx(base)
     printed = capsys.readouterr().out
     assert "| lambda 0.01 | fast, of course | 3 |" in printed
     assert printed.count((folder / "table.md").read_text()) == 1
@@ -88,9 +90,10 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
     assert main(["--config", str(path)]) == 0
     # A record holds the seconds that it took: the same bytes were not computed again.
     assert (folder / "runs/slow/lambda 0.01/images.jsonl").read_bytes() == before
-    assert set(pd.read_csv(folder / "table.csv")["method"]) == {"(base)", "slow", "new"}
+    assert set(pd.read_csv(folder / "table.csv")["method"]) == {"base", "slow", "new"}
     runs = plan_runs(load_config(path, CompareConfig))
-    left, right = plot_loss(runs).axes
+    done = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
+    left, right = plot_loss(done, colors_of(list(compared["methods"]))).axes
     for run, line, clock in zip(runs, left.lines[::2], right.lines[::2], strict=False):
         records = read_jsonl(run.folder / "images.jsonl")
         final = np.mean([record["refined"]["true_loss"] for record in records])
@@ -101,7 +104,7 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
 
 
 WRONG = {
-    "anchor": ({"anchor": "medium"}, "anchor = 'medium': must be one of slow, fast, of course"),
+    "anchor": ({"anchor": "medium"}, "anchor = 'medium': must be one of base, slow, fast"),
     "no path": ({"path": None}, "path is missing: the folder of folder"),
     "typo": ({"seed": 1}, "unknown key 'seed': did you mean 'seeds'?"),
     "seed twice": ({"seeds": [1, 1]}, "a seed stands twice"),

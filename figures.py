@@ -1,0 +1,234 @@
+"""Plots of a comparison; each function returns one matplotlib figure.
+
+`curves` tables have a row for each point: curve, bpp, psnr, ms_ssim_db and `dashed`, which sets
+others' curves apart from the methods'.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from datasets import to_pixels
+from experimental_inference_methods import METHODS, rounding_logits
+from reporting import most_improved, printable, read_records
+
+
+class ComparedRun(NamedTuple):
+    """One run of a comparison, and where its results lie."""
+
+    method: str
+    model: str
+    seed: int
+    folder: Path
+
+
+def colors_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, the same in every plot; `base` is grey."""
+    colors = [f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
+    others = [name for name in dict.fromkeys(names) if name != "base"]
+    return {"base": "grey"} | dict(zip(others, cycle(colors), strict=False))
+
+
+def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
+    """PSNR and MS-SSIM over bits per pixel, up and to the left is better."""
+    figure = Figure(figsize=(12, 4.8), dpi=130, layout="constrained")
+    panels = (("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)"))
+    for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, points in curves.dropna(subset=[key]).groupby("curve", sort=False):
+            points = points.sort_values("bpp")
+            style = {"ls": "--", "lw": 1, "ms": 3} if points["dashed"].all() else {"lw": 1.6}
+            axis.plot(points["bpp"], points[key], marker="o", label=printable(name),
+                      color=colors.get(name), **{"ms": 4, **style})  # fmt: skip
+        axis.set(xlabel="bits per pixel", ylabel=label)
+        axis.grid(alpha=0.3)
+        # Codecs reach far: what is near to the methods' rates counts.
+        near = 1.6 * curves.loc[~curves["dashed"].astype(bool), "bpp"].max()
+        shown = curves.loc[curves["bpp"] <= near, key].dropna()
+        if len(shown):
+            room = 0.05 * (shown.max() - shown.min() or 1)
+            axis.set(xlim=(0, near), ylim=(shown.min() - room, shown.max() + room))
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    return figure
+
+
+def mean_curve(run: ComparedRun) -> pd.DataFrame:
+    """A run's trajectory over steps and `seconds`, mean over images; one that is done counts on."""
+    tables = []
+    for name, record in read_records(run.folder / "images.jsonl").items():
+        table = pd.read_csv(run.folder / "trajectories" / f"{name}.csv").set_index("step")
+        # Records of older runs have no clock.
+        clock = record.get("clock") or table.index * record["seconds_per_step"]
+        tables.append(table.assign(seconds=clock))
+    if not tables:
+        return pd.DataFrame(columns=["step", "seconds", "true_loss"])
+    steps = sorted(set().union(*(table.index for table in tables)))
+    rows = pd.concat([table.reindex(steps, method="ffill") for table in tables])
+    return rows.groupby("step").mean(numeric_only=True).reset_index()
+
+
+def plot_loss(runs: Sequence[ComparedRun], colors: dict[str, str]) -> Figure:
+    """True loss over steps and over seconds, every method; a row of panels for each model."""
+    models = list(dict.fromkeys(run.model for run in runs))
+    figure = Figure(figsize=(12, 4.4 * len(models)), dpi=130, layout="constrained")
+    for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
+        base = None
+        for run in first_seeds(runs, model):
+            curve = mean_curve(run)
+            if curve.empty:
+                continue
+            base, color = curve["true_loss"].iloc[0], colors[run.method]
+            for axis, key in zip(axes, ("step", "seconds"), strict=True):
+                axis.plot(curve[key], curve["true_loss"], color=color, label=printable(run.method))
+                axis.plot(curve[key].iloc[-1], curve["true_loss"].iloc[-1], "o", color=color, ms=5)
+        for axis, label in zip(axes, ("step", "seconds per image"), strict=True):
+            axis.set(xlabel=label, ylabel="true R-D loss, mean over images", xscale="log",
+                     title=printable(model))  # fmt: skip
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.grid(alpha=0.3, which="both")
+            if base is not None:
+                lowest = axis.get_ylim()[0]
+                axis.axhline(base, color=colors["base"], ls=":", label="base")
+                # Annealing may begin far above: what matters is below the base.
+                axis.set_ylim(lowest, base + 0.1 * (base - lowest))
+        axes[0].legend(fontsize=8)
+    return figure
+
+
+def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:
+    """The first run of each method with a model."""
+    found: dict[str, ComparedRun] = {}
+    for run in runs:
+        if run.model == model:
+            found.setdefault(run.method, run)
+    return list(found.values())
+
+
+def plot_trajectories(runs: Sequence[ComparedRun], model: str, colors: dict[str, str]) -> Figure:
+    """Losses and their gap, rate, quality and temperature over the steps, every method.
+
+    The second figure of arXiv 2401.17789.
+    """
+    figure = Figure(figsize=(14, 7.4), dpi=120, layout="constrained")
+    figure.suptitle(f"{printable(model)}: true (solid) and relaxed (dashed)", fontsize=10)
+    axes = figure.subplots(2, 3).ravel()
+    panels = ("loss", "gap", "bpp", "psnr_raw", "temperature")
+    labels = ("R-D loss", "true less relaxed loss", "bits per pixel", "PSNR (dB, raw floats)",
+              "temperature")  # fmt: skip
+    for run in first_seeds(runs, model):
+        curve, color = mean_curve(run), colors[run.method]
+        if curve.empty:
+            continue
+        curve["gap"] = curve["true_loss"] - curve["relaxed_loss"]
+        for axis, key in zip(axes, panels, strict=False):
+            if key in curve:
+                axis.plot(curve["step"], curve[key], color=color, label=printable(run.method))
+                continue
+            axis.plot(curve["step"], curve[f"true_{key}"], color=color)
+            axis.plot(curve["step"], curve[f"relaxed_{key}"], color=color, ls="--", lw=0.9)
+    for axis, label in zip(axes, labels, strict=False):
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.3)
+    axes[5].axis("off")
+    handles, names = axes[4].get_legend_handles_labels()
+    axes[5].legend(handles, names, loc="center", fontsize=9)
+    return figure
+
+
+def plot_probabilities() -> Figure:
+    """The probability of each candidate over the position between integers, temperature 1.
+
+    Every registered function with its default hyper-parameters; the first figure of arXiv
+    2401.17789.
+    """
+    scored = [(name, function) for (name, function), method in METHODS.items() if method.score]
+    figure = Figure(figsize=(13, 2.7 * -(-len(scored) // 4)), dpi=110, layout="constrained")
+    axes = figure.subplots(-(-len(scored) // 4), 4, squeeze=False).ravel()
+    for axis, (name, function) in zip(axes, scored, strict=False):
+        v, probability, candidates = candidate_probabilities(name, function)
+        for one, label in zip(probability, candidates, strict=True):
+            axis.plot(v, one, label=label)
+        axis.set(title=f"{name}\n{function}" if function else name, ylim=(-0.03, 1.03))
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in axes[len(scored) :]:
+        axis.axis("off")
+    figure.supxlabel("v", fontsize=9)
+    return figure
+
+
+def candidate_probabilities(
+    name: str, function: str | None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Positions v [n], probabilities [K, n] at temperature 1, and the K candidates' names."""
+    candidates, _ = rounding_logits(torch.tensor([0.25]), name, function)
+    three = candidates.size(-1) == 3
+    v = torch.linspace(-0.499, 0.499, 400) if three else torch.linspace(0.001, 0.999, 400)
+    _, logits = rounding_logits(v.double(), name, function)  # [n, K]
+    names = ["round(v) - 1", "round(v)", "round(v) + 1"] if three else ["floor(v)", "ceil(v)"]
+    return v.numpy(), torch.softmax(logits, dim=-1).movedim(-1, 0).numpy(), names
+
+
+class Detail(NamedTuple):
+    """One version of an image: x [3, H, W] in [0, 1], and the bits of y per position [h, w]."""
+
+    label: str
+    x: torch.Tensor
+    bpp: float | None
+    psnr: float | None
+    bits: torch.Tensor | None
+
+
+def plot_details(name: str, details: Sequence[Detail]) -> Figure:
+    """A detail of an image in every version, the original first, then the base and the methods."""
+    pixels = [to_pixels(detail.x) for detail in details]
+    window = most_improved(pixels[0], pixels[1], pixels[-1])
+    columns = min(len(details), 4)
+    rows = -(-len(details) // columns)
+    figure = Figure(figsize=(3.3 * columns, 3.6 * rows + 0.3), dpi=120, layout="constrained")
+    figure.suptitle(printable(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, detail, picture in zip(axes, details, pixels, strict=False):
+        axis.imshow(picture[window], interpolation="nearest")
+        title = detail.label
+        if detail.bpp is not None:
+            title += f"\n{detail.bpp:.4f} bpp, {detail.psnr:.2f} dB"
+        axis.set_title(printable(title), fontsize=9, parse_math=False)
+    for axis in figure.axes:
+        axis.axis("off")
+    return figure
+
+
+def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
+    """Where the bits of y are: before, after by each method, and what the last one changed."""
+    coded = [detail for detail in details if detail.bits is not None]
+    maps: list[tuple[str, Any, dict]] = []
+    highest = max(detail.bits.max().item() for detail in coded) / 256
+    for detail in coded:
+        maps.append((detail.label, detail.bits / 256, {"vmin": 0, "vmax": highest}))
+    change = (coded[-1].bits - coded[0].bits) / 256
+    limit = change.abs().max().item() or 1.0
+    maps.append((f"{coded[-1].label} less {coded[0].label}", change,
+                 {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r"}))  # fmt: skip
+    columns = min(len(maps), 3)
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows + 0.3), dpi=120, layout="constrained")
+    figure.suptitle(printable(f"{name}: bits of y per pixel, 16x16 pixels a position"), fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (label, values, options) in zip(axes, maps, strict=False):
+        shown = axis.imshow(values.numpy(), interpolation="nearest", **options)
+        axis.set_title(printable(label), fontsize=9, parse_math=False)
+        figure.colorbar(shown, ax=axis, shrink=0.8)
+    for axis in axes:
+        axis.axis("off")
+    return figure

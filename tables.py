@@ -1,0 +1,241 @@
+"""The numbers of a comparison as tables: images, methods, curves, what curves differ by.
+
+Every function maps tables, or the records of runs, to a table (pandas).
+"""
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from scipy import stats
+
+from config import CompareConfig, InputError, RefineConfig
+from datasets import open_images, to_pixels, to_tensor
+from figures import ComparedRun
+from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap, picture_quality
+from reporting import read_records
+
+CONFIDENCE = 0.95
+QUALITIES = ("bpp", "psnr", "ms_ssim_db")
+# Pillow's name of a format, the option that sets its quality, the values of it, and the others.
+CODECS = {
+    "JPEG": ("JPEG", "quality", (5, 10, 20, 35, 50, 70, 85), {"optimize": True}),
+    "JPEG 2000": ("JPEG2000", "quality_layers", (200, 120, 80, 50, 30, 20, 12),
+                  {"quality_mode": "rates"}),
+    "WebP": ("WEBP", "quality", (1, 10, 25, 45, 65, 80, 90), {"method": 6}),
+    "AVIF": ("AVIF", "quality", (5, 20, 30, 40, 50, 65, 75), {"speed": 6}),
+}  # fmt: skip
+
+
+def image_table(runs: Iterable[ComparedRun]) -> pd.DataFrame:
+    """One row an image, run and seed; unrefined images are the method `base`.
+
+    `rate` says whether bpp is of files or an estimate.
+    """
+    rows = []
+    for run in runs:
+        for record in read_records(run.folder / "images.jsonl").values():
+            common = {"model": run.model, "image": record["name"], "lmbda": record["lmbda"]}
+            for method, side in ((run.method, "refined"), ("base", "base")):
+                values = record[side]
+                row = {"method": method, "seed": run.seed, **common}
+                row["bpp"] = values.get("file_bpp", values["bpp"])
+                row["rate"] = "file" if "file_bpp" in values else "estimate"
+                row |= {key: values[key] for key in ("psnr", "ms_ssim_db", "true_loss")}
+                if side == "refined":
+                    row |= {key: record[key] for key in ("steps", "best_step", "seconds")}
+                rows.append(row)
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    # Unknown ones are None: MS-SSIM of small pictures.
+    table[list(QUALITIES)] = table[list(QUALITIES)].astype(float)
+    is_base = table["method"] == "base"
+    base = table[is_base].drop_duplicates(["model", "image"])
+    return pd.concat([base, table[~is_base]], ignore_index=True)
+
+
+def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
+    """One row a model and method: means over the images, and the difference to the anchor.
+
+    Seeds of an image are averaged first; `seed_spread_percent` is their standard deviation, mean
+    over images. `change_percent` is the mean over images of loss / anchor's loss - 1, with the half
+    width of its Student confidence interval; `change_of_mean_percent` compares the mean losses,
+    `group: <name>` is `change_percent` over the images of a group alone. All count the images that
+    a method shares with the anchor.
+    """
+    rows = []
+    for model, of_model in images.groupby("model", sort=False):
+        keys = ["method", "image"]
+        means = of_model.groupby(keys, sort=False).mean(numeric_only=True)
+        spread = of_model.groupby(keys, sort=False)["true_loss"].std()
+        losses = means["true_loss"]
+        anchor = losses.get(config.anchor, pd.Series(dtype=float))
+        for name in of_model["method"].unique():
+            side = means.loc[name].drop(columns=["seed"])
+            row = {"model": model, "method": name, "images": len(side)} | dict(side.mean())
+            if name != "base":
+                row["seeds"] = of_model.loc[of_model["method"] == name, "seed"].nunique()
+                row["seed_spread_percent"] = 100 * (spread.loc[name] / side["true_loss"]).mean()
+            rows.append(row | _changes(side["true_loss"], anchor, config.groups))
+    return pd.DataFrame(rows)
+
+
+def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) -> dict[str, float]:
+    """What losses by image are beside the anchor's, as `method_table` names it."""
+    own, anchor = own.align(anchor, join="inner")
+    change = 100 * (own / anchor - 1)
+    return {
+        "change_percent": change.mean(),
+        "half_interval": half_interval(change),
+        "change_of_mean_percent": 100 * (own.mean() / anchor.mean() - 1),
+        "least_change": change.min(),
+        "most_change": change.max(),
+        **{f"group: {name}": change[change.index.isin(part)].mean()
+           for name, part in groups.items()},
+    }  # fmt: skip
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % confidence interval of the mean; NaN for one value."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
+
+
+def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
+    """Points of rate-distortion curves, one row an image, curve and point.
+
+    A method is one curve over the models; where a checkpoint has several inference lambdas, one
+    curve over these for each checkpoint.
+    """
+    trained = {model.label: model.train_lambda for model in config.models}
+    several = len(set(trained.values())) < len(trained)
+    points = images.copy()
+    points["curve"] = points["method"]
+    if several:
+        of = points["model"].map(trained)
+        refined = points["method"] != "base"
+        points.loc[refined, "curve"] += of[refined].map(lambda value: f", model {value:g}")
+        # The unrefined image does not know the lambda of a refinement.
+        points.loc[~refined, "model"] = of[~refined].map(lambda value: f"lambda {value:g}")
+    keys = ["curve", "method", "model", "image"]
+    return points.groupby(keys, sort=False)[list(QUALITIES)].mean().reset_index()
+
+
+def mean_points(points: pd.DataFrame) -> pd.DataFrame:
+    """Each curve's points as means over the images that all of its points have."""
+    rows = []
+    for curve, own in points.groupby("curve", sort=False):
+        counts = own.groupby("image")["model"].nunique()
+        shared = own[own["image"].isin(counts[counts == counts.max()].index)]
+        means = shared.groupby("model", sort=False)[list(QUALITIES)].mean().reset_index()
+        rows.append(means.assign(curve=curve, images=shared["image"].nunique(), dashed=False))
+    return pd.concat(rows, ignore_index=True)
+
+
+def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
+    """Bjontegaard deltas of PSNR to the anchor's curve: of each image, and of the mean curve.
+
+    `overlap` is the common part of the two ranges of PSNR; where there is none, or too few points,
+    `reason` says so.
+    """
+    means = mean_points(points).assign(image="(mean curve)")
+    every = pd.concat([points, means], ignore_index=True)
+    anchors = [name for name in every["curve"].unique()
+               if name == config.anchor or name.startswith(f"{config.anchor}, model ")]  # fmt: skip
+    rows = []
+    for (curve, image), own in every.groupby(["curve", "image"], sort=False):
+        suffix = curve.rpartition(", model ")[2] if ", model " in curve else None
+        anchor = next((name for name in anchors if suffix and name.endswith(f" {suffix}")),
+                      anchors[0] if anchors else None)  # fmt: skip
+        if anchor is None or curve == anchor:
+            continue
+        other = every[(every["curve"] == anchor) & (every["image"] == image)]
+        rows.append({"curve": curve, "anchor": anchor, "image": image} | _deltas(other, own))
+    return pd.DataFrame(rows)
+
+
+def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> dict[str, object]:
+    sides = [Curve(list(side["bpp"]), list(side["psnr"])) for side in (anchor, test)]
+    row: dict[str, object] = {"points": f"{len(anchor)} and {len(test)}"}
+    if len(anchor) and len(test):
+        row["overlap"] = overlap(sides[0].db, sides[1].db) if len(anchor) + len(test) > 2 else 0.0
+    try:
+        for method in ("akima", "pchip"):
+            row[f"bd_rate_{method}"] = bd_rate(*sides, method)
+            row[f"bd_psnr_{method}"] = bd_psnr(*sides, method)
+    except CurvesDoNotCompareError as error:
+        row["reason"] = str(error)
+    return row
+
+
+def codec_table(config: RefineConfig, names: Sequence[str], codecs: Sequence[str],
+                known: Path) -> pd.DataFrame:  # fmt: skip
+    """Classical codecs through Pillow on the same images: one row an image, codec and quality.
+
+    Rows that the file `known` has are not computed again.
+    """
+    done = pd.read_csv(known) if known.is_file() else pd.DataFrame(columns=["image", "method"])
+    have = set(zip(done["image"], done["method"], strict=True))
+    missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
+    rows = []
+    for image in open_images(config).load(missing, 0):
+        if image.x is None:
+            continue
+        for codec in codecs:
+            if (image.name, codec) not in have:
+                rows += coded_by(codec, image.name, image.x)
+    table = pd.concat([done, pd.DataFrame(rows)]) if rows else done
+    return table[table["image"].isin(names) & table["method"].isin(codecs)].reset_index(drop=True)
+
+
+def coded_by(codec: str, name: str, x: torch.Tensor) -> list[dict[str, object]]:
+    """x [3, H, W] in [0, 1] coded by a classical codec: rate of the whole file, and quality."""
+    picture, rows = Image.fromarray(to_pixels(x)), []
+    kind, option, values, others = CODECS[codec]
+    for value in values:
+        file = io.BytesIO()
+        given = [value] if option == "quality_layers" else value
+        picture.save(file, kind, **{option: given}, **others)
+        decoded = to_tensor(Image.open(file).convert("RGB"))[None]
+        quality = picture_quality(decoded, x[None])
+        bpp = 8 * file.getbuffer().nbytes / (x.size(1) * x.size(2))
+        rows.append({"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp,
+                     "psnr": quality["psnr"], "ms_ssim_db": quality["ms_ssim_db"]})  # fmt: skip
+    return rows
+
+
+def published_curves(files: dict[str, str]) -> pd.DataFrame:
+    """Curves from CSV files with columns bpp, psnr and, if known, ms_ssim_db.
+
+    Raises:
+        InputError: no such file, or not such a table.
+    """
+    tables = []
+    for name, path in files.items():
+        try:
+            table = pd.read_csv(path, comment="#")
+        except (OSError, ValueError) as error:
+            raise InputError(f"published.{name} {path}: cannot be read ({error})") from None
+        if not {"bpp", "psnr"} <= set(table.columns):
+            found = ", ".join(table.columns)
+            raise InputError(f"published.{name} {path}: needs columns bpp and psnr, has {found}")
+        tables.append(table.assign(curve=name, dashed=True))
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
+def codec_curves(codecs: pd.DataFrame) -> pd.DataFrame:
+    """The points of each codec's curve as means over the images, shaped as `mean_points`."""
+    return pd.concat([pd.DataFrame(), *(
+        own.groupby("model", sort=False)[list(QUALITIES)].mean().reset_index()
+        .assign(curve=codec, images=own["image"].nunique(), dashed=True)
+        for codec, own in codecs.groupby("method", sort=False)
+    )])  # fmt: skip

@@ -1,0 +1,321 @@
+"""A comparison's report: curves, deltas, pictures, and the page in a real browser."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import skimage
+from compressai.utils.plot import __main__ as compressai_plot
+from PIL import Image
+
+from compare import main, plan_runs
+from config import CompareConfig, InputError, load_config
+from conftest import ROOT, read_jsonl, to_x
+from figures import ComparedRun, candidate_probabilities
+from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
+from report import details_of
+from tables import bd_table, coded_by, curve_points, mean_points, published_curves
+
+WEIGHTS = {
+    lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
+    for lmbda in (0.0025, 0.005, 0.01)
+}
+PUBLISHED = ROOT / "example_files/compare/published"
+
+
+def _published(name):
+    table = pd.read_csv(PUBLISHED / f"yang2020_{name}_kodak.csv", comment="#")
+    return Curve(list(table["bpp"]), list(table["psnr"]))
+
+
+@pytest.mark.parametrize("method", ["akima", "pchip"])
+def test_bd_rate_of_the_published_curves(method):
+    """-15.2 % is what follows from the figures of arXiv 2006.04240."""
+    base, sga = _published("base"), _published("sga")
+    assert bd_rate(base, sga, method) == pytest.approx(-15.2, abs=0.1)
+    assert bd_psnr(base, sga, method) > 0.5
+    shuffled = Curve(sga.bpp[::-1], sga.db[::-1])
+    assert bd_rate(base, shuffled, method) == bd_rate(base, sga, method)
+    # A tenth less rate everywhere is a BD-rate of -10 %; a dB more everywhere is 1 dB.
+    cheaper = Curve([0.9 * bpp for bpp in base.bpp], base.db)
+    assert bd_rate(base, cheaper, method) == pytest.approx(-10)
+    better = Curve(base.bpp, [db + 1 for db in base.db])
+    assert bd_psnr(base, better, method) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("curve", "reason"),
+    [
+        (Curve([0.1, 0.2], [30, 31]), "2 points: at least 3"),
+        (Curve([0.1, 0.2, 0.3], [40, 41, 42]), "do not overlap: 26.47 to 38.33 dB and 40 to 42 dB"),
+        (Curve([0.1, 0.2, 0.3], [30, 29, 32]), "does not rise"),
+    ],
+)
+def test_curves_that_do_not_compare_are_refused(curve, reason):
+    with pytest.raises(CurvesDoNotCompareError, match=reason):
+        bd_rate(_published("base"), curve)
+
+
+def test_overlap_is_the_common_part():
+    assert overlap([0, 2], [1, 3]) == pytest.approx(1 / 3)
+    assert overlap([0, 1], [2, 3]) == 0
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A finished comparison of two methods with three models: its config, and its folder."""
+    folder = tmp_path_factory.mktemp("compared")
+    photos = folder / "photos"
+    photos.mkdir()
+    for name, pixels in (("cat", skimage.data.chelsea()[60:240, 100:281]),
+                         ("cup", skimage.data.coffee()[100:276, 200:376])):  # fmt: skip
+        Image.fromarray(pixels).save(photos / f"{name}.png")
+    short = {"tot_inference_iterations": 12, "polish_passes": 4, "eval_freq": 4}
+    method = {"config": str(ROOT / "example_files/fast.json"), "set": short}
+    files = {**method, "set": {**short, "save_bitstreams": True, "polish_passes": 0}}
+    values = {
+        "save_name": "two", "output_dir": str(folder / "results"), "data_set": "folder",
+        "path": str(photos), "methods": {"polished": method, "not polished": files},
+        "models": [{"train_lambda": lmbda, "pretrain": path} for lmbda, path in WEIGHTS.items()],
+        "codecs": ["JPEG", "AVIF"], "shown": 1,
+        "published": {"SGA, Kodak": str(PUBLISHED / "yang2020_sga_kodak.csv")},
+    }  # fmt: skip
+    path = folder / "compare.json"
+    path.write_text(json.dumps(values))
+    assert main(["--config", str(path)]) == 0
+    return load_config(path, CompareConfig), folder / "results/two"
+
+
+def test_everything_is_in_the_folder(compared):
+    _, folder = compared
+    names = ("rate_distortion", "loss", "trajectories", "detail_1", "bits_1", "probabilities")
+    for name in names:
+        assert min(Image.open(folder / f"{name}.png").size) > 300
+        assert "<svg" in (folder / f"{name}.svg").read_text()[:600]
+    assert not (folder / "detail_2.png").exists()
+    curves = pd.read_csv(folder / "curves.csv")
+    assert set(curves["curve"]) == {
+        "base", "polished", "not polished", "JPEG", "AVIF", "SGA, Kodak",
+    }  # fmt: skip
+    images = pd.read_csv(folder / "images.csv")
+    # Files where there are files: those of the method that writes them.
+    assert set(images.loc[images["method"] == "not polished", "rate"]) == {"file"}
+    assert set(images.loc[images["method"] == "polished", "rate"]) == {"estimate"}
+
+
+def test_deltas_are_those_of_the_images_curves(compared):
+    config, folder = compared
+    bd, images = pd.read_csv(folder / "bd.csv"), pd.read_csv(folder / "images.csv")
+    assert set(bd["image"]) == {"cat.png", "cup.png", "(mean curve)"}
+
+    def curve(method, name):
+        own = images[images["method"] == method]
+        own = own[own["image"] == name] if name != "(mean curve)" else own
+        means = own.groupby("model")[["bpp", "psnr"]].mean()
+        return Curve(list(means["bpp"]), list(means["psnr"]))
+
+    for _, row in bd.iterrows():
+        ours = bd_rate(curve("base", row["image"]), curve(row["curve"], row["image"]))
+        assert row["bd_rate_akima"] == pytest.approx(ours)
+        assert row["points"] == "3 and 3"
+    assert (bd["bd_rate_akima"] < 0).all()
+    # One model is no curve, and is said to be none.
+    one = images[images["model"] == "lambda 0.01"]
+    reasons = bd_table(curve_points(one, config), config)["reason"]
+    assert len(reasons) == 6 and reasons.str.contains("1 points: at least 3").all()
+
+
+def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
+    config, _ = compared
+    models = [
+        {"train_lambda": 0.01, "pretrain": "a", "inference_lambda": lmbda}
+        for lmbda in (0.005, 0.02)
+    ] + [{"train_lambda": 0.005, "pretrain": "b"}]
+    semi = CompareConfig.model_validate(config.model_dump() | {"models": models})
+    rows = [
+        {"method": method, "model": model.label, "image": "a.png", "seed": 0, "true_loss": 1.0,
+         "bpp": 0.1 * number, "psnr": 30.0 + number, "ms_ssim_db": math.nan}
+        for method in ("base", "polished") for number, model in enumerate(semi.models, start=1)
+    ]  # fmt: skip
+    means = mean_points(curve_points(pd.DataFrame(rows), semi)).set_index("curve")
+    assert list(means.index) == ["base", "base", "polished, model 0.01", "polished, model 0.01",
+                                 "polished, model 0.005"]  # fmt: skip
+    assert list(means.loc["polished, model 0.01", "bpp"]) == pytest.approx([0.1, 0.2])
+    assert list(means.loc["base", "model"]) == ["lambda 0.01", "lambda 0.005"]
+
+
+def test_compressais_own_tool_reads_the_points(compared, tmp_path, monkeypatch):
+    _, folder = compared
+    table = pd.read_csv(folder / "table.csv").set_index(["method", "model"])
+    path = folder / "compressai/mean/polished.json"
+    read = compressai_plot.parse_json_file(path, "psnr")
+    assert read["name"] == "polished"
+    losses = [table.loc[("polished", f"lambda {lmbda}")] for lmbda in WEIGHTS]
+    assert read["xs"] == pytest.approx([row["bpp"] for row in losses])
+    assert list(read["ys"]) == pytest.approx([row["psnr"] for row in losses])
+    decibels = compressai_plot.parse_json_file(path, "ms-ssim")["ys"]
+    assert list(decibels) == pytest.approx([row["ms_ssim_db"] for row in losses])
+    output = tmp_path / "curve.png"
+    cat = folder / "compressai/cat.png/base.json"
+    compressai_plot.main(["-f", str(path), str(cat), "-o", str(output)])
+    assert min(Image.open(output).size) > 300
+
+
+def test_details_are_what_the_run_decoded(compared):
+    config, _ = compared
+    run = next(run for run in plan_runs(config) if run.method == "not polished")
+    done = ComparedRun(run.method, run.model.label, run.seed, run.folder)
+    original, base, refined = details_of([done], run.config, "cat.png")
+    record = read_jsonl(run.folder / "images.jsonl")[0]
+    pixels = [(detail.x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+              for detail in (original, base, refined)]  # fmt: skip
+    for side, picture, detail in (("base", pixels[1], base), ("refined", pixels[2], refined)):
+        psnr = skimage.metrics.peak_signal_noise_ratio(pixels[0], picture)
+        assert psnr == pytest.approx(record[side]["psnr"], abs=1e-3)
+        bpp_y = detail.bits.sum().item() / (180 * 181)
+        assert bpp_y == pytest.approx(record[side]["bpp_y"], rel=1e-4)
+
+
+def test_codecs_are_measured_on_their_whole_files():
+    pixels = skimage.data.chelsea()[:200, :301]
+    rows = coded_by("JPEG", "cat", to_x(pixels)[0])
+    assert [row["model"] for row in rows][:2] == ["quality 5", "quality 10"]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=35, optimize=True)
+    row = next(row for row in rows if row["model"] == "quality 35")
+    assert row["bpp"] == pytest.approx(8 * len(file.getvalue()) / (200 * 301))
+    decoded = np.asarray(Image.open(file))
+    psnr = skimage.metrics.peak_signal_noise_ratio(pixels, decoded)
+    assert row["psnr"] == pytest.approx(psnr, abs=1e-3)
+    for codec in ("JPEG 2000", "WebP", "AVIF"):
+        rates = [row["bpp"] for row in coded_by(codec, "cat", to_x(pixels)[0])]
+        assert rates == sorted(rates) and rates[0] < 0.5 < rates[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "ceil"),
+    [
+        ("sga_logits", "logx", lambda v: v),
+        ("sga_logits", "cosx", lambda v: np.sin(np.pi * v / 2) ** 2),
+        ("sga_logits", "ssl", lambda v: 1 / (1 + ((1 - v) / v) ** (4 / 3))),
+    ],
+)
+def test_probabilities_are_the_papers(name, function, ceil):
+    v, probability, candidates = candidate_probabilities(name, function)
+    assert candidates == ["floor(v)", "ceil(v)"]
+    assert probability[1] == pytest.approx(ceil(v.astype(float)), abs=1e-4)
+
+
+def test_wrong_published_curves_are_refused(tmp_path):
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("rate,psnr\n0.1,30\n")
+    with pytest.raises(InputError, match="needs columns bpp and psnr, has rate, psnr"):
+        published_curves({"mine": str(wrong)})
+    with pytest.raises(InputError, match=r"published.mine none.csv: cannot be read"):
+        published_curves({"mine": "none.csv"})
+
+
+def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_path):
+    """Killed hard in its second run, then run again: as if nothing had been."""
+    method = write_config(config_values | {"tot_inference_iterations": 150}, "method.json")
+    values = {
+        "save_name": "killed", "output_dir": str(tmp_path / "results"), "data_set": "folder",
+        "path": str(photos), "images": 3, "shown": 0,
+        "methods": {name: {"config": str(method)} for name in ("a", "b")},
+        "models": [{"train_lambda": 0.01, "pretrain": WEIGHTS[0.01]}],
+    }  # fmt: skip
+    path, folder = write_config(values, "compare.json"), tmp_path / "results/killed"
+    command = [sys.executable, str(ROOT / "compare.py"), "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    second = folder / "runs/b/lambda 0.01/images.jsonl"
+    while not second.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.html").exists()
+    kept = (folder / "runs/a/lambda 0.01/images.jsonl").read_bytes()
+    assert main(["--config", str(path)]) == 0
+    assert (folder / "runs/a/lambda 0.01/images.jsonl").read_bytes() == kept
+    sides = [read_jsonl(folder / f"runs/{name}/lambda 0.01/images.jsonl") for name in ("a", "b")]
+    assert [r["refined"] for r in sides[0]] == [r["refined"] for r in sides[1]]
+    assert len(sides[0]) == 3
+
+
+def test_quick_is_short_on_sample_photos(compared):
+    config, _ = compared
+    quick = CompareConfig.model_validate(config.model_dump() | {"quick": True, "quick_steps": 6})
+    for run in plan_runs(quick):
+        assert run.config.dev_options.data_set == "sample"
+        assert run.config.tot_inference_iterations == 6
+        assert run.config.tot_batches == 2
+        assert "two_quick/runs" in str(run.folder)
+    methods = {"ssl": {"config": str(ROOT / "example_files/two_class_ssl.json")}}
+    published = CompareConfig.model_validate(
+        config.model_dump() | {"quick": True, "methods": methods}
+    )
+    run = plan_runs(published)[0].config
+    # exp(-rate t) ends as it does after 2,000 steps
+    assert run.tot_inference_iterations * run.dev_options.temp_rate == pytest.approx(2000 * 1e-3)
+    assert run.optimizer.lr == pytest.approx(0.02)
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(params=[(1400, 900), (390, 844)], ids=["desktop", "phone"])
+def browser(request, tmp_path):
+    if not (CHROMIUM and shutil.which("chromedriver")):
+        pytest.skip("no Chromium and chromedriver here: apt install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage",
+                     f"--user-data-dir={tmp_path}/profile"):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options, service)
+    width, height = request.param
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield driver
+    driver.quit()
+
+
+def test_the_page_works_in_a_browser(compared, browser):
+    _, folder = compared
+    browser.get((folder / "report.html").as_uri())
+    pictures = browser.find_elements("tag name", "img")
+    assert len(pictures) == 6
+    assert all(int(picture.get_property("naturalWidth")) > 300 for picture in pictures)
+    assert all(picture.get_attribute("src").startswith("data:") for picture in pictures)
+    width = browser.execute_script("return document.documentElement.clientWidth")
+    # Nothing but the tables, in boxes of their own, is wider than the window.
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    first, _ = browser.find_elements("tag name", "table")
+    heads = [head.text for head in first.find_elements("tag name", "th")]
+    column = heads.index("loss")
+
+    def losses():
+        rows = first.find_elements("css selector", "tbody tr")
+        return [float(row.find_elements("tag name", "td")[column].text) for row in rows]
+
+    unsorted = losses()
+    button = first.find_elements("css selector", "th button")[column]
+    browser.execute_script("arguments[0].click()", button)
+    assert losses() == sorted(unsorted) != unsorted
+    browser.execute_script("arguments[0].click()", button)
+    assert losses() == sorted(unsorted, reverse=True)
+    assert browser.get_log("browser") == []
