@@ -253,7 +253,7 @@ body { padding: 0 1rem 3rem; background: #fff; color: #222 }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere }
 h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .scroll { overflow-x: auto }
-img { max-width: 100%; height: auto }
+img { width: 100%; min-width: 680px; max-width: 1200px; height: auto }
 table { border-collapse: collapse; font-size: .86rem; white-space: nowrap }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
@@ -318,14 +318,15 @@ def write_page(
         title = TITLES[key.partition("_")[0] if key not in TITLES else key]
         picture = base64.b64encode(png).decode()
         sections.append(
-            f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{picture}">'
+            f'<h2>{title}</h2><div class="scroll">'
+            f'<img alt="{title}" src="data:image/png;base64,{picture}"></div>'
         )
         if key == "rate_distortion":
             sections.append(_bd_section(bd, config.anchor))
     kinds = " and ".join(sorted(images["rate"].unique()))
     summary = (
         f"{images['image'].nunique()} images of {config.image_set}; {len(config.methods)} methods, "
-        f"{len(config.models)} models, {len(config.seeds)} seeds; rates: {kinds}."
+        f"{len(config.models)} models; seeds: {len(config.seeds)}; rates: {kinds}."
     )
     if config.quick:
         summary += " A quick run: few images, short schedules, to be looked at, not to be cited."
