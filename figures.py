@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from datasets import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
-from reporting import most_improved, printable, read_records
+from reporting import mean_trajectory, most_improved, printable, read_records
 
 
 class ComparedRun(NamedTuple):
@@ -63,15 +63,11 @@ def mean_curve(run: ComparedRun) -> pd.DataFrame:
     """A run's trajectory over steps and `seconds`, mean over images; one that is done counts on."""
     tables = []
     for name, record in read_records(run.folder / "images.jsonl").items():
-        table = pd.read_csv(run.folder / "trajectories" / f"{name}.csv").set_index("step")
+        table = pd.read_csv(run.folder / "trajectories" / f"{name}.csv")
         # Records of older runs have no clock.
-        clock = record.get("clock") or table.index * record["seconds_per_step"]
+        clock = record.get("clock") or table["step"] * record["seconds_per_step"]
         tables.append(table.assign(seconds=clock))
-    if not tables:
-        return pd.DataFrame(columns=["step", "seconds", "true_loss"])
-    steps = sorted(set().union(*(table.index for table in tables)))
-    rows = pd.concat([table.reindex(steps, method="ffill") for table in tables])
-    return rows.groupby("step").mean(numeric_only=True).reset_index()
+    return mean_trajectory(tables) if tables else pd.DataFrame()
 
 
 def plot_loss(runs: Sequence[ComparedRun], colors: dict[str, str]) -> Figure:

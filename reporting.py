@@ -304,9 +304,8 @@ class Run:
         if not own:
             log.error("no image was refined")
             return 1
-        trajectory = mean_trajectory(
-            [self._file("trajectories", record["name"], ".csv") for record in own]
-        )
+        files = [self._file("trajectories", record["name"], ".csv") for record in own]
+        trajectory = mean_trajectory([pd.read_csv(file) for file in files])
         write_whole(
             self.folder / "trajectory.csv", lambda file: trajectory.to_csv(file, index=False)
         )
@@ -804,9 +803,9 @@ def merge_records(folder: Path, order: Sequence[str]) -> dict[str, dict]:
     return merged
 
 
-def mean_trajectory(paths: Sequence[Path]) -> pd.DataFrame:
+def mean_trajectory(trajectories: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean over images at each evaluated step; where an image has none, its last one counts."""
-    tables = [pd.read_csv(path).set_index("step") for path in paths]
+    tables = [table.set_index("step") for table in trajectories]
     steps = sorted(set().union(*(table.index for table in tables)))
     rows = pd.concat([table.reindex(steps, method="ffill") for table in tables])
     table = rows.groupby("step").mean(numeric_only=True)

@@ -317,21 +317,11 @@ def refine(
         if due or step in pictured:
             true, x_hat = evaluate(model, x, latents, hard_round, lmbda, tile)
         if step in pictured:
-            label = "base" if step == first_step else f"step_{step:04d}"
-            for result, picture in zip(results, x_hat.split(1), strict=True):
-                if not result.over:
-                    result.pictures[label] = picture.clone()
+            keep_pictures(results, x_hat, "base" if step == first_step else f"step_{step:04d}")
         if due:
             relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
-            temperature, seconds = rounding.temperature(pace.position), pace.elapsed / len(x)
-            for index, result in enumerate(results):
-                if result.over:
-                    continue
-                row = {"step": step, "temperature": temperature, "lmbda": lmbda}
-                row |= {f"relaxed_{key}": value for key, value in relaxed[index].items()}
-                row |= {f"true_{key}": value for key, value in true[index].items()}
-                own = slice(index, index + 1)
-                result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone(), seconds)
+            at = {"step": step, "temperature": rounding.temperature(pace.position), "lmbda": lmbda}
+            add_rows(results, at, relaxed, true, latents, x_hat, pace.elapsed / len(x))
             if pace.over or all(result.over for result in results):
                 break
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
@@ -344,6 +334,31 @@ def refine(
     if config.polish_passes:
         polish_results(model, x, results, config, generators, pace, tile)
     return results
+
+
+def keep_pictures(results: Sequence[Refinement], x_hat: Tensor, label: str) -> None:
+    """Give each refinement that goes on its picture of x_hat [B, 3, H, W]."""
+    for result, picture in zip(results, x_hat.split(1), strict=True):
+        if not result.over:
+            result.pictures[label] = picture.clone()
+
+
+def add_rows(
+    results: Sequence[Refinement],
+    at: dict[str, Any],
+    relaxed: Sequence[dict[str, float | None]],
+    true: Sequence[dict[str, float | None]],
+    latents: Latents,
+    x_hat: Tensor,
+    seconds: float,
+) -> None:
+    """Add an evaluated step, `at` which it was, to each refinement that goes on."""
+    for index, result in enumerate(results):
+        if not result.over:
+            row = at | {f"relaxed_{key}": value for key, value in relaxed[index].items()}
+            row |= {f"true_{key}": value for key, value in true[index].items()}
+            own = slice(index, index + 1)
+            result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone(), seconds)
 
 
 def polish_results(

@@ -112,12 +112,10 @@ def test_settled_is_what_lies_still():
     assert not rule.settled([1.0, math.inf, 1.0])
 
 
-def test_the_mean_trajectory_lets_an_image_that_is_done_count_on(tmp_path):
+def test_the_mean_trajectory_lets_an_image_that_is_done_count_on():
     rows = {"a": {"step": [0, 5, 7], "true_loss": [3.0, 2.0, 1.0]},
             "b": {"step": [0, 5, 10], "true_loss": [5.0, 4.0, 3.0]}}  # fmt: skip
-    for name, table in rows.items():
-        pd.DataFrame(table).to_csv(tmp_path / name, index=False)
-    mean = mean_trajectory([tmp_path / name for name in rows])
+    mean = mean_trajectory([pd.DataFrame(table) for table in rows.values()])
     assert mean["step"].tolist() == [0, 5, 7, 10]
     assert mean["true_loss"].tolist() == [4.0, 3.0, 2.5, 2.0]
     assert mean["images"].tolist() == [2] * 4
