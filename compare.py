@@ -22,6 +22,7 @@ from config import (
     DATA_SETS,
     CompareConfig,
     ComparedModel,
+    InputError,
     RefineConfig,
     exits_with_one_line,
     folder_name,
@@ -33,9 +34,11 @@ from config import (
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from figures import ComparedRun
+from models import load_checkpoint, pick_device
 from polish import cost_in_steps
 from report import write_report
 from reporting import Cost, first_rank_does, join_ranks, read_records
+from tables import published_curves
 from train_flexible_inference import refine_images
 
 
@@ -59,6 +62,7 @@ def main(argv=None) -> int:
     flags = {"quick": "a few sample photos and short schedules"}
     config = parse_command_line(CompareConfig, "Compare ways to refine an image set.", argv, flags)
     runs = plan_runs(config)
+    refuse_what_is_missing(config)
     ranks = join_ranks()
     forecast = Forecast(runs, ranks.world)
     if ranks.rank == 0:
@@ -70,8 +74,20 @@ def main(argv=None) -> int:
         told = partial(forecast.tell, run) if ranks.rank == 0 else lambda cost: None
         worst = max(worst, refine_images(run.config, told))
     compared = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
-    first_rank_does(ranks, lambda: write_report(config, compared, runs[0].config))
-    return worst
+    page = first_rank_does(ranks, lambda: write_report(config, compared, runs[0].config))
+    return worst if page else 1
+
+
+def refuse_what_is_missing(config: CompareConfig) -> None:
+    """Look at all that would be wanted hours later.
+
+    Raises:
+        InputError: a checkpoint, a published curve or the device is missing or wrong.
+    """
+    published_curves(config.published)
+    pick_device(config.device)
+    for pretrain in {model.pretrain for model in config.models}:
+        load_checkpoint(pretrain)
 
 
 class Forecast:
@@ -98,13 +114,13 @@ class Forecast:
             self.told = True
             left = (self.passes - passes_of(run.config)) / self.processes
             minutes = left * cost.seconds / passes_of(run.config) / 60
-            print(f"about {minutes:.0f} minutes more here, if all images are as large", flush=True)
+            print(f"roughly {minutes:.0f} minutes more here, if images are as large", flush=True)
 
 
 def passes_of(config: RefineConfig) -> int:
-    """How often refining one image takes it through the decoder: steps, polish, evaluations."""
+    """About how often an image goes through the decoder: steps, polish, evaluations."""
     steps = config.tot_inference_iterations
-    return steps + cost_in_steps(config.polish_passes) + 2 * (steps // config.eval_freq + 1)
+    return steps + cost_in_steps(config.polish_passes) + 2 * (steps // config.eval_freq + 2)
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
@@ -115,7 +131,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     """
     runs = []
     for (name, method), model, seed in product(config.methods.items(), config.models, config.seeds):
-        label = model.label if len(config.seeds) == 1 else f"{model.label} seed {seed}"
+        label = folder_name(model.label) + (f" seed {seed}" if seed else "")
         values = {
             "batch_size": 1,
             "tot_batches": config.images,
@@ -138,6 +154,8 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
             values |= quick_values(config, refine_config)
             refine_config = load_config(method.config, RefineConfig, _as_overrides(values), source)
         rounding_from_config(refine_config)
+        if refine_config.target is not None:
+            raise InputError(f"{source}: a target has a lambda for each image; losses say nothing")
         runs.append(PlannedRun(name, model, seed, refine_config))
     return runs
 
@@ -145,11 +163,12 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
     """What `--quick` changes in a run but the image set: a schedule shrunk to few steps.
 
-    The temperature falls over the shorter run as over the long one. A constant learning rate is up
-    to four times as high, or nothing would move.
+    The polish counts as steps. Where the config sets the temperature by `exp`, it falls over the
+    shorter run as over the long one. A constant learning rate is up to four times as high, or
+    nothing would move.
     """
     options, steps = long.dev_options, long.tot_inference_iterations
-    shrink = min(config.quick_steps / steps, 1)
+    shrink = min(config.quick_steps / (steps + cost_in_steps(long.polish_passes)), 1)
     values: dict[str, Any] = {
         "tot_batches": config.quick_images,
         "tot_inference_iterations": max(round(steps * shrink), 1),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # libgomp reads this when torch is imported, which must come after this module. By default its
 # threads spin for long while they wait: on a machine with other work a step takes twice as long.
@@ -402,14 +402,27 @@ class PretrainConfig(ModelOfLambda):
 
 
 ShortName = Annotated[str, Field(pattern=r"^\S(.{0,60}\S)?$")]
-JsonValue = bool | int | float | str | None | dict[str, Any]
+
+
+def _refuse_what_a_comparison_sets(changes: dict[str, Any]) -> dict[str, Any]:
+    places = {
+        "train_lambda": "models", "pretrain": "models", "dev_options.inference_lambda": "models",
+        "seed": "seeds", "device": "device", "save_name": "save_name", "output_dir": "output_dir",
+        "tot_batches": "images", **{f"dev_options.{name}": "data_set" for name in DATA_SETS},
+    }  # fmt: skip
+    for key in changes.keys() & places.keys():
+        raise ValueError(f"{key} is for the comparison to say: {places[key]}")
+    return changes
+
+
+Changes = Annotated[dict[str, Any], AfterValidator(_refuse_what_a_comparison_sets)]
 
 
 class ComparedMethod(Section):
     """A refinement config, and what to change in it: `{"optimizer.lr": 0.01}`."""
 
     config: str
-    set: dict[str, JsonValue] = {}
+    set: Changes = {}
 
 
 class ComparedModel(Section):
@@ -418,12 +431,18 @@ class ComparedModel(Section):
     pretrain: str = Field(min_length=1)
     train_lambda: Positive
     inference_lambda: Positive | None = None
+    name: ShortName | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """What tells the checkpoint from others, e.g. `lambda 0.01`."""
+        return self.name or f"lambda {self.train_lambda:g}"
 
     @property
     def label(self) -> str:
         """What tells it from others, e.g. `lambda 0.01` or `lambda 0.01 at 0.005`."""
         at = "" if self.inference_lambda is None else f" at {self.inference_lambda:g}"
-        return f"lambda {self.train_lambda:g}{at}"
+        return f"{self.checkpoint}{at}"
 
 
 Codec = Literal["JPEG", "JPEG 2000", "WebP", "AVIF"]
@@ -439,8 +458,8 @@ class CompareConfig(Section):
     images: Count = 24
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
     models: list[ComparedModel] = Field(min_length=1)
-    set: dict[str, JsonValue] = {}
-    seeds: list[Index] = Field([0], min_length=1)
+    set: Changes = {}
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     anchor: str = "base"
     groups: dict[ShortName, list[str]] = {}
     codecs: list[Codec] = []
@@ -468,11 +487,17 @@ class CompareConfig(Section):
             raise ValueError(f"anchor = {self.anchor!r}: must be one of {', '.join(known)}")
         for name in self.methods.keys() & {"base", *get_args(Codec)}:
             raise ValueError(f"methods.{name}: is in every comparison or a codec; another name")
-        if self.data_set != "sample" and self.path is None:
+        for name in self.published.keys() & {*known, *get_args(Codec)}:
+            raise ValueError(f"published.{name}: is a method's or a codec's name; another one")
+        if self.data_set not in ("sample", "clic") and self.path is None:
             raise ValueError(f"path is missing: the folder of {self.data_set}")
-        labels = [model.label for model in self.models]
-        if len(set(labels)) < len(labels) or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a model (train_lambda and inference_lambda) or a seed stands twice")
+        if self.data_set == "sample" and self.path is not None:
+            raise ValueError("path is set, but data_set sample has none: set data_set, to folder?")
+        labels = [folder_name(model.label) for model in self.models]
+        if len({*labels}) < len(labels):
+            raise ValueError("models: two have the same lambdas: give each a name of its own")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError("seeds: one stands twice")
         if len({folder_name(method) for method in self.methods}) < len(self.methods):
             raise ValueError("methods: names must differ in more than punctuation")
         return self

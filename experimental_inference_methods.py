@@ -67,6 +67,11 @@ class Pace:
 
     With a time limit steps move on by more than one where the speed so far asks for it, so that the
     schedule ends with the time, however long it is.
+
+    Args:
+        seconds: the time limit.
+        share: the part of it that what comes after this schedule is to have, unless
+        least: so many steps' time is more than that.
     """
 
     def __init__(
@@ -74,11 +79,15 @@ class Pace:
         first: int,
         last: int,
         seconds: float | None = None,
+        share: float = 0.0,
+        least: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.position: float = first
         self.last, self.seconds, self.clock = last, seconds, clock
+        self.share, self.least = share, least
         self.taken, self.start, self.first_taken = 0, clock(), 0.0
+        self.each = 0.0  # seconds a step, as far as known
 
     @property
     def over(self) -> bool:
@@ -90,6 +99,11 @@ class Pace:
         """Seconds since it was made."""
         return self.clock() - self.start
 
+    def set_aside(self, seconds: float) -> None:
+        """Keep so much of the time for something else."""
+        if self.seconds is not None:
+            self.seconds -= seconds
+
     def advance(self) -> None:
         """A step was taken. The first one's time says little of the others'."""
         self.taken += 1
@@ -99,11 +113,16 @@ class Pace:
             if self.taken == 1:
                 self.first_taken = elapsed
             else:
-                each = (elapsed - self.first_taken) / (self.taken - 1)
-                left = round((self.seconds - elapsed) / each)
+                self.each = (elapsed - self.first_taken) / (self.taken - 1)
+                left = round((self.seconds - self._kept() - elapsed) / self.each)
             over = left <= 1 or elapsed >= self.seconds
             stride = self.last if over else max(1, (self.last - self.position) / left)
         self.position = min(self.position + stride, self.last)
+
+    def _kept(self) -> float:
+        """Seconds for what comes after: nothing where its share is too small to be of use."""
+        kept = self.share * self.seconds
+        return kept if kept >= self.least * self.each else 0.0
 
 
 # arXiv 2006.04240: the schedule of SGA and deterministic annealing.

@@ -36,33 +36,46 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
     return {"base": "grey"} | dict(zip(others, cycle(colors), strict=False))
 
 
+def plain(text: str) -> str:
+    """A name as matplotlib shows it: no glyphs that its font lacks, and no formula between $."""
+    return printable(text).replace("$", r"\$")
+
+
 def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
-    """PSNR and MS-SSIM over bits per pixel, up and to the left is better."""
+    """PSNR and MS-SSIM over bits per pixel, up and to the left is better.
+
+    The methods' curves are solid and in the middle, all others dashed.
+    """
     figure = Figure(figsize=(12, 4.8), dpi=130, layout="constrained")
     panels = (("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)"))
     for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name, points in curves.dropna(subset=[key]).groupby("curve", sort=False):
+        others = zip(cycle("sv^Dd<>"), cycle(f"C{index}" for index in range(10)))
+        known = curves.dropna(subset=["bpp", key])
+        for name, points in known.groupby("curve", sort=False):
+            style = {"marker": "o", "ms": 4, "lw": 1.6, "color": colors.get(name)}
+            if points["dashed"].all():
+                marker, color = next(others)
+                style = {"marker": marker, "ms": 3.5, "lw": 1, "ls": "--", "color": color}
             points = points.sort_values("bpp")
-            style = {"ls": "--", "lw": 1, "ms": 3} if points["dashed"].all() else {"lw": 1.6}
-            axis.plot(points["bpp"], points[key], marker="o", label=printable(name),
-                      color=colors.get(name), **{"ms": 4, **style})  # fmt: skip
+            axis.plot(points["bpp"], points[key], label=plain(name), **style)
         axis.set(xlabel="bits per pixel", ylabel=label)
         axis.grid(alpha=0.3)
-        # Codecs reach far: what is near to the methods' rates counts.
-        near = 1.6 * curves.loc[~curves["dashed"].astype(bool), "bpp"].max()
-        shown = curves.loc[curves["bpp"] <= near, key].dropna()
-        if len(shown):
-            room = 0.05 * (shown.max() - shown.min() or 1)
-            axis.set(xlim=(0, near), ylim=(shown.min() - room, shown.max() + room))
+        ours = known[~known["dashed"].astype(bool)]
+        if len(ours):
+            low, high = ours[key].min(), ours[key].max()
+            room = 0.4 * max(high - low, 1)
+            bpp = ours["bpp"].min(), ours["bpp"].max()
+            axis.set(xlim=(0.7 * bpp[0], 1.4 * bpp[1]), ylim=(low - room, high + room))
         if axis.has_data():
             axis.legend(fontsize=8)
     return figure
 
 
-def mean_curve(run: ComparedRun) -> pd.DataFrame:
+def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
     """A run's trajectory over steps and `seconds`, mean over images; one that is done counts on."""
     tables = []
-    for name, record in read_records(run.folder / "images.jsonl").items():
+    records = read_records(run.folder / "images.jsonl")
+    for name, record in ((name, records[name]) for name in names if name in records):
         table = pd.read_csv(run.folder / "trajectories" / f"{name}.csv")
         # Records of older runs have no clock.
         clock = record.get("clock") or table["step"] * record["seconds_per_step"]
@@ -70,23 +83,30 @@ def mean_curve(run: ComparedRun) -> pd.DataFrame:
     return mean_trajectory(tables) if tables else pd.DataFrame()
 
 
-def plot_loss(runs: Sequence[ComparedRun], colors: dict[str, str]) -> Figure:
-    """True loss over steps and over seconds, every method; a row of panels for each model."""
+def plot_loss(
+    runs: Sequence[ComparedRun], names: dict[str, Sequence[str]], colors: dict[str, str]
+) -> Figure:
+    """True loss over steps and over seconds, every method; a row of panels for each model.
+
+    Args:
+        names: the images that count, by model.
+    """
     models = list(dict.fromkeys(run.model for run in runs))
     figure = Figure(figsize=(12, 4.4 * len(models)), dpi=130, layout="constrained")
     for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
         base = None
         for run in first_seeds(runs, model):
-            curve = mean_curve(run)
+            curve = mean_curve(run, names.get(model, ()))
             if curve.empty:
                 continue
             base, color = curve["true_loss"].iloc[0], colors[run.method]
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
-                axis.plot(curve[key], curve["true_loss"], color=color, label=printable(run.method))
+                axis.plot(curve[key], curve["true_loss"], color=color, label=plain(run.method))
                 axis.plot(curve[key].iloc[-1], curve["true_loss"].iloc[-1], "o", color=color, ms=5)
-        for axis, label in zip(axes, ("step", "seconds per image"), strict=True):
+        labels = ("step, or pass of the polish", "seconds per image")
+        for axis, label in zip(axes, labels, strict=True):
             axis.set(xlabel=label, ylabel="true R-D loss, mean over images", xscale="log",
-                     title=printable(model))  # fmt: skip
+                     title=plain(model))  # fmt: skip
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -109,25 +129,27 @@ def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:
     return list(found.values())
 
 
-def plot_trajectories(runs: Sequence[ComparedRun], model: str, colors: dict[str, str]) -> Figure:
+def plot_trajectories(
+    runs: Sequence[ComparedRun], model: str, names: Sequence[str], colors: dict[str, str]
+) -> Figure:
     """Losses and their gap, rate, quality and temperature over the steps, every method.
 
     The second figure of arXiv 2401.17789.
     """
     figure = Figure(figsize=(14, 7.4), dpi=120, layout="constrained")
-    figure.suptitle(f"{printable(model)}: true (solid) and relaxed (dashed)", fontsize=10)
+    figure.suptitle(f"{plain(model)}: true (solid) and relaxed (dashed)", fontsize=10)
     axes = figure.subplots(2, 3).ravel()
     panels = ("loss", "gap", "bpp", "psnr_raw", "temperature")
     labels = ("R-D loss", "true less relaxed loss", "bits per pixel", "PSNR (dB, raw floats)",
               "temperature")  # fmt: skip
     for run in first_seeds(runs, model):
-        curve, color = mean_curve(run), colors[run.method]
+        curve, color = mean_curve(run, names), colors[run.method]
         if curve.empty:
             continue
         curve["gap"] = curve["true_loss"] - curve["relaxed_loss"]
         for axis, key in zip(axes, panels, strict=False):
             if key in curve:
-                axis.plot(curve["step"], curve[key], color=color, label=printable(run.method))
+                axis.plot(curve["step"], curve[key], color=color, label=plain(run.method))
                 continue
             axis.plot(curve["step"], curve[f"true_{key}"], color=color)
             axis.plot(curve["step"], curve[f"relaxed_{key}"], color=color, ls="--", lw=0.9)
@@ -192,14 +214,14 @@ def plot_details(name: str, details: Sequence[Detail]) -> Figure:
     columns = min(len(details), 4)
     rows = -(-len(details) // columns)
     figure = Figure(figsize=(3.3 * columns, 3.6 * rows + 0.3), dpi=120, layout="constrained")
-    figure.suptitle(printable(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
+    figure.suptitle(plain(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, detail, picture in zip(axes, details, pixels, strict=False):
         axis.imshow(picture[window], interpolation="nearest")
         title = detail.label
         if detail.bpp is not None:
             title += f"\n{detail.bpp:.4f} bpp, {detail.psnr:.2f} dB"
-        axis.set_title(printable(title), fontsize=9, parse_math=False)
+        axis.set_title(plain(title), fontsize=9)
     for axis in figure.axes:
         axis.axis("off")
     return figure
@@ -219,11 +241,11 @@ def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
     columns = min(len(maps), 3)
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * rows + 0.3), dpi=120, layout="constrained")
-    figure.suptitle(printable(f"{name}: bits of y per pixel, 16x16 pixels a position"), fontsize=9)
+    figure.suptitle(plain(f"{name}: bits of y per pixel, 16x16 pixels a position"), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (label, values, options) in zip(axes, maps, strict=False):
         shown = axis.imshow(values.numpy(), interpolation="nearest", **options)
-        axis.set_title(printable(label), fontsize=9, parse_math=False)
+        axis.set_title(plain(label), fontsize=9)
         figure.colorbar(shown, ax=axis, shrink=0.8)
     for axis in axes:
         axis.axis("off")

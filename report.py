@@ -13,6 +13,8 @@ results/<save_name>/
 import base64
 import html
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -22,7 +24,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from config import CompareConfig, InputError, RefineConfig
+from config import CompareConfig, RefineConfig, folder_name
 from datasets import open_images, write_whole
 from figures import (
     ComparedRun,
@@ -52,6 +54,7 @@ from tables import (
     bd_table,
     codec_curves,
     codec_table,
+    comparable,
     curve_points,
     half_interval,
     image_table,
@@ -70,13 +73,14 @@ LARGEST_SHOWN = 4_000_000  # pixels; larger images are in the tables alone
 def details_of(runs: Sequence[ComparedRun], config: RefineConfig, name: str) -> list[Detail] | None:
     """An image as it was, coded without refinement, and as each run of one model coded it.
 
-    None where a run lacks it, or where it is too large to be shown.
+    None where a run lacks it, or where it is too large to be shown, which is said.
     """
     records = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
     (image,) = open_images(config).load([name], 0)
     if image.x is None or not all(records) or image.x[0].numel() > LARGEST_SHOWN:
+        print(f"{name}: no pictures, for it is too large or some method lacks it")
         return None
-    model = freeze(load_checkpoint(config.pretrain))
+    model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, None, None, None)]
     base = integer_latents(model, analyze(model, x))
@@ -102,23 +106,31 @@ def _detail(model, label: str, symbols: Latents, values: dict, x: torch.Tensor) 
 
 def write_report(
     config: CompareConfig, runs: Sequence[ComparedRun], refine_config: RefineConfig
-) -> Path:
-    """Every table, plot and the page; prints the main table. The page's path.
+) -> Path | None:
+    """Every table, plot and the page; prints the main table.
 
     Args:
         refine_config: of any run with the first model, which opens the images.
 
+    Returns:
+        The page's path, or None where no image was refined by every method.
+
     Raises:
-        InputError: no image was refined, or a published curve cannot be read.
-        OSError: a file cannot be written.
+        InputError: a published curve cannot be read. OSError: a file cannot be written.
     """
     folder = Path(config.output_dir) / config.name
-    images = image_table(runs)
-    if images.empty:
-        raise InputError(f"{folder}: no image was refined")
-    names = list(images["image"].unique())
-    table, points = method_table(images, config), curve_points(images, config)
-    codecs = codec_table(refine_config, names, config.codecs, folder / "codecs.csv")
+    images = image_table(runs, open_images(refine_config).names[: refine_config.tot_batches])
+    shared = comparable(images)
+    if shared.empty:
+        print(f"error: {folder}: no image was refined by every method", file=sys.stderr)
+        return None
+    dropped = sorted({*images["image"]} - {*shared["image"]})
+    if dropped:
+        print(f"not compared, for some method lacks them: {', '.join(dropped)}")
+    table, points = method_table(shared, config), curve_points(shared, config)
+    counts = shared.groupby("image")["model"].nunique()
+    everywhere = [name for name in counts.index if counts[name] == shared["model"].nunique()]
+    codecs = codec_table(refine_config, everywhere, config.codecs, folder / "codecs.csv")
     curves = pd.concat([
         mean_points(points), codec_curves(codecs), published_curves(config.published)
     ])  # fmt: skip
@@ -133,9 +145,12 @@ def write_report(
     text = markdown(table)
     write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
     write_for_compressai(folder, points)
+    names = {model: list(own["image"].unique()) for model, own in shared.groupby("model")}
     figures = all_figures(config, runs, refine_config, curves, names)
+    for plot in [*folder.glob("detail_*"), *folder.glob("bits_*")]:
+        plot.unlink()  # of a run before that showed more
     pictures = {key: _saved(folder / key, figure) for key, figure in figures.items()}
-    page = write_page(folder / "report.html", config, images, table, bd, pictures)
+    page = write_page(folder / "report.html", config, shared, table, bd, pictures)
     print(f"\n{text}\ntables:   {folder}\nreport:   {page}")
     return page
 
@@ -146,6 +161,8 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
     Raises:
         OSError: a file cannot be written.
     """
+    # What a comparison before left, of methods that are none any more.
+    shutil.rmtree(folder / "compressai", ignore_errors=True)
     every = pd.concat([points, mean_points(points).assign(image="mean")])
     for (image, curve), own in every.groupby(["image", "curve"], sort=False):
         own = own.sort_values("bpp")
@@ -153,7 +170,7 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
         if own["ms_ssim_db"].notna().all():
             # The tool turns similarities into dB itself.
             results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
-        path = folder / "compressai" / str(image) / f"{curve.replace('/', '_')}.json"
+        path = folder / "compressai" / str(image) / f"{folder_name(curve)}.json"
         write_json(path, {"name": curve, "description": str(image), "results": results})
 
 
@@ -162,18 +179,19 @@ def all_figures(
     runs: Sequence[ComparedRun],
     refine_config: RefineConfig,
     curves: pd.DataFrame,
-    names: Sequence[str],
+    names: dict[str, Sequence[str]],
 ) -> dict[str, Figure]:
-    """Every plot of a report by its file's name."""
+    """Every plot of a report by its file's name; `names` are the images that count, by model."""
     model = runs[0].model
-    colors = colors_of([*config.methods, *(c for c in curves["curve"].unique() if c != "base")])
+    own = names.get(model, [])
+    colors = colors_of([*config.methods, *curves.loc[~curves["dashed"].astype(bool), "curve"]])
     of_model = first_seeds(runs, model)
     figures = {
         "rate_distortion": plot_curves(curves, colors),
-        "loss": plot_loss(runs, colors),
-        "trajectories": plot_trajectories(runs, model, colors),
+        "loss": plot_loss(runs, names, colors),
+        "trajectories": plot_trajectories(runs, model, own, colors),
     }
-    for number, name in enumerate(names[: config.shown], start=1):
+    for number, name in enumerate(own[: config.shown], start=1):
         details = details_of(of_model, refine_config, name)
         if details is not None:
             figures[f"detail_{number}"] = plot_details(name, details)
@@ -192,7 +210,9 @@ def markdown(table: pd.DataFrame) -> str:
     """The table for people, the lowest loss of each model in bold; changes are to the anchor."""
     heads, rows = table_cells(table)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
+    for cells in rows:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table_cells(table: pd.DataFrame, bold: str = "**{}**") -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ Every function maps tables, or the records of runs, to a table (pandas).
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +32,27 @@ CODECS = {
 }  # fmt: skip
 
 
-def image_table(runs: Iterable[ComparedRun]) -> pd.DataFrame:
+def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFrame:
     """One row an image, run and seed; unrefined images are the method `base`.
 
-    `rate` says whether bpp is of files or an estimate.
+    `rate` says whether bpp is of files, which it is where all refined images are files, or an
+    estimate.
+
+    Args:
+        names: the images that count.
     """
+    found = {run: read_records(run.folder / "images.jsonl") for run in runs}
+    found = {run: [one[name] for name in names if name in one] for run, one in found.items()}
+    files = all("file_bpp" in record["refined"] for one in found.values() for record in one)
     rows = []
-    for run in runs:
-        for record in read_records(run.folder / "images.jsonl").values():
+    for run, records in found.items():
+        for record in records:
             common = {"model": run.model, "image": record["name"], "lmbda": record["lmbda"]}
             for method, side in ((run.method, "refined"), ("base", "base")):
                 values = record[side]
                 row = {"method": method, "seed": run.seed, **common}
-                row["bpp"] = values.get("file_bpp", values["bpp"])
-                row["rate"] = "file" if "file_bpp" in values else "estimate"
+                row["bpp"] = values["file_bpp" if files else "bpp"]
+                row["rate"] = "file" if files else "estimate"
                 row |= {key: values[key] for key in ("psnr", "ms_ssim_db", "true_loss")}
                 if side == "refined":
                     row |= {key: record[key] for key in ("steps", "best_step", "seconds")}
@@ -60,14 +67,26 @@ def image_table(runs: Iterable[ComparedRun]) -> pd.DataFrame:
     return pd.concat([base, table[~is_base]], ignore_index=True)
 
 
+def comparable(images: pd.DataFrame) -> pd.DataFrame:
+    """The rows of images that every method has which has any, model by model."""
+    parts = [images.iloc[:0]]
+    for _, own in images.groupby("model", sort=False) if len(images) else ():
+        counts = own.groupby("image")["method"].nunique()
+        parts.append(own[own["image"].map(counts) == own["method"].nunique()])
+    return pd.concat(parts, ignore_index=True)
+
+
 def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """One row a model and method: means over the images, and the difference to the anchor.
 
     Seeds of an image are averaged first; `seed_spread_percent` is their standard deviation, mean
     over images. `change_percent` is the mean over images of loss / anchor's loss - 1, with the half
-    width of its Student confidence interval; `change_of_mean_percent` compares the mean losses,
-    `group: <name>` is `change_percent` over the images of a group alone. All count the images that
-    a method shares with the anchor.
+    width of its Student confidence interval, `least_change` and `most_change` its range;
+    `change_of_mean_percent` compares the mean losses, `group: <name> (n)` is `change_percent` over
+    the n images of a group that are there.
+
+    Args:
+        images: `comparable` ones.
     """
     rows = []
     for model, of_model in images.groupby("model", sort=False):
@@ -96,9 +115,13 @@ def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) ->
         "change_of_mean_percent": 100 * (own.mean() / anchor.mean() - 1),
         "least_change": change.min(),
         "most_change": change.max(),
-        **{f"group: {name}": change[change.index.isin(part)].mean()
-           for name, part in groups.items()},
-    }  # fmt: skip
+        **{
+            f"group: {name} ({change.index.isin(part).sum()})": change[
+                change.index.isin(part)
+            ].mean()
+            for name, part in groups.items()
+        },
+    }
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -114,31 +137,28 @@ def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """Points of rate-distortion curves, one row an image, curve and point.
 
     A method is one curve over the models; where a checkpoint has several inference lambdas, one
-    curve over these for each checkpoint.
+    curve over these for each `checkpoint`, which is "" otherwise and for the base.
     """
-    trained = {model.label: model.train_lambda for model in config.models}
-    several = len(set(trained.values())) < len(trained)
-    points = images.copy()
-    points["curve"] = points["method"]
-    if several:
-        of = points["model"].map(trained)
+    checkpoints = {model.label: model.checkpoint for model in config.models}
+    points = images.assign(curve=images["method"], checkpoint="")
+    if len(set(checkpoints.values())) < len(checkpoints):
+        of = points["model"].map(checkpoints)
         refined = points["method"] != "base"
-        points.loc[refined, "curve"] += of[refined].map(lambda value: f", model {value:g}")
+        points.loc[refined, "checkpoint"] = of[refined]
+        points.loc[refined, "curve"] += ", " + of[refined]
         # The unrefined image does not know the lambda of a refinement.
-        points.loc[~refined, "model"] = of[~refined].map(lambda value: f"lambda {value:g}")
-    keys = ["curve", "method", "model", "image"]
+        points.loc[~refined, "model"] = of[~refined]
+    keys = ["curve", "method", "checkpoint", "model", "image"]
     return points.groupby(keys, sort=False)[list(QUALITIES)].mean().reset_index()
 
 
 def mean_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Each curve's points as means over the images that all of its points have."""
-    rows = []
-    for curve, own in points.groupby("curve", sort=False):
-        counts = own.groupby("image")["model"].nunique()
-        shared = own[own["image"].isin(counts[counts == counts.max()].index)]
-        means = shared.groupby("model", sort=False)[list(QUALITIES)].mean().reset_index()
-        rows.append(means.assign(curve=curve, images=shared["image"].nunique(), dashed=False))
-    return pd.concat(rows, ignore_index=True)
+    """Each curve's points as means over the images that all points of all curves have."""
+    of_image = points.groupby("image").size()
+    shared = points[points["image"].map(of_image) == len(points.groupby(["curve", "model"]))]
+    keys = ["curve", "method", "checkpoint", "model"]
+    means = shared.groupby(keys, sort=False)[list(QUALITIES)].mean().reset_index()
+    return means.assign(images=shared["image"].nunique(), dashed=False)
 
 
 def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
@@ -149,17 +169,16 @@ def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """
     means = mean_points(points).assign(image="(mean curve)")
     every = pd.concat([points, means], ignore_index=True)
-    anchors = [name for name in every["curve"].unique()
-               if name == config.anchor or name.startswith(f"{config.anchor}, model ")]  # fmt: skip
     rows = []
-    for (curve, image), own in every.groupby(["curve", "image"], sort=False):
-        suffix = curve.rpartition(", model ")[2] if ", model " in curve else None
-        anchor = next((name for name in anchors if suffix and name.endswith(f" {suffix}")),
-                      anchors[0] if anchors else None)  # fmt: skip
-        if anchor is None or curve == anchor:
+    for (curve, method, checkpoint, image), own in every.groupby(
+        ["curve", "method", "checkpoint", "image"], sort=False
+    ):
+        if method == config.anchor:
             continue
-        other = every[(every["curve"] == anchor) & (every["image"] == image)]
-        rows.append({"curve": curve, "anchor": anchor, "image": image} | _deltas(other, own))
+        of_anchor = every[(every["method"] == config.anchor) & (every["image"] == image)]
+        other = of_anchor[of_anchor["checkpoint"].isin(["", checkpoint])]
+        row = {"curve": curve, "anchor": config.anchor, "image": image}
+        rows.append(row | _deltas(other, own))
     return pd.DataFrame(rows)
 
 
@@ -208,8 +227,10 @@ def coded_by(codec: str, name: str, x: torch.Tensor) -> list[dict[str, object]]:
         decoded = to_tensor(Image.open(file).convert("RGB"))[None]
         quality = picture_quality(decoded, x[None])
         bpp = 8 * file.getbuffer().nbytes / (x.size(1) * x.size(2))
-        rows.append({"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp,
-                     "psnr": quality["psnr"], "ms_ssim_db": quality["ms_ssim_db"]})  # fmt: skip
+        row = {"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp}
+        # A picture that comes back as it was has no finite quality, and no place on a curve.
+        row |= {key: quality[key] for key in ("psnr", "ms_ssim_db")}
+        rows.append({key: None if value == math.inf else value for key, value in row.items()})
     return rows
 
 
@@ -228,6 +249,10 @@ def published_curves(files: dict[str, str]) -> pd.DataFrame:
         if not {"bpp", "psnr"} <= set(table.columns):
             found = ", ".join(table.columns)
             raise InputError(f"published.{name} {path}: needs columns bpp and psnr, has {found}")
+        numbers = table[table.columns.intersection(QUALITIES)].apply(pd.to_numeric, errors="coerce")
+        if not np.isfinite(numbers).all(axis=None) or (numbers["bpp"] <= 0).any():
+            raise InputError(f"published.{name} {path}: a value is no number, or no bpp above 0")
+        table[numbers.columns] = numbers
         tables.append(table.assign(curve=name, dashed=True))
     return pd.concat(tables) if tables else pd.DataFrame()
 

@@ -62,6 +62,7 @@ from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts,
 from tiles import MemoryBound, memory_bound
 
 LBFGS_HISTORY = 100  # torch's own
+LEAST_POLISH = cost_in_steps(4)  # steps: with less time, descent has all of it
 
 
 @exits_with_one_line
@@ -222,6 +223,7 @@ class Refinement:
     clock: list[float] = field(default_factory=list)
     stopped: str | None = None
     settled: bool = False
+    noise: Tensor | None = None
     target: dict[str, Any] | None = None
     bitstream: bytes | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -232,6 +234,11 @@ class Refinement:
         return self.settled or self.stopped is not None
 
     @property
+    def true_losses(self) -> list[float]:
+        """The true loss at each row."""
+        return [row["true_loss"] for row in self.trajectory]
+
+    @property
     def lowest(self) -> float:
         """The lowest true loss so far; infinite where none was finite."""
         return self.best["true_loss"] if self.best else math.inf
@@ -240,8 +247,6 @@ class Refinement:
         """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
         self.trajectory.append(row)
         self.clock.append(seconds)
-        if self.early_stop is not None:
-            self.settled = self.early_stop.settled([row["true_loss"] for row in self.trajectory])
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
         if row["true_loss"] < self.lowest:
@@ -279,9 +284,10 @@ def refine(
     options, steps = config.dev_options, config.tot_inference_iterations
     lmbda = config.lmbda if lmbda is None else lmbda
     precision = getattr(torch, config.precision)
-    # Polishing has its part of the time.
-    part = steps / (steps + cost_in_steps(config.polish_passes)) * len(x)
-    pace = Pace(first_step, steps, config.max_seconds and config.max_seconds * part)
+    seconds, polishing = None, cost_in_steps(config.polish_passes)
+    if config.max_seconds:
+        seconds = config.max_seconds * len(x)
+    pace = Pace(first_step, steps, seconds, polishing / (steps + polishing), len(x) * LEAST_POLISH)
     release_memory(model)
     x = x.contiguous(memory_format=torch.channels_last)
     start = analyze(model, x) if start is None else start
@@ -321,7 +327,9 @@ def refine(
         if due:
             relaxed, _ = evaluate(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
             at = {"step": step, "temperature": rounding.temperature(pace.position), "lmbda": lmbda}
-            add_rows(results, at, relaxed, true, latents, x_hat, pace.elapsed / len(x))
+            add_rows(results, generators, at, relaxed, true, latents, x_hat, pace.elapsed / len(x))
+            if step == first_step:
+                pace.set_aside(pace.elapsed)  # for the last evaluation
             if pace.over or all(result.over for result in results):
                 break
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
@@ -345,6 +353,7 @@ def keep_pictures(results: Sequence[Refinement], x_hat: Tensor, label: str) -> N
 
 def add_rows(
     results: Sequence[Refinement],
+    generators: Sequence[torch.Generator],
     at: dict[str, Any],
     relaxed: Sequence[dict[str, float | None]],
     true: Sequence[dict[str, float | None]],
@@ -359,6 +368,9 @@ def add_rows(
             row |= {f"true_{key}": value for key, value in true[index].items()}
             own = slice(index, index + 1)
             result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone(), seconds)
+            if result.early_stop and result.early_stop.settled(result.true_losses):
+                # The polish goes on with this noise, as if the image were alone.
+                result.settled, result.noise = True, generators[index].get_state()
 
 
 def polish_results(
@@ -379,8 +391,10 @@ def polish_results(
         own, result, seconds = slice(index, index + 1), results[index], None
         if config.max_seconds:
             seconds = (config.max_seconds * len(x) - pace.elapsed) / (len(left) - nth)
-            if seconds <= 0:
+            if seconds < LEAST_POLISH * pace.each:
                 break
+        if result.noise is not None:
+            generators[index].set_state(result.noise)
         passes = Pace(0, config.polish_passes, seconds)
         latents = polish(
             model, x[own], result.latents, result.lmbda, passes, generators[index], tile

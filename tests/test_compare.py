@@ -43,9 +43,9 @@ def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys
     assert main(["--config", str(path)]) == 0
     folder = tmp_path / "results/both"
     runs = {
-        (method, seed): read_jsonl(folder / f"runs/{name}/lambda 0.01 seed {seed}/images.jsonl")
+        (method, seed): read_jsonl(folder / f"runs/{name}/lambda 0.01{end}/images.jsonl")
         for method, name in (("slow", "slow"), ("fast, of course", "fast of course"))
-        for seed in (0, 5)
+        for seed, end in ((0, ""), (5, " seed 5"))
     }
     losses = {
         method: [
@@ -67,7 +67,7 @@ def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys
     assert fast["half_interval"] == pytest.approx((high - low) / 2, rel=1e-6)
     of_means = 100 * (np.mean(losses["fast, of course"]) / np.mean(losses["slow"]) - 1)
     assert fast["change_of_mean_percent"] == pytest.approx(of_means, rel=1e-6)
-    assert fast["group: animals"] == pytest.approx(100 * (ratios[0] - 1), rel=1e-6)
+    assert fast["group: animals (1)"] == pytest.approx(100 * (ratios[0] - 1), rel=1e-6)
     assert fast["seeds"] == 2 and fast["seed_spread_percent"] > 0
     assert slow["change_percent"] == 0
     base = np.mean([record["base"]["true_loss"] for record in runs["slow", 0]])
@@ -93,11 +93,13 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
     assert set(pd.read_csv(folder / "table.csv")["method"]) == {"base", "slow", "new"}
     runs = plan_runs(load_config(path, CompareConfig))
     done = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
-    left, right = plot_loss(done, colors_of(list(compared["methods"]))).axes
+    left, right = plot_loss(done, {"lambda 0.01": NAMES}, colors_of(list(compared["methods"]))).axes
     for run, line, clock in zip(runs, left.lines[::2], right.lines[::2], strict=False):
         records = read_jsonl(run.folder / "images.jsonl")
-        final = np.mean([record["refined"]["true_loss"] for record in records])
-        assert min(line.get_ydata()) == pytest.approx(final, rel=0.01)
+        tables = [pd.read_csv(run.folder / f"trajectories/{name}.csv") for name in NAMES]
+        for step, loss in zip(*line.get_data(), strict=True):
+            rows = [table.loc[table["step"] == step, "true_loss"].item() for table in tables]
+            assert loss == pytest.approx(np.mean(rows), rel=1e-6)
         assert clock.get_xdata()[-1] == pytest.approx(
             np.mean([record["clock"][-1] for record in records])
         )
@@ -107,7 +109,34 @@ WRONG = {
     "anchor": ({"anchor": "medium"}, "anchor = 'medium': must be one of base, slow, fast"),
     "no path": ({"path": None}, "path is missing: the folder of folder"),
     "typo": ({"seed": 1}, "unknown key 'seed': did you mean 'seeds'?"),
-    "seed twice": ({"seeds": [1, 1]}, "a seed stands twice"),
+    "seed twice": ({"seeds": [1, 1]}, "seeds: one stands twice"),
+    "seed": ({"seeds": [2**70]}, "should be less than"),
+    "path of the samples": ({"data_set": "sample"}, "data_set sample has none"),
+    "its own seed": (
+        {"methods": {"slow": {"config": "method.json", "set": {"seed": 1}}}},
+        "seed is for the comparison to say: seeds",
+    ),
+    "target": (
+        {"methods": {"slow": {"config": "method.json", "set": {"target_bpp": 0.3}}}},
+        "a target has a lambda for each image",
+    ),
+    "no published curve": (
+        {"published": {"a": "none.csv"}, "methods": {"slow": {"config": "method.json"}}},
+        "published.a none.csv: cannot be read",
+    ),
+    "published under a method's name": ({"published": {"slow": "a.csv"}}, "another one"),
+    "no checkpoint": (
+        {"models": [{"pretrain": "none", "train_lambda": 0.01}],
+         "methods": {"slow": {"config": "method.json"}}},
+        "pretrain none: no such file",
+    ),
+    "device": (
+        {"device": "cuda:99", "methods": {"slow": {"config": "method.json"}}}, "device = 'cuda:99'",
+    ),
+    "model twice": (
+        {"models": [{"pretrain": "a", "train_lambda": 0.01}] * 2},
+        "models: two have the same lambdas: give each a name",
+    ),
     "missing config": (
         {"methods": {"slow": {"config": "none.json"}}},
         "config none.json: No such file or directory",
@@ -137,6 +166,37 @@ def test_a_wrong_comparison_runs_nothing(
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_only_images_of_the_set_that_every_method_has_are_compared(
+    compared, write_config, tmp_path, photos, capsys
+):
+    """One method alone saw b, c has gone, d is flat; names that a plot or a table would misread."""
+    compared |= {"seeds": [0], "anchor": "base", "codecs": ["JPEG", "WebP"], "shown": 1}
+    odd = compared["methods"] = {"a|b $x_$ <i>": compared["methods"]["slow"]}
+    Image.new("RGB", (170, 170), (90, 90, 90)).save(photos / "$d_.png")
+    assert main(["--config", str(write_config(compared | {"images": 4}, "compare.json"))]) == 0
+    (photos / "c_rocket.png").unlink()
+    (photos / "b_coffee.png").write_bytes(b"no picture any more")
+    odd["new"] = odd["a|b $x_$ <i>"]
+    capsys.readouterr()
+    path = write_config(compared | {"images": 4}, "compare.json")
+    assert main(["--config", str(path)]) == 1
+    assert "not compared, for some method lacks them: b_coffee.png" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "results/both/table.csv")
+    assert set(table["images"]) == {2} and len(table) == 3
+    images = pd.read_csv(tmp_path / "results/both/images.csv")
+    assert set(images["image"]) == {"$d_.png", "a_chelsea.png", "b_coffee.png"}
+    text = (tmp_path / "results/both/table.md").read_text()
+    assert "a\\|b $x_$ <i>" in text
+    assert "a|b $x_$ &lt;i&gt;" in (tmp_path / "results/both/report.html").read_text()
+
+
+def test_a_seed_can_be_added(compared, write_config, tmp_path):
+    compared["methods"].pop("fast, of course")
+    runs = plan_runs(load_config(write_config(compared | {"seeds": [0]}), CompareConfig))
+    more = plan_runs(load_config(write_config(compared | {"seeds": [5, 0]}), CompareConfig))
+    assert runs[0].folder == more[1].folder != more[0].folder
 
 
 def test_an_interval_needs_two_values():

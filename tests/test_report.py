@@ -23,7 +23,14 @@ from conftest import ROOT, read_jsonl, to_x
 from figures import ComparedRun, candidate_probabilities
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from report import details_of
-from tables import bd_table, coded_by, curve_points, mean_points, published_curves
+from tables import (
+    bd_table,
+    coded_by,
+    curve_points,
+    image_table,
+    mean_points,
+    published_curves,
+)
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -81,12 +88,12 @@ def compared(tmp_path_factory):
         Image.fromarray(pixels).save(photos / f"{name}.png")
     short = {"tot_inference_iterations": 12, "polish_passes": 4, "eval_freq": 4}
     method = {"config": str(ROOT / "example_files/fast.json"), "set": short}
-    files = {**method, "set": {**short, "save_bitstreams": True, "polish_passes": 0}}
+    other = {**method, "set": {**short, "polish_passes": 0}}
     values = {
         "save_name": "two", "output_dir": str(folder / "results"), "data_set": "folder",
-        "path": str(photos), "methods": {"polished": method, "not polished": files},
+        "path": str(photos), "methods": {"polished": method, "not polished": other},
         "models": [{"train_lambda": lmbda, "pretrain": path} for lmbda, path in WEIGHTS.items()],
-        "codecs": ["JPEG", "AVIF"], "shown": 1,
+        "codecs": ["JPEG", "AVIF"], "shown": 1, "set": {"save_bitstreams": True},
         "published": {"SGA, Kodak": str(PUBLISHED / "yang2020_sga_kodak.csv")},
     }  # fmt: skip
     path = folder / "compare.json"
@@ -107,9 +114,27 @@ def test_everything_is_in_the_folder(compared):
         "base", "polished", "not polished", "JPEG", "AVIF", "SGA, Kodak",
     }  # fmt: skip
     images = pd.read_csv(folder / "images.csv")
-    # Files where there are files: those of the method that writes them.
-    assert set(images.loc[images["method"] == "not polished", "rate"]) == {"file"}
-    assert set(images.loc[images["method"] == "polished", "rate"]) == {"estimate"}
+    assert set(images["rate"]) == {"file"}
+    run = next((folder / "runs/polished").iterdir())
+    for record in read_jsonl(run / "images.jsonl"):
+        own = images[(images["method"] == "polished") & (images["image"] == record["name"])]
+        assert np.isclose(own["bpp"], record["refined"]["file_bpp"]).any()
+
+
+def test_rates_are_estimates_where_not_all_are_files(compared):
+    config, _ = compared
+    runs = [ComparedRun(run.method, run.model.label, run.seed, run.folder)
+            for run in plan_runs(config)[:2]]  # fmt: skip
+    records = [json.loads(line) for line in (runs[0].folder / "images.jsonl").open()]
+    bare = runs[0].folder.parent / "bare"
+    bare.mkdir()
+    for record in records:
+        record["refined"].pop("file_bpp")
+    (bare / "images.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = image_table([runs[1], runs[0]._replace(folder=bare)], ["cat.png", "cup.png"])
+    assert set(table["rate"]) == {"estimate"}
+    estimates = table.loc[table["model"] == runs[0].model, "bpp"]
+    assert records[0]["refined"]["bpp"] in set(estimates)
 
 
 def test_deltas_are_those_of_the_images_curves(compared):
@@ -147,9 +172,9 @@ def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
         for method in ("base", "polished") for number, model in enumerate(semi.models, start=1)
     ]  # fmt: skip
     means = mean_points(curve_points(pd.DataFrame(rows), semi)).set_index("curve")
-    assert list(means.index) == ["base", "base", "polished, model 0.01", "polished, model 0.01",
-                                 "polished, model 0.005"]  # fmt: skip
-    assert list(means.loc["polished, model 0.01", "bpp"]) == pytest.approx([0.1, 0.2])
+    assert list(means.index) == ["base", "base", "polished, lambda 0.01", "polished, lambda 0.01",
+                                 "polished, lambda 0.005"]  # fmt: skip
+    assert list(means.loc["polished, lambda 0.01", "bpp"]) == pytest.approx([0.1, 0.2])
     assert list(means.loc["base", "model"]) == ["lambda 0.01", "lambda 0.005"]
 
 
@@ -220,6 +245,9 @@ def test_wrong_published_curves_are_refused(tmp_path):
     wrong.write_text("rate,psnr\n0.1,30\n")
     with pytest.raises(InputError, match="needs columns bpp and psnr, has rate, psnr"):
         published_curves({"mine": str(wrong)})
+    wrong.write_text("bpp,psnr\n0.1,thirty\n")
+    with pytest.raises(InputError, match="a value is no number"):
+        published_curves({"mine": str(wrong)})
     with pytest.raises(InputError, match=r"published.mine none.csv: cannot be read"):
         published_curves({"mine": "none.csv"})
 
@@ -255,7 +283,8 @@ def test_quick_is_short_on_sample_photos(compared):
     quick = CompareConfig.model_validate(config.model_dump() | {"quick": True, "quick_steps": 6})
     for run in plan_runs(quick):
         assert run.config.dev_options.data_set == "sample"
-        assert run.config.tot_inference_iterations == 6
+        # 12 steps, 16 probes and perhaps 4 passes become 6 in all
+        assert run.config.tot_inference_iterations in (2, 6)
         assert run.config.tot_batches == 2
         assert "two_quick/runs" in str(run.folder)
     methods = {"ssl": {"config": str(ROOT / "example_files/two_class_ssl.json")}}

@@ -31,7 +31,7 @@ class Clock:
 def test_the_schedule_ends_with_the_time(seconds, steps, slower):
     """Steps of 0.1 s after one of 0.3 s; from the middle of the time on they may be slower."""
     clock = Clock()
-    pace = Pace(0, 500, seconds, clock)
+    pace = Pace(0, 500, seconds, clock=clock)
     positions = []
     while not pace.over:
         positions.append(pace.position)
@@ -102,6 +102,37 @@ def test_an_image_stops_when_its_loss_has_settled(model, config_values, write_co
     wild = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     first, _ = refined(overrides, wild)
     assert [row["step"] for row in first.trajectory] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_settled_image_is_polished_as_if_alone(model, config_values, write_config):
+    """Whatever its batch mate does; and it stays settled."""
+    schedule = '{"start_iters": 3, "warmup_steps": 0, "start_lr": 0.05, "end_lr": 0.0}'
+    overrides = [
+        f"dev_options.custom_lr={schedule}", "eval_freq=1", "tot_inference_iterations=12",
+        'early_stop={"evaluations": 4}', "polish_passes=5",
+    ]  # fmt: skip
+    config = load_config(write_config(config_values), RefineConfig, overrides)
+    x = to_x(skimage.data.coffee()[100:164, 200:264])
+    wild = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    rounding = rounding_from_config(config)
+    (alone,) = refine(model, x, rounding, config, [7], lambda *_: None)
+    mated, _ = refine(model, torch.cat([x, wild]), rounding, config, [7, 8], lambda *_: None)
+    assert alone.settled and mated.settled
+    assert [row["step"] for row in mated.trajectory] == [0, 1, 2, 3, 4, 5, 6, 11]
+    losses = [result.trajectory[-1]["true_loss"] for result in (alone, mated)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] < alone.trajectory[-2]["true_loss"]
+
+
+def test_what_comes_after_the_schedule_has_its_share_of_the_time():
+    """A fifth of ten seconds; nothing where that is less than what it needs at least."""
+    for least, end in ((15, 8), (30, 10)):
+        clock = Clock()
+        pace = Pace(0, 500, 10, 0.2, least, clock)
+        while not pace.over:
+            clock.now += 0.1
+            pace.advance()
+        assert pace.elapsed == pytest.approx(end, abs=0.3)
 
 
 def test_settled_is_what_lies_still():
