@@ -13,6 +13,7 @@ results/<save_name>/
     summary.json, log.txt
 """
 
+import atexit
 import json
 import logging
 import math
@@ -83,6 +84,8 @@ def join_ranks(device: str = "cpu") -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         # Ranks finish hours apart.
         distributed.init_process_group(backend, timeout=timedelta(days=7))
+        # Left to the interpreter's end, its threads sometimes abort a process that has finished.
+        atexit.register(distributed.destroy_process_group)
     return Ranks(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
 
 
