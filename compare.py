@@ -130,7 +130,8 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         InputError: a method's config is missing or wrong.
     """
     runs = []
-    for (name, method), model, seed in product(config.methods.items(), config.models, config.seeds):
+    combinations = product(config.methods.items(), config.models, config.used_seeds)
+    for (name, method), model, seed in combinations:
         label = folder_name(model.label) + (f" seed {seed}" if seed else "")
         values = {
             "batch_size": 1,
@@ -161,18 +162,21 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 
 
 def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
-    """What `--quick` changes in a run but the image set: a schedule shrunk to few steps.
+    """What `--quick` changes in a run but its images and seeds: a schedule shrunk to few steps.
 
-    The polish counts as steps. Where the config sets the temperature by `exp`, it falls over the
-    shorter run as over the long one. A constant learning rate is up to four times as high, or
-    nothing would move.
+    The polish counts as steps; it is left out where its probes would take them all. Where the
+    config sets the temperature by `exp`, it falls over the shorter run as over the long one. A
+    constant learning rate is up to four times as high, or nothing would move.
     """
     options, steps = long.dev_options, long.tot_inference_iterations
-    shrink = min(config.quick_steps / (steps + cost_in_steps(long.polish_passes)), 1)
+    probes = cost_in_steps(long.polish_passes) - long.polish_passes
+    passes = long.polish_passes if config.quick_steps > probes else 0
+    left = config.quick_steps - (probes if passes else 0)
+    shrink = min(left / (steps + passes), 1)
     values: dict[str, Any] = {
         "tot_batches": config.quick_images,
         "tot_inference_iterations": max(round(steps * shrink), 1),
-        "polish_passes": round(long.polish_passes * shrink),
+        "polish_passes": round(passes * shrink),
         "eval_freq": max(round(steps * shrink / 10), 1),
     }
     if options.temp_schedule == "exp":

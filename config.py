@@ -480,6 +480,11 @@ class CompareConfig(Section):
         """The data set that is refined."""
         return "sample" if self.quick else self.data_set
 
+    @property
+    def used_seeds(self) -> list[int]:
+        """Seeds, after `quick`."""
+        return self.seeds[:1] if self.quick else self.seeds
+
     @model_validator(mode="after")
     def _is_consistent(self) -> "CompareConfig":
         known = ["base", *self.methods]

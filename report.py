@@ -346,7 +346,7 @@ def write_page(
     kinds = " and ".join(sorted(images["rate"].unique()))
     summary = (
         f"{images['image'].nunique()} images of {config.image_set}; {len(config.methods)} methods, "
-        f"{len(config.models)} models; seeds: {len(config.seeds)}; rates: {kinds}."
+        f"{len(config.models)} models; seeds: {len(config.used_seeds)}; rates: {kinds}."
     )
     if config.quick:
         summary += " A quick run: few images, short schedules, to be looked at, not to be cited."

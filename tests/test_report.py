@@ -280,13 +280,16 @@ def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_p
 
 def test_quick_is_short_on_sample_photos(compared):
     config, _ = compared
-    quick = CompareConfig.model_validate(config.model_dump() | {"quick": True, "quick_steps": 6})
-    for run in plan_runs(quick):
-        assert run.config.dev_options.data_set == "sample"
-        # 12 steps, or 12 and a polish of 16 probes and 4 passes, become 6 in all.
-        assert run.config.tot_inference_iterations == {"polished": 2, "not polished": 6}[run.method]
-        assert run.config.tot_batches == 2
-        assert "two_quick/runs" in str(run.folder)
+    # 12 steps; the polish has 4 passes and 16 probes
+    for steps, schedules in ((6, {(6, 0)}), (24, {(6, 2), (12, 0)})):
+        values = config.model_dump() | {"quick": True, "quick_steps": steps, "seeds": [3, 1]}
+        runs = plan_runs(CompareConfig.model_validate(values))
+        short = {(r.config.tot_inference_iterations, r.config.polish_passes) for r in runs}
+        assert short == schedules
+        assert {run.seed for run in runs} == {3}
+        assert {run.config.dev_options.data_set for run in runs} == {"sample"}
+        assert {run.config.tot_batches for run in runs} == {2}
+        assert all("two_quick/runs" in str(run.folder) for run in runs)
     methods = {"ssl": {"config": str(ROOT / "example_files/two_class_ssl.json")}}
     published = CompareConfig.model_validate(
         config.model_dump() | {"quick": True, "methods": methods}
