@@ -1,4 +1,4 @@
-"""Rounding functions and temperature schedules for refining latents by gradient descent.
+"""Rounding functions, temperature schedules and their pace, for refining latents by descent.
 
 Every method is a few lines under `rounding_method`, the one registry. Two kinds can be registered:
 
@@ -69,9 +69,10 @@ class Pace:
     schedule ends with the time, however long it is.
 
     Args:
-        seconds: the time limit.
-        share: the part of it that what comes after this schedule is to have, unless
-        least: so many steps' time is more than that.
+        first, last: the schedule's first position and its end.
+        seconds: the time limit, from now on.
+        reserve: the fraction of it that is left to what comes after this schedule.
+        least_steps: where the reserve is shorter than so many steps, none is kept.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class Pace:
         first: int,
         last: int,
         seconds: float | None = None,
-        share: float = 0.0,
-        least: float = 0.0,
+        reserve: float = 0.0,
+        least_steps: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.position: float = first
         self.last, self.seconds, self.clock = last, seconds, clock
-        self.share, self.least = share, least
+        self.reserve, self.least_steps = reserve, least_steps
         self.taken, self.start, self.first_taken = 0, clock(), 0.0
         self.each = 0.0  # seconds a step, as far as known
 
@@ -114,15 +115,15 @@ class Pace:
                 self.first_taken = elapsed
             else:
                 self.each = (elapsed - self.first_taken) / (self.taken - 1)
-                left = round((self.seconds - self._kept() - elapsed) / self.each)
+                left = round((self.seconds - self._reserved() - elapsed) / self.each)
             over = left <= 1 or elapsed >= self.seconds
             stride = self.last if over else max(1, (self.last - self.position) / left)
         self.position = min(self.position + stride, self.last)
 
-    def _kept(self) -> float:
-        """Seconds for what comes after: nothing where its share is too small to be of use."""
-        kept = self.share * self.seconds
-        return kept if kept >= self.least * self.each else 0.0
+    def _reserved(self) -> float:
+        """Seconds for what comes after."""
+        reserved = self.reserve * self.seconds
+        return reserved if reserved >= self.least_steps * self.each else 0.0
 
 
 # arXiv 2006.04240: the schedule of SGA and deterministic annealing.

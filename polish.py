@@ -62,15 +62,17 @@ def polish(
     pace: Pace,
     generator: Generator | None = None,
     tile: int | None = None,
+    on_pass: Callable[[Tensor], None] = lambda gain: None,
 ) -> Latents:
     """Latents on their lattice whose true loss is not above that of `latents`; z is only rounded.
 
     Args:
         x: [B, 3, H, W] in [0, 1].
-        pace: passes, from 0; each takes an evaluation of g_s and its gradient, and the curvature
-            takes `PROBES` more.
+        pace: passes, from 0; each takes an evaluation of g_s and its gradient, and before the first
+            the curvature takes `PROBES` and the point to begin with one more.
         generator: of all noise, on x's device.
         tile: positions of y a side that g_s sees at a time; all without it.
+        on_pass: told after every pass by how many bits [B] the lowest loss is below the first.
     """
     distortion_in_bits = lmbda * 255**2 / x.size(1)  # per unit of squared error
     z_hat = round_around(latents.z, medians_of(model), hard_round)
@@ -86,7 +88,7 @@ def polish(
         return Point(y, rate, distortion_in_bits * gradient, loss, x_hat)
 
     here = point_of(hard_round(latents.y - means))
-    best, lowest = here.y, here.loss
+    best, first, lowest = here.y, here.loss, here.loss
     curvature = distortion_in_bits * _curvature(model, here, means, generator, tile)
     while not pace.over:
         temperature = HOT * (COLD / HOT) ** (pace.position / pace.last)
@@ -99,6 +101,7 @@ def polish(
         lower = (here.loss < lowest)[:, None, None, None]
         best, lowest = torch.where(lower, here.y, best), torch.minimum(here.loss, lowest)
         pace.advance()
+        on_pass(first - lowest)
     return Latents(best + means, z_hat)
 
 
@@ -154,7 +157,8 @@ def _curvature(
         total += (gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)
-    typical = of_channel * of_position / drawn.mean((1, 2, 3), keepdim=True)
+    mean = drawn.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
+    typical = of_channel * of_position / mean
     # A draw's relative variance is 2 / PROBES.
     trust = SPREAD**2 / (SPREAD**2 + 2 / PROBES)
     return typical + trust * (drawn - typical)

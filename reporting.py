@@ -235,9 +235,9 @@ class Run:
     def progress(self, names: Sequence[str]) -> "Progress":
         """A bar for a batch of images on a terminal, lines elsewhere."""
         open_ended = self.config.target or self.config.max_seconds
-        steps = None if open_ended else self.config.tot_inference_iterations
+        steps = self.config.tot_inference_iterations + len(names) * self.config.polish_passes
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        return Progress(name, steps, self.config.print_freq)
+        return Progress(name, None if open_ended else steps, self.config.print_freq)
 
     def save(self, image: LoadedImage, result: Any, symbols: Latents, cost: "Cost") -> None:
         """Write all that is known of one image; its record last, which is what makes it done.
@@ -1086,8 +1086,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def __call__(self, relaxed_loss: Tensor, true_loss: float) -> None:
-        """Called at every step; reads the loss, which waits for a GPU, only when it shows it."""
+    def __call__(self, relaxed_loss: Tensor, true_loss: Tensor | float) -> None:
+        """Called at every step; reads a loss, which waits for a GPU, only when it shows it."""
         self._bar.update(1)
         if self._bar.disable:
             if self.steps and self.steps % self.print_freq == 0:

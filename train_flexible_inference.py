@@ -62,7 +62,7 @@ from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts,
 from tiles import MemoryBound, memory_bound
 
 LBFGS_HISTORY = 100  # torch's own
-LEAST_POLISH = cost_in_steps(4)  # steps: with less time, descent has all of it
+LEAST_POLISH = cost_in_steps(4)  # steps: with less time than they take, descent has all of it
 
 
 @exits_with_one_line
@@ -263,7 +263,7 @@ def refine(
     rounding: Rounding,
     config: RefineConfig,
     seeds: Sequence[int],
-    progress: Callable[[Tensor, float], None],
+    progress: Callable[[Tensor, Tensor | float], None],
     lmbda: float | None = None,
     start: Latents | None = None,
     first_step: int = 0,
@@ -287,7 +287,7 @@ def refine(
     seconds, polishing = None, cost_in_steps(config.polish_passes)
     if config.max_seconds:
         seconds = config.max_seconds * len(x)
-    pace = Pace(first_step, steps, seconds, polishing / (steps + polishing), len(x) * LEAST_POLISH)
+    pace = Pace(first_step, steps, seconds, polishing / (steps + polishing), LEAST_POLISH)
     release_memory(model)
     x = x.contiguous(memory_format=torch.channels_last)
     start = analyze(model, x) if start is None else start
@@ -318,6 +318,7 @@ def refine(
 
     for step in count(first_step):
         due = step % config.eval_freq == 0 or step == first_step or pace.over
+        began = pace.elapsed
         if pace.over and pictured:
             pictured.add(step)
         if due or step in pictured:
@@ -329,7 +330,7 @@ def refine(
             at = {"step": step, "temperature": rounding.temperature(pace.position), "lmbda": lmbda}
             add_rows(results, generators, at, relaxed, true, latents, x_hat, pace.elapsed / len(x))
             if step == first_step:
-                pace.set_aside(pace.elapsed)  # for the last evaluation
+                pace.set_aside(pace.elapsed - began)  # for the last evaluation
             if pace.over or all(result.over for result in results):
                 break
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
@@ -340,7 +341,7 @@ def refine(
         shown = losses if len(going) == len(results) else losses[going]
         progress(shown.mean(), fmean(results[index].lowest for index in going))
     if config.polish_passes:
-        polish_results(model, x, results, config, generators, pace, tile)
+        polish_results(model, x, results, config, generators, pace, tile, progress)
     return results
 
 
@@ -381,26 +382,35 @@ def polish_results(
     generators: Sequence[torch.Generator],
     pace: Pace,
     tile: int | None,
+    progress: Callable[[Tensor, Tensor], None],
 ) -> None:
     """Polish the best latents of each image of x [B, 3, H, W]; one more row says what that gave.
 
-    With `max_seconds` each image has its share of the time that is left.
+    With `max_seconds` each image has its share of the time that is left. One whose loss became
+    infinite keeps the best that it had.
     """
     left = [index for index, result in enumerate(results) if not result.stopped]
+    pixels = x.size(2) * x.size(3)
     for nth, index in enumerate(left):
         own, result, seconds = slice(index, index + 1), results[index], None
         if config.max_seconds:
-            seconds = (config.max_seconds * len(x) - pace.elapsed) / (len(left) - nth)
-            if seconds < LEAST_POLISH * pace.each:
+            limit = config.max_seconds * len(x)
+            evaluation = (limit - pace.seconds) / (2 * len(x))  # two of all images were set aside
+            seconds = (limit - pace.elapsed) / (len(left) - nth) - evaluation
+            # A step of the batch is one of each image.
+            if seconds < LEAST_POLISH * pace.each / len(x):
                 break
         if result.noise is not None:
             generators[index].set_state(result.noise)
         passes = Pace(0, config.polish_passes, seconds)
-        latents = polish(
-            model, x[own], result.latents, result.lmbda, passes, generators[index], tile
-        )
+
+        def on_pass(gain: Tensor, before: float = result.lowest) -> None:
+            loss = before - gain.mean() / pixels
+            progress(loss, loss)  # nothing is relaxed any more
+
+        latents = polish(model, x[own], result.latents, result.lmbda, passes, generators[index],
+                         tile, on_pass)  # fmt: skip
         (metrics,), x_hat = evaluate(model, x[own], latents, hard_round, result.lmbda, tile)
-        # Nothing is relaxed any more.
         row = {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
         step = result.trajectory[-1]["step"] + passes.taken
         row = {"step": step, "temperature": 0.0, "lmbda": result.lmbda} | row

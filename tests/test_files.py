@@ -36,7 +36,8 @@ def test_a_run_writes_files_and_reports_what_they_are(
     config_values, write_config, photos, coder, capsys
 ):
     config_values["dev_options"]["save_final"] = True
-    assert run(write_config(config_values | {"save_bitstreams": True, "coder_scales": True})) == 0
+    values = {"save_bitstreams": True, "coder_scales": True, "polish_passes": 2}
+    assert run(write_config(config_values | values)) == 0
     folder = results(config_values)
     records = read_jsonl(folder / "images.jsonl")
     assert [record["name"] for record in records] == NAMES

@@ -145,6 +145,19 @@ def test_a_curvature_is_learnt_from_a_move(model, x, monkeypatch):
     assert np.median(np.abs(np.array(learnt) / true - 1)) < 0.15
 
 
+def test_the_temperature_of_moves_falls_by_equal_ratios(model, x, monkeypatch):
+    seen = []
+
+    def no_moves(here, rate_of, curvature, temperature, generator):
+        seen.append(temperature)
+        return torch.zeros_like(here.y)
+
+    monkeypatch.setattr(polishing, "_drawn_moves", no_moves)
+    polish(model, x, analyze(model, x), LMBDA, Pace(0, 9))
+    # from half a bit to a fiftieth, where a tenth pass would be
+    assert [*seen, 0.02] == pytest.approx(np.geomspace(0.5, 0.02, 10).tolist())
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.5])
 def test_moves_are_drawn_by_their_change(temperature):
     """A heat bath over staying and four moves in one position, against its probabilities."""
@@ -194,6 +207,34 @@ def test_polishing_is_the_last_row_of_a_refinement(model, config_values, write_c
     assert last["true_loss"] == last["relaxed_loss"] < before["true_loss"]
     assert result.best is last
     assert last["true_loss"] == pytest.approx(_true_loss(model, x, result.latents).item(), rel=1e-6)
+
+
+def test_the_polish_knows_the_tiles_and_lambda_of_its_run(
+    model, config_values, write_config, x, monkeypatch
+):
+    """A target's runs have lambdas of their own: that of the config would lower another loss."""
+    config = load_config(write_config(config_values), RefineConfig, ["polish_passes=4"])
+    rounding, told = rounding_from_config(config), []
+    seen, real = [], polishing._error_and_gradient
+
+    def noted(model, y_hat, target, tile):
+        seen.append(tile)
+        return real(model, y_hat, target, tile)
+
+    monkeypatch.setattr(polishing, "_error_and_gradient", noted)
+    lmbda = 30 * config.lmbda
+    (result,) = refine(
+        model, x, rounding, config, [1], lambda *losses: told.append(losses), lmbda, tile=3
+    )
+    *_, before, last = result.trajectory
+    assert len(seen) == 1 + polishing.PROBES + 4 and set(seen) == {3}
+    with torch.no_grad():
+        true = rd_pass(model, x, result.latents, hard_round, lmbda)["loss"].item()
+    assert last["true_loss"] == pytest.approx(true, rel=1e-5)
+    assert last["true_loss"] < before["true_loss"]
+    # Eight steps and four passes were told of; the last ends at what the result has.
+    assert len(told) == 12
+    assert float(told[-1][0]) == pytest.approx(last["true_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fast", "best"])

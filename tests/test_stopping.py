@@ -1,6 +1,7 @@
 """When a refinement ends: with its steps, its time, or a loss that has settled."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import skimage
 import torch
 
+import polish
+import train_flexible_inference as refining
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import Pace, rounding_from_config
+from experimental_inference_methods import Pace, Rounding, rounding_from_config
 from reporting import mean_trajectory
 from train_flexible_inference import main, refine
 
@@ -122,6 +125,94 @@ def test_a_settled_image_is_polished_as_if_alone(model, config_values, write_con
     losses = [result.trajectory[-1]["true_loss"] for result in (alone, mated)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] < alone.trajectory[-2]["true_loss"]
+
+
+@pytest.fixture
+def timed_refine(model, config_values, write_config, monkeypatch):
+    """Refines B images of 32x32 on a clock of its own, and says what the schedule was asked.
+
+    Encoding takes two seconds, evaluations half a second, all else that goes through g_s a tenth,
+    for each image; the first step takes a second more.
+    """
+    clock = Clock()
+
+    def takes(module, name, cost):
+        real = getattr(module, name)
+
+        def timed(*args, **kwargs):
+            clock.now += cost(args)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, timed)
+
+    warm = iter([1.0])
+    takes(refining, "analyze", lambda args: 2.0 * len(args[1]))
+    takes(refining, "evaluate", lambda args: 0.4 * len(args[1]))
+    takes(refining, "rd_pass", lambda args: 0.1 * len(args[1]))
+    takes(torch.optim.Adam, "step", lambda args: next(warm, 0))
+    takes(polish, "_error_and_gradient", lambda args: 0.1 * len(args[1]))
+    monkeypatch.setattr(refining, "Pace", partial(Pace, clock=clock))
+    asked = {"lr": [], "rounding": []}
+
+    def notes(owner, name, positions):
+        real = getattr(owner, name)
+
+        def noted(self, step, *args):
+            positions.append(step)
+            return real(self, step, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    notes(RefineConfig, "lr_at", asked["lr"])
+    notes(Rounding, "at", asked["rounding"])
+
+    def run(images, *overrides):
+        config = load_config(write_config(config_values), RefineConfig, overrides)
+        x = to_x(skimage.data.coffee()[100:132, 200:232]).repeat(images, 1, 1, 1)
+        rounding, began = rounding_from_config(config), clock.now
+        results = refine(model, x, rounding, config, list(range(images)), lambda *_: None)
+        return results, clock.now - began, asked
+
+    return run
+
+
+LONG = ["tot_inference_iterations=1000", "eval_freq=5000", "polish_passes=500"]
+
+
+@pytest.mark.parametrize(("images", "limit"), [(1, 30), (3, 10)])
+def test_images_keep_their_time_polish_and_schedule(timed_refine, images, limit):
+    """All of it counts, encoding and evaluations too; a third of the time is the polish's."""
+    results, seconds, asked = timed_refine(images, *LONG, f"max_seconds={limit}")
+    assert seconds == pytest.approx(limit * images, rel=0.03)
+    # 516 of 1,516 steps' time is the polish's, but for two evaluations of half a second;
+    reserve = (limit - 1) * 516 / 1516
+    # encoding, two evaluations before and two after the steps, and the first step's own second.
+    left = limit - reserve - 2 - 2 - 1 / images
+    for result in results:
+        first, last, polished = result.trajectory
+        assert (first["step"], polished["temperature"]) == (0, 0.0)
+        assert last["step"] == pytest.approx(left / 0.1, abs=4)
+        assert polished["step"] - last["step"] == pytest.approx((reserve - 0.5) / 0.1 - 17, abs=4)
+    lr = np.array(asked["lr"])
+    assert (np.diff(lr) > 1).mean() > 0.9  # the first stands at 1 until the speed is known
+    assert lr[0] == 0 and 950 < lr[-1] < 1000
+    # Evaluations ask once more, at the first step and at the end.
+    assert asked["rounding"][::images] == [0, *asked["lr"], 1000]
+
+
+def test_too_short_a_time_is_all_for_the_steps(timed_refine):
+    (result,), seconds, _ = timed_refine(1, *LONG, "max_seconds=6.5")
+    assert [row["step"] for row in result.trajectory] == [0, pytest.approx(16, abs=3)]
+    assert seconds == pytest.approx(6.5, abs=0.3)
+
+
+def test_a_slow_first_step_is_no_measure_of_the_others():
+    clock = Clock()
+    pace = Pace(0, 500, 10, clock=clock)
+    while not pace.over:
+        clock.now += 0.1 if pace.taken else 3.0
+        pace.advance()
+    assert pace.taken == pytest.approx(71, abs=2)
 
 
 def test_what_comes_after_the_schedule_has_its_share_of_the_time():
