@@ -237,7 +237,7 @@ class RefineConfig(ModelOfLambda):
     dev_options: DevOptions
     polish_passes: Index = 0
     early_stop: EarlyStop | None = None
-    max_seconds: Positive | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
     eval_freq: Count = 50
     device: str = "auto"
     output_dir: str = Field("results", min_length=1)

@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
@@ -139,6 +140,7 @@ class Method:
     candidates: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     temperature: Temperature | None
     defaults: dict[str, Any]
+    kinds: dict[str, Any]  # of its hyper-parameters: types, with ranges where they are annotated so
 
 
 METHODS: dict[tuple[str, str | None], Method] = {}
@@ -159,7 +161,8 @@ def rounding_method(
         candidates: `floor_ceil` or `nearest_three`; the decorated function is then a score.
         temperature: a schedule of the method's own; without it the JSON's holds.
 
-    The function's keyword-only arguments are its hyper-parameters, their defaults the defaults.
+    The function's keyword-only arguments are its hyper-parameters, their defaults the defaults,
+    and their annotations, or else the defaults' types, say which values are taken.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -167,15 +170,20 @@ def rounding_method(
             sample, score = function, None
         else:
             sample, score = partial(_sample_candidates, candidates, function), function
-        defaults = {
-            p.name: p.default
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        }
-        METHODS[name, logits] = Method(sample, score, candidates, temperature, defaults)
+        parameters = inspect.signature(function).parameters.values()
+        own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        defaults = {key: p.default for key, p in own.items()}
+        kinds = {key: _kind_of(p) for key, p in own.items()}
+        METHODS[name, logits] = Method(sample, score, candidates, temperature, defaults, kinds)
         return function
 
     return register
+
+
+def _kind_of(parameter: inspect.Parameter) -> Any:
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    return Any if parameter.default is parameter.empty else type(parameter.default)
 
 
 # --- the mechanism shared by two and three classes ------------------------------------------------
@@ -348,6 +356,11 @@ def _normal(v: Tensor, generator: Generator | None) -> Tensor:
 # --- soft rounding with annealed noise; made for a tau that falls linearly from 1 to 0 ------------
 
 
+Softness = Annotated[float, Field(gt=0, le=1000)]
+Deviation = Annotated[float, Field(ge=0, le=1)]
+Narrowness = Annotated[float, Field(ge=1, le=10)]
+
+
 def soft_round(v: Tensor, softness: float) -> Tensor:
     """v for a large `softness`, round(v) for a small one, and smooth between (arXiv 2006.09952).
 
@@ -363,8 +376,8 @@ def _between(start: float, end: float, tau: float) -> float:
 
 @rounding_method("soft_round_unoise")
 def soft_round_unoise(
-    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
-    t_end: float = 0.05, sigma_start: float = 0.22, sigma_end: float = 0.1,
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
+    t_end: Softness = 0.05, sigma_start: Deviation = 0.22, sigma_end: Deviation = 0.1,
 ) -> Tensor:  # fmt: skip
     """Uniform noise of standard deviation sigma between two soft roundings, all annealed.
 
@@ -377,8 +390,8 @@ def soft_round_unoise(
 
 @rounding_method("soft_round_gnoise")
 def soft_round_gnoise(
-    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
-    t_end: float = 0.05, sigma_start: float = 0.22, sigma_end: float = 0.1,
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
+    t_end: Softness = 0.05, sigma_start: Deviation = 0.22, sigma_end: Deviation = 0.1,
 ) -> Tensor:  # fmt: skip
     """The same with Gaussian noise."""
     softness = _between(t_start, t_end, tau)
@@ -388,8 +401,8 @@ def soft_round_gnoise(
 
 @rounding_method("soft_round_knoise")
 def soft_round_knoise(
-    v: Tensor, tau: float, generator: Generator | None, *, t_start: float = 0.35,
-    t_end: float = 0.05, a_start: float = 2.0, a_end: float = 1.0,
+    v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
+    t_end: Softness = 0.05, a_start: Narrowness = 2.0, a_end: Narrowness = 1.0,
 ) -> Tensor:  # fmt: skip
     """The same with C3's Kumaraswamy noise on (-1/2, 1/2) (arXiv 2312.02753).
 
@@ -399,7 +412,8 @@ def soft_round_knoise(
     softness, a = _between(t_start, t_end, tau), _between(a_start, a_end, tau)
     b = (2**a * (a - 1) + 1) / a
     u = _open_uniform(v, generator)
-    noise = (1 - u ** (1 / b)) ** (1 / a) - 0.5
+    # 1 - u^(1 / b), which loses its digits for a large b.
+    noise = (-torch.expm1(u.log() / b)) ** (1 / a) - 0.5
     return soft_round(soft_round(v, softness) + noise, softness)
 
 
@@ -544,6 +558,10 @@ def find_method(method: str, logits: str | None = None) -> Method:
     return METHODS[method, None]
 
 
+_PYTHON_NAMES = {"3c_power": "power", "3c_factor": "factor"}
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
 def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, Any]:
     """The method's hyper-parameters: its defaults, overridden by `params`.
 
@@ -551,9 +569,9 @@ def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, 
 
     Raises:
         InputError: a hyper-parameter the method does not have, one without a default is missing,
-            or text where the default is a number.
+            or one of the wrong type or out of range.
     """
-    given = {key.removeprefix("3c_"): value for key, value in params.items()}
+    given = {_PYTHON_NAMES.get(key, key): value for key, value in params.items()}
     if len(given) < len(params):
         raise InputError(f"{name}: a hyper-parameter is given with and without its 3c_ prefix")
     has = ", ".join(sorted(method.defaults)) or "none"
@@ -561,12 +579,15 @@ def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, 
         raise InputError(f"{name} has no hyper-parameter {key!r}; it has {has}")
     bound = {**method.defaults, **given}
     for key, value in bound.items():
-        if isinstance(method.defaults[key], float) and type(value) not in (int, float):
-            raise InputError(f"{name}: the hyper-parameter {key} = {value!r} must be a number")
         if value is inspect.Parameter.empty:
             raise InputError(
                 f"{name} needs the hyper-parameter {key!r}: add it to dev_options.rounding_params"
             )
+        try:
+            TypeAdapter(method.kinds[key], config=_STRICT).validate_python(value)
+        except ValidationError as error:
+            wrong = error.errors()[0]["msg"].removeprefix("Input ")
+            raise InputError(f"{name}: the hyper-parameter {key} = {value!r} {wrong}") from None
     return bound
 
 
@@ -621,7 +642,7 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
     published = {
         key: value
         for key, value in options.published_hyper_parameters.items()
-        if key.removeprefix("3c_") in method.defaults
+        if _PYTHON_NAMES.get(key, key) in method.defaults
     }
     temperature = Temperature(
         options.temp_rate,

@@ -198,7 +198,7 @@ class Run:
         return todo[self.ranks.rank :: self.ranks.world]
 
     def _announce(self, found: int, wanted: int, done: int) -> None:
-        params = ", ".join(f"{key} {value:.6g}" for key, value in self.facts["params"].items())
+        params = ", ".join(f"{key} {_short(value)}" for key, value in self.facts["params"].items())
         target = self.config.target
         goal = (
             f"files of {target.in_words(target.wanted)}"
@@ -753,6 +753,10 @@ def format_test(results: Sequence[dict[str, Any]], means: dict[str, Any]) -> str
                 f"  {_digits(record['ms_ssim_db'], 2):>6}  {_digits(record['loss'], 4):>7}"
             )
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _digits(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_noise_between_soft_roundings_is_of_its_distribution(tau):
     for w in (0.1, 0.35, 0.5, 0.8):
         below = (kumaraswamy + 0.5 < w).double().mean().item()
         assert below == pytest.approx(1 - (1 - w**a) ** b, abs=0.005)
+
+
+def test_narrow_kumaraswamy_noise_keeps_its_digits():
+    """Drawn in float32, against its distribution function in float64."""
+    soft = {"t_start": 100.0, "t_end": 100.0, "a_start": 10, "a_end": 10}
+    rounding = build_rounding("soft_round_knoise", temperature=FLAT, **soft)
+    v = torch.full((100_000,), 0.3)
+    noise = rounding(v, 1.0, torch.Generator().manual_seed(0)).double().numpy() - 0.3
+    w = np.quantile(noise, [0.1, 0.5, 0.9]) + 0.5
+    assert 1 - (1 - w**10) ** ((2**10 * 9 + 1) / 10) == pytest.approx([0.1, 0.5, 0.9], abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["soft_round_unoise", "soft_round_gnoise", "soft_round_knoise"])
@@ -267,8 +278,9 @@ def test_unknown_methods_are_refused_by_name(config_values, write_config, flags,
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"power": "abc"}, "hyper-parameter power = 'abc' must be a number"),
-        ({"power": True}, "hyper-parameter power = True must be a number"),
+        ({"power": "abc"}, "hyper-parameter power = 'abc' should be a valid number"),
+        ({"power": True}, "hyper-parameter power = True should be a valid number"),
+        ({"3c_scale_factor": 1}, "no hyper-parameter '3c_scale_factor'"),
         ({"power": 1, "3c_power": 2}, "with and without its 3c_ prefix"),
         ({"softness": 1}, "no hyper-parameter 'softness'; it has factor, power, scale_factor"),
     ],
@@ -277,6 +289,21 @@ def test_wrong_hyper_parameters_are_refused_by_name(config_values, write_config,
     config_values["dev_options"]["rounding_params"] = params
     with pytest.raises(InputError, match=message):
         rounding_from_config(load_config(write_config(config_values), RefineConfig))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "values"),
+    [
+        ("soft_round_unoise", "t_start", (-1, 0, 1e300)),
+        ("soft_round_gnoise", "sigma_end", (-0.1, 1.5)),
+        ("soft_round_knoise", "a_start", (0.5, 1100)),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(method, key, values):
+    for value in values:
+        message = f"{method}: the hyper-parameter {key} = {re.escape(str(value))} should"
+        with pytest.raises(InputError, match=message):
+            build_rounding(method, temperature=FLAT, **{key: value})
 
 
 def test_published_hyper_parameters_reach_only_the_methods_that_have_them(
