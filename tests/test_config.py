@@ -39,9 +39,8 @@ def test_comparisons_load_and_all_their_runs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(path, CompareConfig)
     assert config.save_name == path.stem
-    assert len({run.folder for run in plan_runs(config)}) == len(config.methods) * len(
-        config.models
-    )
+    wanted = len(config.methods) * len(config.models) * len(config.seeds)
+    assert len({run.folder for run in plan_runs(config)}) == wanted
 
 
 @pytest.mark.parametrize("path", PRETRAIN_EXAMPLES, ids=lambda p: p.stem)
