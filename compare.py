@@ -164,13 +164,13 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
     """What `--quick` changes in a run but its images and seeds: a schedule shrunk to few steps.
 
-    The polish counts as steps; it is left out where its probes would take them all. Where the
+    The polish counts as steps; it is left out where its probes would take half of them. Where the
     config sets the temperature by `exp`, it falls over the shorter run as over the long one. A
     constant learning rate is up to four times as high, or nothing would move.
     """
     options, steps = long.dev_options, long.tot_inference_iterations
     probes = cost_in_steps(long.polish_passes) - long.polish_passes
-    passes = long.polish_passes if config.quick_steps > probes else 0
+    passes = long.polish_passes if config.quick_steps >= 2 * probes else 0
     left = config.quick_steps - (probes if passes else 0)
     shrink = min(left / (steps + passes), 1)
     values: dict[str, Any] = {

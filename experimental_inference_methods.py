@@ -28,7 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from config import InputError, RefineConfig
+from config import InputError, Positive, RefineConfig
 
 # Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
 TAU_MIN = 1e-8
@@ -72,7 +72,7 @@ class Pace:
     Args:
         first, last: the schedule's first position and its end.
         seconds: the time limit, from now on.
-        reserve: the fraction of it that is left to what comes after this schedule.
+        reserve: the fraction of `seconds` that is left to what comes after this schedule.
         least_steps: where the reserve is shorter than so many steps, none is kept.
     """
 
@@ -162,7 +162,7 @@ def rounding_method(
         temperature: a schedule of the method's own; without it the JSON's holds.
 
     The function's keyword-only arguments are its hyper-parameters, their defaults the defaults,
-    and their annotations, or else the defaults' types, say which values are taken.
+    and their annotations say which values are taken; without one a number stays a number.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -183,7 +183,7 @@ def rounding_method(
 def _kind_of(parameter: inspect.Parameter) -> Any:
     if parameter.annotation is not parameter.empty:
         return parameter.annotation
-    return Any if parameter.default is parameter.empty else type(parameter.default)
+    return float if type(parameter.default) in (int, float) else Any
 
 
 # --- the mechanism shared by two and three classes ------------------------------------------------
@@ -333,7 +333,7 @@ def temp_uste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
 
 @rounding_method("gnoise")
 def gnoise(
-    v: Tensor, tau: float, generator: Generator | None, *, gnoise_sigma: float = 0.25
+    v: Tensor, tau: float, generator: Generator | None, *, gnoise_sigma: Positive = 0.25
 ) -> Tensor:
     """Gaussian noise of a fixed standard deviation."""
     return v + gnoise_sigma * _normal(v, generator)
@@ -441,13 +441,13 @@ def cosx(u: Tensor) -> Tensor:
 
 
 @rounding_method("sga_logits", logits="expxlogx", candidates=floor_ceil)
-def expxlogx(u: Tensor, *, scale_factor: float = 1.0) -> Tensor:
+def expxlogx(u: Tensor, *, scale_factor: Positive = 1.0) -> Tensor:
     """exp(a u) log(1 - u^2), of the published code."""
     return torch.exp(scale_factor * u) * torch.log(1 - u**2)
 
 
 @rounding_method("sga_logits", logits="ssl", candidates=floor_ceil)
-def ssl(u: Tensor, *, scale_factor: float = 4 / 3) -> Tensor:
+def ssl(u: Tensor, *, scale_factor: Positive = 4 / 3) -> Tensor:
     """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789).
 
     a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third. On the bundled
@@ -466,20 +466,20 @@ def absx(s: Tensor) -> Tensor:
 
 
 @rounding_method("sga_logits_3c", logits="log_absx_factor_pow", candidates=nearest_three)
-def log_absx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 1.5) -> Tensor:
+def log_absx_factor_pow(s: Tensor, *, factor: Positive = 0.98, power: Positive = 1.5) -> Tensor:
     """Extended linear: power * log(1 - factor s) (arXiv 2401.17789)."""
     return power * torch.log((1 - factor * s).clamp_min(1e-6))
 
 
 @rounding_method("sga_logits_3c", logits="log_cosx_n", candidates=nearest_three)
-def log_cosx_n(s: Tensor, *, power: float = 3.0) -> Tensor:
+def log_cosx_n(s: Tensor, *, power: Positive = 3.0) -> Tensor:
     """log cos(pi s / 3)^power, 0 at s = 1.5, of the published code."""
     eps = 1e-7
     return torch.log((1 - eps) * _power(torch.cos(math.pi / 3 * s), power) + eps)
 
 
 @rounding_method("sga_logits_3c", logits="log_cosx_factor_pow", candidates=nearest_three)
-def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) -> Tensor:
+def log_cosx_factor_pow(s: Tensor, *, factor: Positive = 0.98, power: Positive = 2.0) -> Tensor:
     """Extended cosine: log cos(pi/2 factor s)^power (arXiv 2401.17789)."""
     cosine = torch.cos(math.pi / 2 * (factor * s).clamp(max=1))
     return torch.log(_power(cosine, power) + 1e-7)
@@ -487,7 +487,7 @@ def log_cosx_factor_pow(s: Tensor, *, factor: float = 0.98, power: float = 2.0) 
 
 @rounding_method("sga_logits_3c", logits="log_ssl_a_factor_pow", candidates=nearest_three)
 def log_ssl_a_factor_pow(
-    s: Tensor, *, factor: float = 0.98, power: float = 1.4, scale_factor: float = 1.4
+    s: Tensor, *, factor: Positive = 0.98, power: Positive = 1.4, scale_factor: Positive = 1.4
 ) -> Tensor:
     """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789)."""
     # u is clamped to [1e-6, 1 - 1e-6]; float32 has too few digits for the latter, so that the logit
@@ -601,6 +601,12 @@ def build_rounding(
     Raises:
         InputError: see `find_method` and `bind_params`.
     """
+    return _with_params(method, logits, temperature, params)
+
+
+def _with_params(
+    method: str, logits: str | None, temperature: Temperature, params: dict[str, Any]
+) -> Rounding:
     found = find_method(method, logits)
     logits = logits if (method, logits) in METHODS else None
     name = method if logits is None else f"{method}/{logits}"
@@ -651,4 +657,4 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
         steps=config.tot_inference_iterations,
     )
     chosen = {**published, **options.rounding_params}
-    return build_rounding(family, params.logits, temperature=temperature, **chosen)
+    return _with_params(family, params.logits, temperature, chosen)

@@ -199,16 +199,17 @@ class Run:
 
     def _announce(self, found: int, wanted: int, done: int) -> None:
         params = ", ".join(f"{key} {_short(value)}" for key, value in self.facts["params"].items())
-        target = self.config.target
+        target, passes = self.config.target, self.config.polish_passes
         goal = (
             f"files of {target.in_words(target.wanted)}"
             if target
             else (f"lambda {self.facts['lmbda']:g}")
         )
         log.info(
-            "%s (%s), %s, %d steps, N = %d, M = %d, %s", self.facts["method"],
+            "%s (%s), %s, %d steps%s, N = %d, M = %d, %s", self.facts["method"],
             params or "no hyper-parameters", goal, self.config.tot_inference_iterations,
-            self.facts["N"], self.facts["M"], self.facts["device"],
+            f" and {passes} passes of polish" if passes else "", self.facts["N"], self.facts["M"],
+            self.facts["device"],
         )  # fmt: skip
         for name in self.config.overruled_methods:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
@@ -756,7 +757,7 @@ def format_test(results: Sequence[dict[str, Any]], means: dict[str, Any]) -> str
 
 
 def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:.6g}" if type(value) in (int, float) else str(value)
 
 
 def _digits(value: float | None, digits: int) -> str:

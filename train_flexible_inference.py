@@ -404,8 +404,10 @@ def polish_results(
             generators[index].set_state(result.noise)
         passes = Pace(0, config.polish_passes, seconds)
 
-        def on_pass(gain: Tensor, before: float = result.lowest) -> None:
-            loss = before - gain.mean() / pixels
+        lowest = fmean(results[index].lowest for index in left)
+
+        def on_pass(gain: Tensor, lowest: float = lowest) -> None:
+            loss = lowest - gain.mean() / pixels / len(left)
             progress(loss, loss)  # nothing is relaxed any more
 
         latents = polish(model, x[own], result.latents, result.lmbda, passes, generators[index],

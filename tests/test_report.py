@@ -278,23 +278,32 @@ def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_p
     assert len(sides[0]) == 3
 
 
+def _steps_and_passes(run):
+    return run.config.tot_inference_iterations, run.config.polish_passes
+
+
 def test_quick_is_short_on_sample_photos(compared):
     config, _ = compared
     # 12 steps; the polish has 4 passes and 16 probes
-    for steps, schedules in ((6, {(6, 0)}), (24, {(6, 2), (12, 0)})):
+    for steps, schedules in ((6, [(6, 0), (6, 0)]), (40, [(12, 4), (12, 0)])):
         values = config.model_dump() | {"quick": True, "quick_steps": steps, "seeds": [3, 1]}
         runs = plan_runs(CompareConfig.model_validate(values))
-        short = {(r.config.tot_inference_iterations, r.config.polish_passes) for r in runs}
-        assert short == schedules
+        assert [_steps_and_passes(run) for run in runs] == schedules
         assert {run.seed for run in runs} == {3}
         assert {run.config.dev_options.data_set for run in runs} == {"sample"}
         assert {run.config.tot_batches for run in runs} == {2}
         assert all("two_quick/runs" in str(run.folder) for run in runs)
-    methods = {"ssl": {"config": str(ROOT / "example_files/two_class_ssl.json")}}
+    methods = {
+        name: {"config": str(ROOT / f"example_files/{name}.json")}
+        for name in ("two_class_ssl", "fast")
+    }
     published = CompareConfig.model_validate(
         config.model_dump() | {"quick": True, "methods": methods}
     )
-    run = plan_runs(published)[0].config
+    runs = plan_runs(published)
+    # of 100 steps 16 are for the probes
+    assert [_steps_and_passes(run) for run in runs] == [(100, 0), (64, 20)]
+    run = runs[0].config
     # exp(-rate t) ends as it does after 2,000 steps
     assert run.tot_inference_iterations * run.dev_options.temp_rate == pytest.approx(2000 * 1e-3)
     assert run.optimizer.lr == pytest.approx(0.02)
