@@ -403,7 +403,6 @@ def polish_results(
         if result.noise is not None:
             generators[index].set_state(result.noise)
         passes = Pace(0, config.polish_passes, seconds)
-
         lowest = fmean(results[index].lowest for index in left)
 
         def on_pass(gain: Tensor, lowest: float = lowest) -> None:
