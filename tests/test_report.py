@@ -278,17 +278,19 @@ def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_p
     assert len(sides[0]) == 3
 
 
-def _steps_and_passes(run):
-    return run.config.tot_inference_iterations, run.config.polish_passes
+def _schedules(runs):
+    return {
+        (run.method, run.config.tot_inference_iterations, run.config.polish_passes) for run in runs
+    }
 
 
 def test_quick_is_short_on_sample_photos(compared):
     config, _ = compared
     # 12 steps; the polish has 4 passes and 16 probes
-    for steps, schedules in ((6, [(6, 0), (6, 0)]), (40, [(12, 4), (12, 0)])):
+    for steps, long, passes in ((6, 6, 0), (40, 12, 4)):
         values = config.model_dump() | {"quick": True, "quick_steps": steps, "seeds": [3, 1]}
         runs = plan_runs(CompareConfig.model_validate(values))
-        assert [_steps_and_passes(run) for run in runs] == schedules
+        assert _schedules(runs) == {("polished", long, passes), ("not polished", long, 0)}
         assert {run.seed for run in runs} == {3}
         assert {run.config.dev_options.data_set for run in runs} == {"sample"}
         assert {run.config.tot_batches for run in runs} == {2}
@@ -302,7 +304,7 @@ def test_quick_is_short_on_sample_photos(compared):
     )
     runs = plan_runs(published)
     # of 100 steps 16 are for the probes
-    assert [_steps_and_passes(run) for run in runs] == [(100, 0), (64, 20)]
+    assert _schedules(runs) == {("two_class_ssl", 100, 0), ("fast", 64, 20)}
     run = runs[0].config
     # exp(-rate t) ends as it does after 2,000 steps
     assert run.tot_inference_iterations * run.dev_options.temp_rate == pytest.approx(2000 * 1e-3)
