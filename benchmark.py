@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from codec import build_coder, compress_picture
+from common.files import write_whole
 from datasets import (
     Draws,
     ImageFiles,
@@ -49,7 +50,6 @@ from datasets import (
     sample_photos,
     to_tensor,
     write_tfrecords,
-    write_whole,
 )
 from experimental_inference_methods import Temperature, build_rounding
 from fast_layers import keep_pages

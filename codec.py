@@ -39,7 +39,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture, write_whole
+from common.files import write_whole
+from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages
 from metrics import picture_quality

@@ -26,7 +26,6 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from uuid import uuid4
 
 import google_crc32c
 import numpy as np
@@ -39,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from common.files import write_whole
 from config import InputError, PretrainConfig, RefineConfig, exits_with_one_line
 
 IMAGE_SUFFIXES = frozenset((
@@ -80,27 +80,6 @@ def seed_of(seed: int, name: str) -> int:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
-
-    Raises:
-        OSError: no folder can be made there, or the disk is full; it names `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid4().hex}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut leaves the new name on an empty file
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return path
 
 
 def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.files import write_whole
 from config import Channels, InputError
-from datasets import write_whole
 from fast_layers import FrozenDecoder, Pool, ToPicture, UpsamplingKernel, gdn
 from metrics import bits_per_pixel, psnr, rate_distortion_loss, squared_error
 from tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_error

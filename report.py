@@ -24,8 +24,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from common.files import write_whole
 from config import CompareConfig, RefineConfig, folder_name
-from datasets import open_images, write_whole
+from datasets import open_images
 from figures import (
     ComparedRun,
     Detail,

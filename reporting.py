@@ -43,8 +43,9 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from codec import SUFFIX
+from common.files import write_whole
 from config import InputError, PretrainConfig, RefineConfig, load_config, resolved
-from datasets import LoadedImage, TrainingData, save_picture, write_whole
+from datasets import LoadedImage, TrainingData, save_picture
 from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
