@@ -1,1 +1,1 @@
-"""What every script needs and no part of it is about codecs: files, pictures, weights, processes."""
+"""What every script needs and is not about codecs: files, pictures, weights, processes."""
