@@ -36,14 +36,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from codec import build_coder, compress_picture
-from common.files import write_whole
+from common.files import user_path, write_whole
+from common.finding import find_images
 from datasets import (
     Draws,
     ImageFiles,
     RecordCrops,
     Records,
+    UnreadableError,
     epoch_order,
-    find_images,
     imagenet_tfrecords,
     import_tensorflow,
     read_payload,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n" * bool(number), end="")
         results[name] = run(arguments)
     text = json.dumps(results, indent=1) + "\n"
-    print(f"\n{write_whole(arguments.json, lambda file: file.write_text(text))}")
+    print(f"\n{write_whole(Path(arguments.json), lambda file: file.write_text(text))}")
     return 0
 
 
@@ -104,11 +105,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("all", "refine", "training", "loader", "codec", "measure"),
         metavar="{all,refine,training,loader,codec}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
-    add("--json", type=Path, default=Path("results/benchmark.json"), help="where figures go")
-    add("--checkpoint", default=BUNDLED_WEIGHTS, metavar="WEIGHTS", help="the small model")
-    add("--image", type=Path, help="a picture (none: a sample photo at 768x512)")
+    add("--json", type=user_path, default="results/benchmark.json", help="where figures go")
+    add("--checkpoint", type=user_path, default=BUNDLED_WEIGHTS, metavar="WEIGHTS",
+        help="the small model")  # fmt: skip
+    add("--image", type=user_path, help="a picture (none: a sample photo at 768x512)")
     add("--compile", action="store_true", help="refine: also torch.compile of the plain decoder")
-    add("--records", type=Path, help="loader: folder of tfrecords (none: made of sample photos)")
+    add(
+        "--records",
+        type=user_path,
+        help="loader: folder of tfrecords (none: made of sample photos)",
+    )
     add("--image_size", type=int, default=256, help="loader and training: side of the crops")
     add("--batch_size", type=int, default=32, help="loader: crops a batch")
     add("--cycle_length", type=int, default=4, help="loader: files read in turn")
@@ -256,7 +262,7 @@ def measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def picture_of(path: Path | None) -> Tensor:
+def picture_of(path: str | None) -> Tensor:
     """x [1, 3, H, W] in [0, 1] of a picture, or of a sample photo at 768x512.
 
     Raises:
@@ -264,12 +270,12 @@ def picture_of(path: Path | None) -> Tensor:
     """
     if path is None:
         photos = sample_photos()
-        picture = photos.picture(photos.names.index("coffee.png"))[0].resize((768, 512))
+        picture = photos.picture(photos.names.index("coffee.png")).image.resize((768, 512))
     else:
-        path = find_images(path)[0]
-        picture, _, error = ImageFiles([path], path.parent).picture(0)
-        if picture is None:
-            raise InputError(f"--image {path}: {error}")
+        try:
+            picture = ImageFiles(find_images(path)).picture(0).image
+        except UnreadableError as error:
+            raise InputError(f"--image {path}: {error}") from None
     return to_tensor(picture)[None]
 
 
@@ -537,7 +543,7 @@ def make_sample_records(folder: Path) -> None:
     photos = sample_photos()
     (folder / "images").mkdir()
     for index in range(64):
-        picture, _, _ = photos.picture(index % len(photos))
+        picture = photos.picture(index % len(photos)).image
         scale = max(500 / picture.width, 375 / picture.height) * rng.uniform(1.0, 1.5)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
         left = int(rng.integers(picture.width - 500 + 1))

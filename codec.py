@@ -24,23 +24,24 @@ import sys
 import time
 import zlib
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError, exits_with_one_line
+from config import InputError, exits_with_one_line, reason_of
 
 # isort: split
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from common.files import write_whole
-from datasets import IMAGE_SUFFIXES, ImageFiles, find_images, save_picture
+from common.files import fitting, printable, user_path, write_whole
+from common.finding import Found, find_by_suffix, find_images
+from common.limits import MAX_PIXELS
+from datasets import ImageFiles, save_picture
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages
 from metrics import picture_quality
@@ -79,8 +80,6 @@ HEADER = (
 )
 LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
 Header = namedtuple("Header", [name for name, _, _ in HEADER])
-# Of a picture: what Pillow opens.
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 # Float32 counts that far; towards 2^31 CompressAI's coder never ends.
 MAX_SYMBOL = 2**24
 
@@ -459,15 +458,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     compress = commands.add_parser("compress", help="code images, without refinement")
     decompress = commands.add_parser("decompress", help="decode files to PNG")
     info = commands.add_parser("info", help="print what the headers of files say")
-    compress.add_argument("paths", nargs="+", metavar="IMAGE", help="a file or a folder")
+    compress.add_argument(
+        "paths", nargs="+", type=user_path, metavar="IMAGE", help="a file or a folder"
+    )
     for command in (decompress, info):
         command.add_argument(
-            "paths", nargs="+", metavar="FILE", help=f"a {SUFFIX} file or a folder"
+            "paths", nargs="+", type=user_path, metavar="FILE", help=f"a {SUFFIX} file or a folder"
         )
     for command in (compress, decompress):
-        command.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help="of the model")
         command.add_argument(
-            "-o", "--output", required=True, type=Path, metavar="FOLDER", help="made if need be"
+            "--checkpoint", required=True, type=user_path, metavar="WEIGHTS", help="of the model"
+        )
+        command.add_argument(
+            "-o",
+            "--output",
+            required=True,
+            type=user_path,
+            metavar="FOLDER",
+            help="made if need be",
         )
         command.add_argument(
             "--overwrite", action="store_true", help="replace files that are there already"
@@ -475,20 +483,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     keep_pages()
     if arguments.command == "info":
-        return for_each(find_jobs(arguments.paths, (SUFFIX,)), print_header)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise InputError(f"-o {arguments.output}: is a file; a folder is wanted")
+        return for_each(find_jobs(arguments.paths, find_coded), print_header)
+    folder = Path(arguments.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"-o {folder}: is a file; a folder is wanted")
     if arguments.command == "compress":
-        jobs = find_jobs(arguments.paths, IMAGE_SUFFIXES, lambda name: name + SUFFIX)
+        jobs = find_jobs(arguments.paths, find_images, lambda name: fitting(name, SUFFIX))
     else:
-        jobs = find_jobs(arguments.paths, (SUFFIX,), picture_name)
-    taken = [job.target for job in jobs if (arguments.output / job.target).exists()]
+        jobs = apart(find_jobs(arguments.paths, find_coded, picture_name))
+    taken = [job.target for job in jobs if (folder / job.target).exists()]
     if taken and not arguments.overwrite:
-        raise InputError(f"{arguments.output / taken[0]} is there already: see --overwrite")
-    if arguments.command == "compress":
-        return compress_images(jobs, arguments.checkpoint, arguments.output)
+        raise InputError(f"{folder / taken[0]} is there already: see --overwrite")
     coder = open_coder(arguments.checkpoint)
-    return for_each(jobs, partial(decompress_file, coder, arguments.output))
+    write_whole(folder / ".writable", lambda file: file.touch()).unlink()
+    if arguments.command == "compress":
+        return compress_images(jobs, coder, folder)
+    return for_each(jobs, partial(decompress_file, coder, folder))
 
 
 def open_coder(checkpoint: str) -> Coder:
@@ -507,29 +517,57 @@ def open_coder(checkpoint: str) -> Coder:
 def picture_name(name: str) -> str:
     """a.png.olc gives a.png, a.jpg.olc gives a.jpg.png."""
     name = name.removesuffix(SUFFIX)
-    return name if name.endswith(".png") else f"{name}.png"
+    return name if name.endswith(".png") else fitting(name, ".png")
+
+
+def find_coded(path: str) -> Found:
+    """The files of this codec below a folder, or the one at `path`.
+
+    Raises:
+        InputError: there is none.
+    """
+    return find_by_suffix(path, frozenset((SUFFIX,)))
 
 
 def find_jobs(
-    paths: Sequence[str], suffixes: Iterable[str], target_of: Callable[[str], str] | None = None
+    paths: Sequence[str],
+    find: Callable[[str], Found],
+    target_of: Callable[[str], str] | None = None,
 ) -> list[Job]:
-    """The files that paths name, files or folders, and what `target_of` makes of their names.
+    """The files that `find` finds at paths, and what `target_of` makes of their names.
 
-    Without `target_of` the target is the path itself.
+    Without `target_of` the target is the path itself. A line says what was passed over.
 
     Raises:
-        InputError: a path leads to no such file, or two files to one name.
+        InputError: a path leads to no such file, or files in two places have one name.
     """
     jobs: dict[str, Job] = {}
     for path in paths:
-        root = Path(path).expanduser()
-        for source in find_images(path, frozenset(suffixes)):
-            name = source.name if source == root else source.relative_to(root).as_posix()
-            job = Job(source, target_of(name) if target_of else str(source))
-            other = jobs.setdefault(job.target, job)
-            if other.source != source:
-                raise InputError(f"{other.source} and {source} would both become {job.target}")
+        found = find(path)
+        if found.passed_over:
+            print(f"{printable(path)}: {found.passed_over}", file=sys.stderr)
+        for source in found.files:
+            name = source.relative_to(found.root).as_posix() if target_of else str(source)
+            job = jobs.setdefault(name, Job(source, target_of(name) if target_of else name))
+            if job.source != source:
+                raise InputError(f"{job.source} and {source} would both become {job.target}")
     return list(jobs.values())
+
+
+def apart(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, each with a target of its own: .png is added where it is another's own name.
+
+    Beside a.jpg.png.olc, which gives a.jpg.png, a.jpg.olc gives a.jpg.png.png.
+    """
+    taken = {job.target for job in jobs if job.source.name == Path(job.target).name + SUFFIX}
+    distinct = []
+    for job in jobs:
+        target = job.target
+        while target in taken and job.source.name != Path(target).name + SUFFIX:
+            target = fitting(target, ".png")
+        taken.add(target)
+        distinct.append(job._replace(target=target))
+    return distinct
 
 
 def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
@@ -541,20 +579,31 @@ def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
         except BrokenPipeError:
             raise
         except (InputError, OSError, RuntimeError, MemoryError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            if isinstance(error, RuntimeError | MemoryError):
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                    raise
-                reason = "no memory for a picture of this size"
-            print(f"error: {job.source}: {reason}", file=sys.stderr)
+            print(f"error: {printable(_failure(job, error))}", file=sys.stderr)
             code = 2
     return code
 
 
-def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
+def _failure(job: Job, error: Exception) -> str:
+    """What failed at a job, in a line that begins with the file that is to blame.
+
+    Raises:
+        RuntimeError: the error itself, where it is a program's and not a file's.
+    """
+    if isinstance(error, OSError) and error.filename not in (None, str(job.source)):
+        return reason_of(error)  # what could not be written
+    if isinstance(error, OSError):
+        return f"{job.source}: {error.strerror or error}"
+    if isinstance(error, InputError):
+        return f"{job.source}: {error}"
+    if not is_out_of_memory(error):
+        raise error
+    return f"{job.source}: no memory for a picture of this size"
+
+
+def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
     """Write a file for each image into `folder`, and print its rate beside the estimated one."""
-    coder = open_coder(checkpoint)
-    width = max(4, *(len(job.target) for job in jobs))
+    width = max(4, *(len(printable(job.target)) for job in jobs))
     rows: list[dict[str, float]] = []
 
     def line(name: str, size: str, row: dict[str, float]) -> str:
@@ -565,16 +614,16 @@ def compress_images(jobs: Sequence[Job], checkpoint: str, folder: Path) -> int:
         )
 
     def compress(job: Job) -> None:
-        image = ImageFiles([job.source], job.source.parent)[0]
+        image = ImageFiles(find_images(job.source))[0]
         if image.x is None:
             raise InputError(image.error)
         x = image.x[None]  # [1, 3, H, W]
         data, row = compress_picture(coder, x)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
-        print(line(job.target, f"{x.size(3)}x{x.size(2)}", row))
+        print(line(printable(job.target), f"{x.size(3)}x{x.size(2)}", row))
         for note in image.notes:
-            print(f"{job.source}: {note}", file=sys.stderr)
+            print(f"{printable(str(job.source))}: {note}", file=sys.stderr)
 
     print(f"{'file':{width}} {'size':>11} {'bytes':>9} {'bpp':>8} {'estimate':>8} {'over':>7} "
           f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
@@ -631,7 +680,7 @@ def read_file(path: Path) -> bytes:
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
     """Write the picture of one file into `folder`, and print where."""
     x_hat = decode_picture(coder, read_file(job.source))
-    print(save_picture(folder / job.target, x_hat[0]))
+    print(printable(str(save_picture(folder / job.target, x_hat[0]))))
 
 
 def print_header(job: Job) -> None:
@@ -640,8 +689,8 @@ def print_header(job: Job) -> None:
     header, z_string, exceptions, y_string = read_bitstream(data)
     bpp = 8 * len(data) / (header.height * header.width)
     print(
-        f"{job.source}: version {header.version}, {header.width}x{header.height} pixels, "
-        f"{bpp:.4f} bpp\n"
+        f"{printable(str(job.source))}: version {header.version}, "
+        f"{header.width}x{header.height} pixels, {bpp:.4f} bpp\n"
         f"  N = {header.N}, M = {header.M}, weights {header.weights.hex()}, "
         f"tables {header.tables:08x}, symbols {header.symbols:08x}\n"
         f"  {len(data)} bytes: header {LAYOUT.size}, z {len(z_string)}, "

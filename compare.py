@@ -100,7 +100,7 @@ class Forecast:
         for run in runs:
             done = len(set().union(*map(read_records, run.folder.glob("images*.jsonl"))))
             names = len(open_images(run.config).names)
-            left = max(min(run.config.tot_batches * run.config.batch_size, names) - done, 0)
+            left = max(min(run.config.image_count, names) - done, 0)
             self.passes += left * passes_of(run.config)
             self.images += left
 
@@ -135,7 +135,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         label = folder_name(model.label) + (f" seed {seed}" if seed else "")
         values = {
             "batch_size": 1,
-            "tot_batches": config.images,
+            "images": config.images,
             **{f"dev_options.{known}": known == config.image_set for known in DATA_SETS},
             **({f"dev_options.path_test.{config.data_set}": config.path} if config.path else {}),
             **config.set,
@@ -174,7 +174,7 @@ def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
     left = config.quick_steps - (probes if passes else 0)
     shrink = min(left / (steps + passes), 1)
     values: dict[str, Any] = {
-        "tot_batches": config.quick_images,
+        "images": config.quick_images,
         "tot_inference_iterations": max(round(steps * shrink), 1),
         "polish_passes": round(passes * shrink),
         "eval_freq": max(round(steps * shrink / 10), 1),

@@ -14,10 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.files import printable, user_path
 
 # libgomp reads this when torch is imported, which must come after this module. By default its
 # threads spin for long while they wait: on a machine with other work a step takes twice as long.
@@ -40,6 +43,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Tracker = Literal["tensorboard", "wandb"]
+UserPath = Annotated[str, AfterValidator(user_path)]
 SAVE_NAME = r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$"
 
 
@@ -105,11 +109,11 @@ class SgaLogitsParams(Section):
 class TestPaths(Section):
     """Where the data sets lie. `clic` may stay null: tensorflow-datasets' own folder then."""
 
-    kodak: str | None = None
-    tecnick: str | None = None
-    pathology: str | None = None
-    clic: str | None = None
-    folder: str | None = None
+    kodak: UserPath | None = None
+    tecnick: UserPath | None = None
+    pathology: UserPath | None = None
+    clic: UserPath | None = None
+    folder: UserPath | None = None
 
 
 class DevOptions(Section):
@@ -227,10 +231,12 @@ class RefineConfig(ModelOfLambda):
     batch_size: Count = 1
     image_size: Count = 256
     seed: Index = 0
+    crop_seed: Index = 0
     save_name: str = Field(pattern=SAVE_NAME)
-    pretrain: str = Field(min_length=1)
+    pretrain: UserPath = Field(min_length=1)
     path_train: TrainPath = TrainPath()
     tot_batches: Count = 24
+    images: Count | None = None
     tot_inference_iterations: Count = 2000
     optimizer: Optimizer = Optimizer()
     improving_methods: dict[str, bool] = {}
@@ -240,7 +246,7 @@ class RefineConfig(ModelOfLambda):
     max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
     eval_freq: Count = 50
     device: str = "auto"
-    output_dir: str = Field("results", min_length=1)
+    output_dir: UserPath = Field("results", min_length=1)
     num_workers: Index = 0
     resume: bool = False
     tracker: Tracker | None = None
@@ -250,6 +256,11 @@ class RefineConfig(ModelOfLambda):
     target_psnr: Positive | None = None
     max_memory_gb: Positive | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def image_count(self) -> int:
+        """How many images are refined at most."""
+        return self.images or self.tot_batches * self.batch_size
 
     @property
     def images_at_once(self) -> int:
@@ -352,8 +363,8 @@ class LearningRate(Section):
 class PretrainPaths(Section):
     """Training data: tfrecords of ImageNet; tensorflow-datasets' folder of `clic`, "" its own."""
 
-    train_clic: str = ""
-    train_imagenet: str = ""
+    train_clic: UserPath = ""
+    train_imagenet: UserPath = ""
 
 
 class PretrainConfig(ModelOfLambda):
@@ -369,18 +380,18 @@ class PretrainConfig(ModelOfLambda):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     test: bool = False
     save_name: str = Field(pattern=SAVE_NAME)
-    pretrain: str = ""
+    pretrain: UserPath = ""
     train_clic_imagenet: bool = True
     path_train: PretrainPaths = PretrainPaths()
-    path_test_data: str = ""
-    train_folder: str = ""
+    path_test_data: UserPath = ""
+    train_folder: UserPath = ""
     optimizer: Literal["adam", "soap"] = "adam"
     aux_lr: Positive = 1e-3
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     num_workers: Index = 0
     keep_checkpoints: Count = 5
-    output_dir: str = Field("checkpoints", min_length=1)
+    output_dir: UserPath = Field("checkpoints", min_length=1)
     resume: bool = False
     tracker: Tracker | None = None
 
@@ -408,7 +419,8 @@ def _refuse_what_a_comparison_sets(changes: dict[str, Any]) -> dict[str, Any]:
     places = {
         "train_lambda": "models", "pretrain": "models", "dev_options.inference_lambda": "models",
         "seed": "seeds", "device": "device", "save_name": "save_name", "output_dir": "output_dir",
-        "tot_batches": "images", **{f"dev_options.{name}": "data_set" for name in DATA_SETS},
+        "tot_batches": "images", "images": "images",
+        **{f"dev_options.{name}": "data_set" for name in DATA_SETS},
     }  # fmt: skip
     for key in changes.keys() & places.keys():
         raise ValueError(f"{key} is for the comparison to say: {places[key]}")
@@ -421,14 +433,14 @@ Changes = Annotated[dict[str, Any], AfterValidator(_refuse_what_a_comparison_set
 class ComparedMethod(Section):
     """A refinement config, and what to change in it: `{"optimizer.lr": 0.01}`."""
 
-    config: str
+    config: UserPath
     set: Changes = {}
 
 
 class ComparedModel(Section):
     """A checkpoint, and the lambda of the refinement where it is not the checkpoint's own."""
 
-    pretrain: str = Field(min_length=1)
+    pretrain: UserPath = Field(min_length=1)
     train_lambda: Positive
     inference_lambda: Positive | None = None
     name: ShortName | None = None
@@ -452,9 +464,9 @@ class CompareConfig(Section):
     """What `compare.py` reads: every method with every model and seed over one image set."""
 
     save_name: str = Field(pattern=SAVE_NAME)
-    output_dir: str = Field("results", min_length=1)
+    output_dir: UserPath = Field("results", min_length=1)
     data_set: Literal["kodak", "tecnick", "pathology", "clic", "folder", "sample"] = "sample"
-    path: str | None = None
+    path: UserPath | None = None
     images: Count = 24
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
     models: list[ComparedModel] = Field(min_length=1)
@@ -463,7 +475,7 @@ class CompareConfig(Section):
     anchor: str = "base"
     groups: dict[ShortName, list[str]] = {}
     codecs: list[Codec] = []
-    published: dict[ShortName, str] = {}
+    published: dict[ShortName, UserPath] = {}
     shown: Index = 2
     device: str = "auto"
     quick: bool = False
@@ -550,13 +562,14 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         InputError: no such file, not JSON, a key given twice, or not an object.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror}") from None
+    try:
+        # Given bytes, it finds out which Unicode they are, mark and all.
+        values = json.loads(data, object_pairs_hook=_refuse_duplicates)
     except UnicodeDecodeError:
         raise InputError(f"config {path}: not a text file; a JSON object is wanted") from None
-    try:
-        values = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputError(f"config {path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -584,7 +597,9 @@ def parse_command_line(
         InputError: see `load_config`. SystemExit 2 for a wrong command line, as argparse does.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="JSON", help="the config file")
+    parser.add_argument(
+        "--config", required=True, type=user_path, metavar="JSON", help="the config file"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -676,16 +691,24 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        # Names may hold what the console's encoding has no letters for.
+        with suppress(AttributeError):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+            print(f"error: {printable(reason_of(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted: what was finished is kept", file=sys.stderr)
             return 130
         return 2
 
     return guarded
+
+
+def reason_of(error: OSError) -> str:
+    """What failed at which file, as one line says it."""
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or error}"

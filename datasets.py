@@ -21,7 +21,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, Protocol
 import google_crc32c
 import numpy as np
 import skimage
-import tifffile
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -38,15 +37,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
-from common.files import write_whole
+from common.files import printable, user_path, write_whole
+from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
+from common.pictures import Picture, read_picture
 from config import InputError, PretrainConfig, RefineConfig, exits_with_one_line
-
-IMAGE_SUFFIXES = frozenset((
-    ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm",
-    ".pnm", ".gif",
-))  # fmt: skip
-TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
-ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
 
 # Public domain or CC0, shipped inside scikit-image's package.
 SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -82,39 +76,35 @@ def seed_of(seed: int, name: str) -> int:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def find_images(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """The image files below a folder, sorted by their path in it; or the one file at `path`.
+class UnreadableError(Exception):
+    """An image file cannot be read; one line that says why."""
 
-    Raises:
-        InputError: nothing there, or no image in it.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder or file (looked from {Path.cwd()})")
-    found = [
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    ]
-    if not found:
-        what = "image" if suffixes <= IMAGE_SUFFIXES else "such file"
-        raise InputError(f"{path}: no {what} in it (looked for {' '.join(sorted(suffixes))})")
-    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+def _reason(error: Exception, file: Path, name: str) -> str:
+    """What a decoder says of a damaged file, in a line that names it as its set does."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"<_io\.BytesIO[^>]*>", name, text.replace(str(file), name))
+    return printable(text.splitlines()[0]) if text else type(error).__name__
 
 
 class ImageFiles(Dataset):
     """Image files on disk, whole or (with `crop`) one seeded random resized crop of each.
 
-    An item is a `LoadedImage`; its name is the path below `root`.
+    An item is a `LoadedImage`; its name is the path below the folder, `printable`.
+
+    Raises:
+        InputError: two names can only be told apart by what cannot be printed.
     """
 
-    def __init__(self, files: Sequence[Path], root: Path, crop: int | None = None, seed: int = 0):
-        self.files = {file.relative_to(root).as_posix(): file for file in files}
+    def __init__(self, found: Found, crop: int | None = None, seed: int = 0):
+        self.files: dict[str, Path] = {}
+        for file in found.files:
+            name = printable(file.relative_to(found.root).as_posix())
+            if name in self.files:
+                raise InputError(f"{found.root}: two files have the name {name}; rename one")
+            self.files[name] = file
         self.names = list(self.files)
+        self.passed_over = found.passed_over
         self.crop = crop
         self.seed = seed
 
@@ -123,22 +113,26 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> LoadedImage:
         name = self.names[index]
-        picture, notes, error = self.picture(index)
-        if picture is None:
-            return LoadedImage(name, None, error=error)
+        try:
+            picture = self.picture(index)
+        except UnreadableError as error:
+            return LoadedImage(name, None, error=str(error))
+        image = picture.image
         if self.crop is not None:
-            picture = seeded_crop(picture, self.crop, seed_of(self.seed, name))
-        return LoadedImage(name, to_tensor(picture), notes)
+            image = seeded_crop(image, self.crop, seed_of(self.seed, name))
+        return LoadedImage(name, to_tensor(image), picture.notes)
 
-    def picture(self, index: int) -> tuple[Image.Image | None, tuple[str, ...], str | None]:
-        """An upright RGB picture and what was converted in it, or None and what is wrong."""
+    def picture(self, index: int) -> Picture:
+        """An upright RGB picture of 8 bits, and what was converted in it.
+
+        Raises:
+            UnreadableError: it cannot be read; says why.
+        """
         name = self.names[index]
         try:
-            return *read_rgb(self.files[name]), None
+            return read_picture(self.files[name])
         except Exception as error:  # damaged files make decoders raise dozens of kinds
-            reason = str(error).replace(str(self.files[name]), name) or type(error).__name__
-            reason = re.sub(r"<_io\.BytesIO[^>]*>", name, reason)
-            return None, (), reason.splitlines()[0]
+            raise UnreadableError(_reason(error, self.files[name], name)) from None
 
     def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
         """The images of these names, in this order, read ahead by `num_workers` processes."""
@@ -152,87 +146,6 @@ class ImageFiles(Dataset):
 
 def _as_it_is(image: LoadedImage) -> LoadedImage:
     return image
-
-
-def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
-    """An upright 8-bit RGB picture, and what had to be converted for it.
-
-    Raises:
-        OSError, ValueError, and whatever else a decoder makes of a damaged file: unreadable, or
-            pixels without a meaning in 8 bits.
-    """
-    # From memory: Pillow's memory-mapped TIFFs come out scrambled where EXIF turns them.
-    data = io.BytesIO(path.read_bytes())
-    if path.suffix.lower() in TIFF_SUFFIXES:
-        deep = _read_deep_tiff(data)
-        if deep is not None:
-            return deep
-    image = Image.open(data)
-    layout = str(image.tile[0].args) if image.tile else ""
-    orientation = image.getexif().get(ORIENTATION, 1)
-    image.load()
-    notes = []
-    if orientation != 1:
-        notes.append("turned upright as its EXIF orientation says")
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _from_16_bits(np.asarray(image))
-        return image, (*notes, "16 bits of grey scaled to 8 bits and RGB")
-    if image.mode == "F":
-        raise ValueError("32-bit floating-point pixels; save it with 8 or 16 bits")
-    if ";16" in layout:
-        notes.append("16 bits reduced to 8")
-    if image.has_transparency_data:
-        notes.append(f"{image.mode} with transparency composited on white")
-        image = _on_white(image)
-    elif image.mode != "RGB":
-        notes.append(f"{image.mode} converted to RGB")
-        image = image.convert("RGB")
-    return image, tuple(notes)
-
-
-def _read_deep_tiff(data: io.BytesIO) -> tuple[Image.Image, tuple[str, ...]] | None:
-    """A TIFF of more than 8 bits, which Pillow reads in part only; None for every other."""
-    with tifffile.TiffFile(data) as file:
-        page = file.pages[0]
-        bits = np.max(page.bitspersample)
-        if bits <= 8:
-            data.seek(0)
-            return None
-        pixels = page.asarray()
-        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
-            pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] to [H, W, C]
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            pixels = np.iinfo(pixels.dtype).max - pixels
-        orientation = int(page.tags[ORIENTATION].value) if ORIENTATION in page.tags else 1
-    if bits > 16:
-        raise ValueError(f"{bits}-bit pixels; save it with 8 or 16 bits")
-    image = _from_16_bits(pixels)
-    notes = (f"{bits} bits scaled to 8 bits and RGB",)
-    if orientation == 1:
-        return image, notes
-    image.getexif()[ORIENTATION] = orientation
-    return ImageOps.exif_transpose(image), (*notes, "turned upright as its orientation says")
-
-
-def _from_16_bits(pixels: np.ndarray) -> Image.Image:
-    """RGB of [H, W] or [H, W, 1 to 4] (grey, grey and alpha, colour, colour and alpha) values."""
-    if pixels.dtype not in (np.uint16, np.int32):  # Pillow gives some 16-bit files as int32
-        raise ValueError(f"{pixels.dtype} pixels; save it with 8 or 16 bits")
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("pixels outside 0 to 65535; save it with 8 or 16 bits")
-    scaled = np.rint(pixels / 257).astype(np.uint8)
-    if scaled.ndim == 3 and scaled.shape[2] == 1:
-        scaled = scaled[:, :, 0]
-    if scaled.ndim not in (2, 3) or (scaled.ndim == 3 and scaled.shape[2] not in (2, 3, 4)):
-        raise ValueError(f"an array of shape {scaled.shape} is no picture")
-    image = Image.fromarray(scaled)
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -289,12 +202,24 @@ class ClicImages:
                 yield LoadedImage(name, to_tensor(Image.fromarray(record["image"])))
 
 
+def is_prepared_clic(path: str) -> bool:
+    """Whether a folder is one of tensorflow-datasets in which `clic` lies prepared."""
+    return any(Path(path).glob("clic/*/dataset_info.json"))
+
+
 def prepare_clic(data_dir: str | None, key: str, remedy: str, **options: Any):
-    """tensorflow-datasets' builder of `clic`, downloaded and prepared if it is not yet.
+    """tensorflow-datasets' builder of `clic`; downloaded only where no folder is given.
 
     Raises:
-        InputError: it cannot be; the line starts with `key` and names the folder `remedy`.
+        InputError: it cannot be, or the folder holds none; the line starts with `key` and names the
+            folder `remedy`.
     """
+    if data_dir is not None and not is_prepared_clic(data_dir):
+        raise InputError(
+            f"{key}: no clic that tensorflow-datasets has prepared in {data_dir} "
+            f"(clic/VERSION/dataset_info.json); name its folder in {remedy}, or leave it out to "
+            "download"
+        )
     tfds = import_tensorflow_datasets()
     try:
         builder = tfds.builder("clic", data_dir=data_dir, **options)
@@ -338,33 +263,28 @@ def open_images(config: RefineConfig) -> Images:
     chosen = options.data_set
     if chosen == "sample":
         return sample_photos()
-    path = getattr(options.path_test, chosen)
-    if chosen == "clic" and not (path and _holds_images(Path(path))):
+    path, key = getattr(options.path_test, chosen), f"dev_options.path_test.{chosen}"
+    if chosen == "clic" and (path is None or is_prepared_clic(path)):
         return ClicImages(path)
-    key = f"dev_options.path_test.{chosen}"
     if not path:
         raise InputError(f"{key}: {chosen} is switched on but has no path; name its folder here")
-    root = Path(path).expanduser()
-    if chosen == "tecnick" and (root / "RGB" / "RGB_OR_1200x1200").is_dir():
-        root = root / "RGB" / "RGB_OR_1200x1200"
+    inside = Path(path) / "RGB" / "RGB_OR_1200x1200"
+    if chosen == "tecnick" and inside.is_dir():
+        return open_folder(inside, key)
     if chosen == "pathology":
-        return open_folder(root, key, TIFF_SUFFIXES, config.image_size, config.seed)
-    return open_folder(root, key)
+        with named_by(key):
+            found = find_by_suffix(path, TIFF_SUFFIXES)
+            return ImageFiles(found, config.image_size, config.crop_seed)
+    return open_folder(path, key)
 
 
 def sample_photos() -> ImageFiles:
     """The four photos that come with scikit-image."""
     root = Path(skimage.__file__).parent / "data"
-    return ImageFiles([root / name for name in SAMPLE_PHOTOS], root)
+    return ImageFiles(Found(root, [root / name for name in SAMPLE_PHOTOS], ""))
 
 
-def open_folder(
-    path: str | Path,
-    key: str,
-    suffixes: frozenset[str] = IMAGE_SUFFIXES,
-    crop: int | None = None,
-    seed: int = 0,
-) -> ImageFiles:
+def open_folder(path: str | Path, key: str) -> ImageFiles:
     """The images below a folder, or the one file; "sample" is the sample photos.
 
     Raises:
@@ -372,16 +292,17 @@ def open_folder(
     """
     if path == "sample":
         return sample_photos()
-    root = Path(path).expanduser()
+    with named_by(key):
+        return ImageFiles(find_images(path))
+
+
+@contextmanager
+def named_by(key: str) -> Iterator[None]:
+    """Let an InputError on a path begin with the key that named it."""
     try:
-        files = find_images(root, suffixes)
+        yield
     except InputError as error:
         raise InputError(f"{key} = {error}") from None
-    return ImageFiles(files, root if root.is_dir() else root.parent, crop, seed)
-
-
-def _holds_images(path: Path) -> bool:
-    return path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
 
 
 # --- drawing for training -------------------------------------------------------------------------
@@ -500,8 +421,9 @@ class _DrawnCrops(Dataset):
         epoch, place = divmod(g, len(self.images))
         index = _permutation(len(self.images), self.seed, epoch)[place]
         name = self.images.names[index]
-        picture, _, error = self.images.picture(int(index))
-        if picture is None:
+        try:
+            picture = self.images.picture(int(index)).image
+        except UnreadableError as error:
             return g, name, None, f"{READ_FAILED}: {error}"
         if min(picture.size) < self.size:
             return g, name, None, TOO_SMALL
@@ -576,8 +498,7 @@ def imagenet_tfrecords(path: str | Path, key: str = "path_train.train_imagenet")
     Raises:
         InputError: no such folder, or no record in it.
     """
-    root = Path(path).expanduser()
-    key = f"{key} = {path}"
+    root, key = Path(path), f"{key} = {path}"
     if root.is_file():
         files = [root]
     elif root.is_dir():
@@ -939,7 +860,7 @@ def _resized_window(tf, shape, seed):
 # --- making tfrecords -----------------------------------------------------------------------------
 
 MANIFEST_NAME = "conversion.json"
-KEPT_FORMATS = frozenset(("JPEG", "PNG"))
+KEPT_FORMATS = frozenset(("JPEG", "MPO", "PNG"))
 
 
 def write_tfrecords(
@@ -947,10 +868,10 @@ def write_tfrecords(
 ) -> dict[str, str]:
     """Turn the images below a folder into `shards` tfrecord files, in parallel; resumable.
 
-    An Example has the bytes features image (the JPEG or PNG file as it is; any other format as
-    PNG), height, width and channels (decimal digits). Images come in a seeded random order, so
-    that a shard is a mixture of all classes. A shard is whole or absent; those that an earlier call
-    finished are kept.
+    An Example has the bytes features image (a JPEG or PNG file as it is, if it needs no more than
+    decoding; any other as the PNG of its converted pixels), height, width and channels (decimal
+    digits). Images come in a seeded random order, so that a shard is a mixture of all classes. A
+    shard is whole or absent; those that an earlier call finished are kept.
 
     Args:
         workers: processes; 0 is one a core.
@@ -961,8 +882,9 @@ def write_tfrecords(
     Raises:
         InputError: no images, fewer than shards, or `out` holds shards of other images.
     """
-    files = find_images(images)
-    root = images if images.is_dir() else images.parent
+    root, files, passed_over = find_images(images)
+    if passed_over:
+        print(f"{images}: {passed_over}", file=sys.stderr)
     if shards > len(files):
         raise InputError(
             f"--shards {shards}: more than there are images in {images} ({len(files)})"
@@ -1041,8 +963,7 @@ def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]
                 try:
                     fields = _encoded_picture(root / name)
                 except Exception as error:  # damaged files make decoders raise dozens of kinds
-                    reason = str(error).replace(str(root / name), name) or type(error).__name__
-                    unreadable[name] = reason.splitlines()[0]
+                    unreadable[name] = _reason(error, root / name, name)
                     continue
                 example = {key: feature(value) for key, value in fields.items()}
                 writer.write(
@@ -1059,18 +980,15 @@ def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]
 
 
 def _encoded_picture(path: Path) -> dict[str, bytes]:
-    """A record's four features of an image file, which is decoded whole to know that it can be."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        keeps = image.format in KEPT_FORMATS
-        width, height, channels = image.width, image.height, len(image.getbands())
-    if not keeps:
-        picture, _ = read_rgb(path)
+    """A record's four features of an image file: as it is where any decoder sees what we see."""
+    picture = read_picture(path)
+    if picture.format in KEPT_FORMATS and picture.is_as_decoded:
+        data, channels = path.read_bytes(), 1 if "L converted to RGB" in picture.notes else 3
+    else:
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        data, (width, height), channels = buffer.getvalue(), picture.size, 3
-    sizes = {"height": height, "width": width, "channels": channels}
+        picture.image.save(buffer, "PNG")
+        data, channels = buffer.getvalue(), 3
+    sizes = {"height": picture.image.height, "width": picture.image.width, "channels": channels}
     return {"image": data, **{key: b"%d" % value for key, value in sizes.items()}}
 
 
@@ -1080,15 +998,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare training data.")
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make-tfrecords", help="turn a folder of images into tfrecords")
-    make.add_argument("--images", type=Path, required=True, help="folder, flat or with subfolders")
-    make.add_argument("--out", type=Path, required=True, help="folder of the tfrecords")
+    make.add_argument("--images", type=user_path, required=True, help="folder, deep or flat")
+    make.add_argument("--out", type=user_path, required=True, help="folder of the tfrecords")
     make.add_argument("--shards", type=int, required=True, help="number of tfrecord files")
     make.add_argument("--workers", type=int, default=0, help="processes; 0 is one a core")
     arguments = parser.parse_args(argv)
     for option in ("shards", "workers"):
         if getattr(arguments, option) < (option == "shards"):
             raise InputError(f"--{option} {getattr(arguments, option)}: too small")
-    images, out = arguments.images.expanduser(), arguments.out.expanduser()
+    images, out = Path(arguments.images), Path(arguments.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers end with us
     try:
         unreadable = write_tfrecords(images, out, arguments.shards, arguments.workers)

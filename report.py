@@ -120,7 +120,7 @@ def write_report(
         InputError: a published curve cannot be read. OSError: a file cannot be written.
     """
     folder = Path(config.output_dir) / config.name
-    images = image_table(runs, open_images(refine_config).names[: refine_config.tot_batches])
+    images = image_table(runs, open_images(refine_config).names[: refine_config.image_count])
     shared = comparable(images)
     if shared.empty:
         print(f"error: {folder}: no image was refined by every method", file=sys.stderr)

@@ -53,8 +53,8 @@ log = logging.getLogger("refine")
 # Keys that may change between a run and its resumption: they change no image's result beyond float
 # rounding (another device does; the records say which it was, and are compared).
 FREE_KEYS = frozenset((
-    "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "batch_size",
-    "tracker", "device", "max_memory_gb",
+    "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
+    "batch_size", "tracker", "device", "max_memory_gb",
 ))  # fmt: skip
 
 
@@ -187,7 +187,7 @@ class Run:
 
     def pending(self, names: Sequence[str]) -> list[str]:
         """The names that this process has to refine: all without a record, split over the ranks."""
-        wanted = self.config.tot_batches * self.config.batch_size
+        wanted = self.config.image_count
         self.names = list(names[:wanted])
         found = read_records(self.folder / "images.jsonl")
         if self.ranks.world == 1:
@@ -215,10 +215,14 @@ class Run:
         for name in self.config.overruled_methods:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
         if found < wanted:
-            log.info("the data set has %d images, fewer than tot_batches * batch_size = %d: "
+            log.info("the data set has %d images, fewer than the %d of the config: "
                      "each is used once", found, wanted)  # fmt: skip
         if found > wanted:
-            log.info("the first %d of %d images, as tot_batches * batch_size says", wanted, found)
+            log.info(
+                "the first %d of %d images, as images or tot_batches * batch_size says",
+                wanted,
+                found,
+            )
         if done:
             log.info("%d of %d images are done already", done, len(self.names))
 

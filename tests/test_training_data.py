@@ -377,7 +377,7 @@ def folder(tmp_path):
 
 def draw_files(root, count, *, position=0, rank=0, world=1, **options):
     skipped = {}
-    images = ImageFiles(datasets.find_images(root), root)
+    images = ImageFiles(datasets.find_images(root))
     data = FolderCrops(images, SIZE, 1, **options)
     batches = data.batches(Draws(0, rank, world, position), skipped.__setitem__)
     return [next(batches) for _ in range(count)], skipped

@@ -1,0 +1,198 @@
+"""TIFFs that Pillow does not read, or reads wrongly, become pictures of 8 bits.
+
+Pillow knows a TIFF by a table of layouts. Over 8 bits it takes white for black, CMYK of little ends
+for nothing, and refuses most others; it takes signed values for unsigned ones. tifffile gives the
+samples as they are, and here is said what they mean (TIFF 6.0 and its supplements).
+"""
+
+import io
+import logging
+
+import numpy as np
+import tifffile
+from PIL import Image
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT
+
+from common.limits import refuse_too_large
+
+ORIENTATION = 0x0112  # the tag's number, in EXIF too
+INK_SET, SUBSAMPLING = 332, 530
+# What tifffile says of damaged files is said by what it raises.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+# Samples of a colour, Pillow's mode for them in 8 bits.
+COLOURS = {
+    PHOTOMETRIC.MINISWHITE: (1, "L"),
+    PHOTOMETRIC.MINISBLACK: (1, "L"),
+    PHOTOMETRIC.RGB: (3, "RGB"),
+    PHOTOMETRIC.PALETTE: (1, "RGB"),
+    PHOTOMETRIC.SEPARATED: (4, "CMYK"),
+    PHOTOMETRIC.CIELAB: (3, "LAB"),
+    PHOTOMETRIC.ICCLAB: (3, "LAB"),
+}
+KINDS = {
+    SAMPLEFORMAT.INT: "signed",
+    SAMPLEFORMAT.IEEEFP: "floating-point",
+    SAMPLEFORMAT.COMPLEXINT: "complex",
+    SAMPLEFORMAT.COMPLEXIEEEFP: "complex",
+}
+REMEDY = "save it as grey, RGB or CMYK of 8 or 16 bits"
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether a file's bytes begin like a TIFF's, whatever its name says."""
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def decode_tiff(data: bytes) -> tuple[Image.Image, str] | None:
+    """The first page of a TIFF that Pillow is not to read, and what was done to it.
+
+    Returns:
+        A picture of 8 bits, of mode L, LA, RGB, RGBA, CMYK or LAB, with `icc_profile` and
+        EXIF's orientation as the file has them; None for a TIFF that Pillow reads rightly.
+
+    Raises:
+        ValueError: its samples have no meaning in 8 bits; says which they are. And whatever else
+            tifffile makes of a damaged file.
+    """
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[0]
+        refuse_too_large(page.imagewidth, page.imagelength)
+        _refuse_senseless(page)
+        if _bits(page) <= 8 and _pillow_opens(data):
+            return None
+        image, note = _picture(page, _samples(page))
+        image.format = "TIFF"
+        if page.iccprofile:
+            image.info["icc_profile"] = page.iccprofile
+        if ORIENTATION in page.tags:
+            image.getexif()[ORIENTATION] = int(page.tags[ORIENTATION].value)
+    return image, note
+
+
+def _bits(page: tifffile.TiffPage) -> int:
+    """The bits of a sample; of the deepest where they differ."""
+    return int(np.max(page.bitspersample))
+
+
+def _pillow_opens(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)):
+            return True
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return False
+
+
+def _refuse_senseless(page: tifffile.TiffPage) -> None:
+    """Refuse samples that are no colours in [0, 2^bits - 1], and colours that nobody converts."""
+    bits, kind = _bits(page), int(np.max(page.sampleformat))
+    colour = getattr(page.photometric, "name", page.photometric)
+    # Lab's a and b are signed whatever the sample format says.
+    lab = page.photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB)
+    if kind in KINDS and not (lab and kind == SAMPLEFORMAT.INT):
+        raise ValueError(f"{bits}-bit {KINDS[kind]} samples; {REMEDY}")
+    if bits > 16:
+        raise ValueError(f"{bits}-bit samples; {REMEDY}")
+    if page.photometric == PHOTOMETRIC.YCBCR:
+        raw = page.compression == tifffile.COMPRESSION.NONE
+        subsampled = SUBSAMPLING not in page.tags or page.tags[SUBSAMPLING].value != (1, 1)
+        if bits > 8 or (raw and subsampled):
+            raise ValueError(f"{bits}-bit YCbCr that is not compressed as JPEG is; {REMEDY}")
+    elif page.photometric not in COLOURS:
+        raise ValueError(f"pixels of kind {colour}; {REMEDY}")
+    inks = int(page.tags[INK_SET].value) if INK_SET in page.tags else 1
+    if page.photometric == PHOTOMETRIC.SEPARATED and (inks != 1 or page.samplesperpixel < 4):
+        raise ValueError(f"{page.samplesperpixel} inks other than cyan, magenta, yellow and black")
+
+
+def _samples(page: tifffile.TiffPage) -> np.ndarray:
+    """The page's samples, [H, W, S]."""
+    if len({*np.atleast_1d(page.bitspersample).tolist()}) > 1:
+        raise ValueError(f"samples of {page.bitspersample} bits; {REMEDY}")
+    samples = page.asarray()
+    if {*page.axes} - {*"YXS"}:
+        raise ValueError(f"a volume of shape {samples.shape} is no picture")
+    if samples.ndim == 2:
+        return samples[:, :, None]
+    separate = page.planarconfig == PLANARCONFIG.SEPARATE
+    return np.moveaxis(samples, 0, -1) if separate else samples
+
+
+def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image, str]:
+    """The 8-bit picture of samples [H, W, S], and what was done to them."""
+    bits, photometric = _bits(page), page.photometric
+    if photometric == PHOTOMETRIC.CIELAB and samples.shape[2] == 1:
+        count, mode = 1, "L"  # lightness alone
+    else:
+        count, mode = COLOURS[photometric]
+    colour, extra = samples[:, :, :count], samples[:, :, count:]
+    if colour.shape[2] < count:
+        raise ValueError(f"{samples.shape[2]} samples a pixel, not {photometric.name}'s {count}")
+    kinds = _extra_kinds(page, extra.shape[2])
+    note = f"{bits} bits scaled to 8"
+    alpha = next((i for i, kind in enumerate(kinds) if kind != EXTRASAMPLE.UNSPECIFIED), None)
+    if len(kinds) > (alpha is not None):
+        note += ", channels without a stated meaning left out"
+    if photometric == PHOTOMETRIC.PALETTE:
+        colour, bits = page.colormap[:, colour[:, :, 0]].transpose(1, 2, 0), 16
+    elif photometric == PHOTOMETRIC.MINISWHITE:
+        colour = 2**bits - 1 - colour
+    if alpha is None:
+        return Image.fromarray(_eight_bits(colour, bits, photometric), mode), note
+    opacity = extra[:, :, alpha]
+    if kinds[alpha] == EXTRASAMPLE.ASSOCALPHA:
+        if mode not in ("L", "RGB") or photometric == PHOTOMETRIC.MINISWHITE:
+            raise ValueError(f"premultiplied transparency of {photometric.name}; {REMEDY}")
+        colour = _divided(colour, opacity, bits)
+    if mode not in ("L", "RGB"):
+        raise ValueError(f"transparency of {photometric.name}; {REMEDY}")
+    picture = Image.fromarray(_eight_bits(colour, bits, photometric), mode)
+    picture.putalpha(Image.fromarray(_eight_bits(opacity, _bits(page))))
+    return picture, note
+
+
+def _extra_kinds(page: tifffile.TiffPage, count: int) -> list[int]:
+    """The kinds of so many samples beyond the colour's; one of RGB without a word is its alpha."""
+    kinds = [int(kind) for kind in page.extrasamples][:count]
+    if not kinds and count == 1 and page.photometric == PHOTOMETRIC.RGB:
+        return [int(EXTRASAMPLE.UNASSALPHA)]  # as Pillow and most others read it
+    return kinds + [int(EXTRASAMPLE.UNSPECIFIED)] * (count - len(kinds))
+
+
+def _divided(colour: np.ndarray, opacity: np.ndarray, bits: int) -> np.ndarray:
+    """Colours [H, W, C] that were multiplied by their opacity [H, W], as they were before."""
+    opacity = np.maximum(opacity, 1)[:, :, None].astype(np.float32)
+    most = 2**bits - 1
+    return np.minimum(np.rint(colour * (most / opacity)), most).astype(np.uint16)
+
+
+def _eight_bits(samples: np.ndarray, bits: int, photometric: int | None = None) -> np.ndarray:
+    """uint8 of samples [H, W] or [H, W, C] in [0, 2^bits - 1]; Lab's as Pillow's mode has them."""
+    if samples.ndim == 3 and samples.shape[2] == 1:
+        samples = samples[:, :, 0]
+    if samples.ndim == 3 and photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB):
+        return _lab(samples, bits, photometric)
+    return scaled_to_8_bits(samples, bits)
+
+
+def scaled_to_8_bits(samples: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 of integers in [0, 2^bits - 1], rounded; any shape."""
+    most = 2**bits - 1
+    table = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)
+    return table[samples]
+
+
+def _lab(samples: np.ndarray, bits: int, photometric: int) -> np.ndarray:
+    """Pillow's LAB, uint8 [H, W, 3]: L of 255 levels, a and b with 128 added."""
+    if bits not in (8, 16):
+        raise ValueError(f"Lab of {bits} bits; {REMEDY}")
+    unit = 2 ** (bits - 8)
+    values = samples.astype(np.float64)
+    lightness, chroma = values[:, :, :1], values[:, :, 1:]
+    if photometric == PHOTOMETRIC.CIELAB:  # a and b in two's complement
+        most = 2**bits - 1
+        chroma = (samples[:, :, 1:].astype(np.int64) + 2 ** (bits - 1)) % 2**bits
+    else:  # ICC's: 0 to 100 is 0 to 0xFF00 where it has 16 bits
+        most = 255 * unit
+    lab = np.concatenate((lightness * (255 / most), chroma / unit), axis=2)
+    return np.rint(lab).clip(0, 255).astype(np.uint8)
