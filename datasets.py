@@ -56,9 +56,10 @@ class LoadedImage(NamedTuple):
 
 
 class Images(Protocol):
-    """What refinement needs of a data set."""
+    """What refinement needs of a data set; `passed_over` says in a line what is not in it."""
 
     names: list[str]
+    passed_over: str
 
     def load(self, names: Sequence[str], num_workers: int) -> Iterator[LoadedImage]:
         """The images of these names, in this order."""
@@ -90,19 +91,11 @@ def _reason(error: Exception, file: Path, name: str) -> str:
 class ImageFiles(Dataset):
     """Image files on disk, whole or (with `crop`) one seeded random resized crop of each.
 
-    An item is a `LoadedImage`; its name is the path below the folder, `printable`.
-
-    Raises:
-        InputError: two names can only be told apart by what cannot be printed.
+    An item is a `LoadedImage`; its name is the path below the folder.
     """
 
     def __init__(self, found: Found, crop: int | None = None, seed: int = 0):
-        self.files: dict[str, Path] = {}
-        for file in found.files:
-            name = printable(file.relative_to(found.root).as_posix())
-            if name in self.files:
-                raise InputError(f"{found.root}: two files have the name {name}; rename one")
-            self.files[name] = file
+        self.files = {file.relative_to(found.root).as_posix(): file for file in found.files}
         self.names = list(self.files)
         self.passed_over = found.passed_over
         self.crop = crop
@@ -178,6 +171,7 @@ class ClicImages:
     """The test split of tensorflow-datasets' `clic`, downloaded on first use."""
 
     split = "test"
+    passed_over = ""
 
     def __init__(self, data_dir: str | None):
         self._tfds = import_tensorflow_datasets()

@@ -526,6 +526,16 @@ class Rounding:
         """The method as a reader names it, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
         return self.method if self.logits is None else f"{self.method}/{self.logits}"
 
+    @property
+    def overridden(self) -> dict[str, Any]:
+        """The method's own defaults, by name, of hyper-parameters that have another value here."""
+        defaults = METHODS[self.method, self.logits].defaults
+        return {
+            key: defaults[key]
+            for key, value in self.params.items()
+            if defaults[key] not in (value, inspect.Parameter.empty)
+        }
+
     def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
         """Relaxed rounding of centred latents v, any shape, at temperature tau."""
         return self.sample(v, tau, generator, **self.params)

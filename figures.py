@@ -15,9 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from common.files import printable
 from datasets import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
-from reporting import mean_trajectory, most_improved, printable, read_records
+from reporting import mean_trajectory, most_improved, read_records, result_file
 
 
 class ComparedRun(NamedTuple):
@@ -76,7 +77,7 @@ def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
     tables = []
     records = read_records(run.folder / "images.jsonl")
     for name, record in ((name, records[name]) for name in names if name in records):
-        table = pd.read_csv(run.folder / "trajectories" / f"{name}.csv")
+        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
         # Records of older runs have no clock.
         clock = record.get("clock") or table["step"] * record["seconds_per_step"]
         tables.append(table.assign(seconds=clock))

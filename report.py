@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -24,7 +25,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from common.files import write_whole
+from common.files import fitting, printable, write_whole
 from config import CompareConfig, RefineConfig, folder_name
 from datasets import open_images
 from figures import (
@@ -50,7 +51,7 @@ from models import (
     prior_params,
     reconstruct,
 )
-from reporting import read_records, write_json
+from reporting import read_records, result_file, write_json
 from tables import (
     bd_table,
     codec_curves,
@@ -79,7 +80,7 @@ def details_of(runs: Sequence[ComparedRun], config: RefineConfig, name: str) -> 
     records = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
     (image,) = open_images(config).load([name], 0)
     if image.x is None or not all(records) or image.x[0].numel() > LARGEST_SHOWN:
-        print(f"{name}: no pictures, for it is too large or some method lacks it")
+        print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
     model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
@@ -87,7 +88,7 @@ def details_of(runs: Sequence[ComparedRun], config: RefineConfig, name: str) -> 
     base = integer_latents(model, analyze(model, x))
     details.append(_detail(model, "base", base, records[0]["base"], x))
     for run, record in zip(runs, records, strict=True):
-        with np.load(run.folder / "latents" / f"{name}.npz") as arrays:
+        with np.load(result_file(run.folder, "latents", name, ".npz")) as arrays:
             symbols = Latents(*(torch.from_numpy(arrays[key])[None] for key in ("y", "z")))
         details.append(_detail(model, run.method, symbols, record["refined"], x))
     return details
@@ -127,7 +128,8 @@ def write_report(
         return None
     dropped = sorted({*images["image"]} - {*shared["image"]})
     if dropped:
-        print(f"not compared, for some method lacks them: {', '.join(dropped)}")
+        lost = printable(", ".join(dropped))
+        print(f"not compared, for some method lacks them: {lost}")
     table, points = method_table(shared, config), curve_points(shared, config)
     counts = shared.groupby("image")["model"].nunique()
     everywhere = [name for name in counts.index if counts[name] == shared["model"].nunique()]
@@ -140,11 +142,11 @@ def write_report(
     if len(codecs):
         tables["codecs"] = codecs
     for key, values in tables.items():
-        write_whole(
-            folder / f"{key}.csv", lambda file, values=values: values.to_csv(file, index=False)
-        )
+        # Names of images may hold bytes that are no text.
+        write = partial(values.to_csv, index=False, errors="backslashreplace")
+        write_whole(folder / f"{key}.csv", write)
     text = markdown(table)
-    write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
+    write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
     write_for_compressai(folder, points)
     names = {model: list(own["image"].unique()) for model, own in shared.groupby("model")}
     figures = all_figures(config, runs, refine_config, curves, names)
@@ -171,7 +173,7 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
         if own["ms_ssim_db"].notna().all():
             # The tool turns similarities into dB itself.
             results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
-        path = folder / "compressai" / str(image) / f"{folder_name(curve)}.json"
+        path = folder / "compressai" / fitting(str(image)) / f"{folder_name(curve)}.json"
         write_json(path, {"name": curve, "description": str(image), "results": results})
 
 
@@ -353,7 +355,7 @@ def write_page(
         summary += " A quick run: few images, short schedules, to be looked at, not to be cited."
     text = PAGE.substitute(title=html.escape(f"Comparison {config.name}"),
                            summary=html.escape(summary), sections="\n".join(sections))  # fmt: skip
-    return write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return write_whole(path, lambda file: file.write_text(text, "utf-8", "backslashreplace"))
 
 
 def _bd_section(bd: pd.DataFrame, anchor: str) -> str:

@@ -42,10 +42,10 @@ from PIL import Image
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from codec import SUFFIX
-from common.files import write_whole
-from config import InputError, PretrainConfig, RefineConfig, load_config, resolved
-from datasets import LoadedImage, TrainingData, save_picture
+from codec import SUFFIX, read_bitstream
+from common.files import fitting, printable, write_whole
+from config import InputError, PretrainConfig, RefineConfig, load_config, reason_of, resolved
+from datasets import Images, LoadedImage, TrainingData, save_picture
 from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
@@ -181,25 +181,33 @@ class Run:
         self.names: list[str] = []
         own = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
         self._own_path = folder / own
-        self._own: dict[str, dict] = {}
         self._mentioned: set[str] = set()
         self._tracker = open_tracker(config, folder)
 
-    def pending(self, names: Sequence[str]) -> list[str]:
-        """The names that this process has to refine: all without a record, split over the ranks."""
-        wanted = self.config.image_count
-        self.names = list(names[:wanted])
-        found = read_records(self.folder / "images.jsonl")
-        if self.ranks.world == 1:
-            self._own = found
-        done = {name for name in found if self._is_whole(name)}
-        todo = [name for name in self.names if name not in done]
-        if self.ranks.rank == 0:
-            self._announce(len(names), wanted, len(self.names) - len(todo))
+    def pending(self, images: Images) -> list[str]:
+        """The images that this process has to refine: all that are not done, split over the ranks.
+
+        What is not whole is not done, and its record is dropped.
+        """
+        self.names = images.names[: self.config.image_count]
+        todo = first_rank_does(self.ranks, lambda: self._not_done(images))
         return todo[self.ranks.rank :: self.ranks.world]
 
-    def _announce(self, found: int, wanted: int, done: int) -> None:
-        params = ", ".join(f"{key} {_short(value)}" for key, value in self.facts["params"].items())
+    def _not_done(self, images: Images) -> list[str]:
+        path = self.folder / "images.jsonl"
+        found = read_records(path)
+        broken = [name for name in self.names if name in found and not self._is_whole(found[name])]
+        kept = [record for name, record in found.items() if name not in broken]
+        if path.is_file():
+            write_records(path, kept)
+        todo = [name for name in self.names if name not in found or name in broken]
+        self._announce(images, len(self.names) - len(todo))
+        for name in broken:
+            log.warning("%s: its results are not whole; it is done again", printable(name))
+        return todo
+
+    def _announce(self, images: Images, done: int) -> None:
+        found, wanted = len(images.names), self.config.image_count
         target, passes = self.config.target, self.config.polish_passes
         goal = (
             f"files of {target.in_words(target.wanted)}"
@@ -208,34 +216,49 @@ class Run:
         )
         log.info(
             "%s (%s), %s, %d steps%s, N = %d, M = %d, %s", self.facts["method"],
-            params or "no hyper-parameters", goal, self.config.tot_inference_iterations,
+            self._hyper_parameters() or "no hyper-parameters", goal,
+            self.config.tot_inference_iterations,
             f" and {passes} passes of polish" if passes else "", self.facts["N"], self.facts["M"],
             self.facts["device"],
         )  # fmt: skip
         for name in self.config.overruled_methods:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
+        if images.passed_over:
+            log.info("%s", images.passed_over)
         if found < wanted:
-            log.info("the data set has %d images, fewer than the %d of the config: "
-                     "each is used once", found, wanted)  # fmt: skip
+            log.info("the data set has %d images, fewer than the config's %d: each is used once",
+                     found, wanted)  # fmt: skip
         if found > wanted:
-            log.info(
-                "the first %d of %d images, as images or tot_batches * batch_size says",
-                wanted,
-                found,
-            )
+            log.info("the first %d of %d images, as images or tot_batches * batch_size says",
+                     wanted, found)  # fmt: skip
         if done:
             log.info("%d of %d images are done already", done, len(self.names))
 
+    def _hyper_parameters(self) -> str:
+        """Names and values, and of those that the config set otherwise what is the method's own."""
+        own = self.facts["overridden"]
+        return ", ".join(
+            f"{key} {_short(value)}"
+            + (f" as the config sets it, not {_short(own[key])}" if key in own else "")
+            for key, value in self.facts["params"].items()
+        )
+
+    def split(self, batch: Sequence[LoadedImage], reason: str) -> None:
+        """Say that images which do not go together are tried one by one."""
+        log.warning("%s and %d more: %s; one by one now", printable(batch[0].name), len(batch) - 1,
+                    reason)  # fmt: skip
+
     def skip(self, name: str, reason: str) -> None:
         """Note an image that could not be refined; the run goes on and its exit code says so."""
-        log.warning("%s: skipped: %s", name, reason)
+        log.warning("%s: skipped: %s", printable(name), reason)
         self.failed[name] = reason
 
     def mention(self, name: str, notes: Sequence[str]) -> None:
         """Log what was converted in an image, each kind of conversion once."""
         for note in notes:
             if note not in self._mentioned:
-                log.info("%s: %s (said once; images.jsonl has it of each image)", name, note)
+                log.info("%s: %s (said once; images.jsonl has it of each image)", printable(name),
+                         note)  # fmt: skip
         self._mentioned.update(notes)
 
     def progress(self, names: Sequence[str]) -> "Progress":
@@ -245,19 +268,35 @@ class Run:
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
-    def save(self, image: LoadedImage, result: Any, symbols: Latents, cost: "Cost") -> None:
+    def save(self, image: LoadedImage, result: Any, symbols: Latents, cost: "Cost") -> bool:
         """Write all that is known of one image; its record last, which is what makes it done.
+
+        One whose files cannot be written is skipped: False.
 
         Args:
             result: `train_flexible_inference.Refinement`.
             symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
-
-        Raises:
-            OSError: a file cannot be written.
         """
-        name = image.name
-        record = self._record(image, result, cost)
-        table = pd.DataFrame(result.trajectory)
+        name, record = image.name, self._record(image, result, cost)
+        try:
+            self._write_files(image, result, symbols)
+            append_record(self._own_path, record)
+        except OSError as error:
+            self.skip(name, f"its results cannot be written: {reason_of(error)}")
+            return False
+        self._tracker(name, result.trajectory)
+        shown = printable(name)
+        if result.stopped:
+            log.warning("%s: stopped, %s; kept step %d", shown, result.stopped, record["best_step"])
+        if result.target and not result.target["met"]:
+            words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
+            log.warning("%s: the target, %s, was not met; the closest, %s, is kept", shown, *words)
+        log.info("%s: %s, best step %d, %.1f s", shown, _in_words(record), record["best_step"],
+                 cost.seconds)  # fmt: skip
+        return True
+
+    def _write_files(self, image: LoadedImage, result: Any, symbols: Latents) -> None:
+        name, table = image.name, pd.DataFrame(result.trajectory)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
         )
@@ -273,17 +312,7 @@ class Run:
         if self.config.dev_options.save_final:
             pictures = {label: x_hat[0] for label, x_hat in result.pictures.items()}
             for label, x in {"original": image.x, **pictures}.items():
-                save_picture(self.folder / "reconstructions" / name / f"{label}.png", x)
-        self._own[name] = record
-        write_records(self._own_path, self._own.values())
-        self._tracker(name, result.trajectory)
-        if result.stopped:
-            log.warning("%s: stopped, %s; kept step %d", name, result.stopped, record["best_step"])
-        if result.target and not result.target["met"]:
-            words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
-            log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
-        log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
-                 cost.seconds)  # fmt: skip
+                save_picture(self._file("reconstructions", name) / f"{label}.png", x)
 
     def _record(self, image: LoadedImage, result: Any, cost: "Cost") -> dict:
         return _finite({
@@ -325,10 +354,10 @@ class Run:
             write_whole(self.folder / "trajectory.png", plot_trajectory(trajectory).savefig),
             write_whole(self.folder / "before_after.png", plot_rate_distortion(own).savefig),
         ]
-        pictures = self.folder / "reconstructions"
-        shown = [record["name"] for record in own if (pictures / record["name"]).is_dir()]
+        shown = [record["name"] for record in own
+                 if self._file("reconstructions", record["name"]).is_dir()]  # fmt: skip
         if shown:
-            figure = plot_comparison(pictures, own, shown[:4])
+            figure = plot_comparison(self.folder, own, shown[:4])
             plots.append(write_whole(self.folder / "comparison.png", figure.savefig))
         log.info("results:  %s", self.folder)
         if self.config.writes_files:
@@ -336,19 +365,40 @@ class Run:
         for label, path in zip(("plot:", "plot:", "images:"), plots, strict=False):
             log.info("%-9s %s", label, path)
         if shown:
-            log.info("%-9s %s", "images:", pictures)
+            log.info("%-9s %s", "images:", self.folder / "reconstructions")
         if failed:
-            log.error("failed: %s", ", ".join(sorted(failed)))
+            log.error("failed: %s", printable(", ".join(sorted(failed))))
         return 1 if failed else 0
 
-    def _is_whole(self, name: str) -> bool:
-        kinds = [("trajectories", ".csv"), ("latents", ".npz")]
-        if self.config.writes_files:
-            kinds.append(("bitstreams", SUFFIX))
-        return all(self._file(kind, name, suffix).is_file() for kind, suffix in kinds)
+    def _is_whole(self, record: dict[str, Any]) -> bool:
+        """Whether all that an image's record stands for is there and can be read."""
+        name = record["name"]
+        try:
+            table = pd.read_csv(self._file("trajectories", name, ".csv"))
+            steps = table["step"]
+            sound = {"temperature", "true_loss", "relaxed_loss"} <= {*table.columns} and all(
+                kind.kind in "biuf" for kind in table.dtypes
+            )
+            with np.load(self._file("latents", name, ".npz")) as arrays:
+                shapes = [arrays[key].shape for key in ("y", "z")]
+            if self.config.writes_files:
+                read_bitstream(self._file("bitstreams", name, SUFFIX).read_bytes())
+            if self.config.dev_options.save_final:
+                for label in ("original", "base", "refined"):
+                    with Image.open(self._file("reconstructions", name) / f"{label}.png") as image:
+                        image.load()
+        except Exception:  # damaged files make their readers raise dozens of kinds
+            return False
+        rows = len(record.get("clock", steps))  # records of older runs have no clock
+        return sound and all(shapes) and len(steps) == rows and steps.iloc[-1] == record["steps"]
 
-    def _file(self, kind: str, name: str, suffix: str) -> Path:
-        return self.folder / kind / f"{name}{suffix}"
+    def _file(self, kind: str, name: str, suffix: str = "") -> Path:
+        return result_file(self.folder, kind, name, suffix)
+
+
+def result_file(folder: Path, kind: str, name: str, suffix: str = "") -> Path:
+    """Where a run's folder has the file, or the folder, of one image; long names are shortened."""
+    return folder / kind / fitting(name, suffix)
 
 
 def _side(row: dict[str, Any]) -> dict[str, Any]:
@@ -748,13 +798,13 @@ def test_means(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def format_test(results: Sequence[dict[str, Any]], means: dict[str, Any]) -> str:
     """The table of a test, one line an image and the mean."""
-    width = max(5, *(len(record["name"]) for record in results))
+    width = max(5, *(len(printable(record["name"])) for record in results))
     header = f"{'image':{width}}  {'bpp':>7}  {'PSNR':>6}  {'MS-SSIM':>7}  {'(dB)':>6}  {'loss':>7}"
     lines = [header, "-" * len(header)]
     for record in [*results, {"name": "mean", **means}]:
         if "error" not in record:
             lines.append(
-                f"{record['name']:{width}}  {_digits(record['bpp'], 4):>7}"
+                f"{printable(record['name']):{width}}  {_digits(record['bpp'], 4):>7}"
                 f"  {_digits(record['psnr'], 2):>6}  {_digits(record['ms_ssim'], 4):>7}"
                 f"  {_digits(record['ms_ssim_db'], 2):>6}  {_digits(record['loss'], 4):>7}"
             )
@@ -772,24 +822,44 @@ def _digits(value: float | None, digits: int) -> str:
 # --- records --------------------------------------------------------------------------------------
 
 
-def read_records(path: Path) -> dict[str, dict]:
-    """The records of one images.jsonl by name; none where there is no file.
+# What every record has, and what its two sides have.
+RECORD_KEYS = frozenset((
+    "name", "width", "height", "lmbda", "base", "refined", "best_step", "steps", "stopped",
+    "seconds", "seconds_per_step",
+))  # fmt: skip
+SIDE_KEYS = frozenset(("bpp", "psnr", "psnr_raw", "ms_ssim_db", "true_loss"))
 
-    Raises:
-        InputError: a line that is no record.
+
+def read_records(path: Path) -> dict[str, dict]:
+    """The records of one images.jsonl by name, the last of each; none where there is no file.
+
+    What is no whole record, such as a line that a kill tore, is left out: its image is not done.
     """
     if not path.is_file():
         return {}
     records = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-            records[record["name"]] = record
-        except (ValueError, TypeError, KeyError):
-            raise InputError(
-                f"{path}: line {number} is no record of an image; delete that line, then resume"
-            ) from None
+            sides = record["base"].keys(), record["refined"].keys()
+            if record.keys() >= RECORD_KEYS and all(side >= SIDE_KEYS for side in sides):
+                records[record["name"]] = record
     return records
+
+
+def append_record(path: Path, record: dict) -> None:
+    """One more line, on the disk when this returns.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_records(path: Path, records: Iterable[dict]) -> Path:
@@ -885,18 +955,13 @@ def _percent(before: float, after: float) -> float:
     return 100 * (after / before - 1)
 
 
-def printable(name: str) -> str:
-    """A file name as any console and plot can show it: bytes that are no text are escaped."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     """The before/after table, one line an image and the mean.
 
     Where files were written: their bpp beside the estimate, and quality from the decoded files.
     With a target: each image's lambda in place of losses, which have different lambdas.
     """
-    width = max(5, *(len(record["name"]) for record in records))
+    width = max(5, *(len(printable(record["name"])) for record in records))
     files, target = "file_bpp" in records[0]["base"], records[0].get("target")
     columns = [f"{'image':{width}} {'size':>11}"]
     if files:
@@ -910,7 +975,8 @@ def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     for record in records:
         size = f"{record['width']}x{record['height']}"
         tail = f"  {record['best_step']:>9}  {record['seconds']:>5.0f} s"
-        lines.append(f"{record['name']:{width}} {size:>11}{_changes(record)}{tail}")
+        name = printable(record["name"])
+        lines.append(f"{name:{width}} {size:>11}{_changes(record)}{tail}")
     lines.append(f"{'mean':{width}} {'':>11}{_changes({'target': target and {}, **summary})}")
     return "\n".join(lines)
 
@@ -1030,7 +1096,11 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
 
 
 def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str]) -> Figure:
-    """Original, base and refined, a detail of each image: where refinement changed most."""
+    """Original, base and refined, a detail of each image: where refinement changed most.
+
+    Args:
+        folder: the run's.
+    """
     by_name = {record["name"]: record for record in records}
     figure = Figure(figsize=(9, 3.2 * len(names) + 0.4), dpi=110, layout="constrained")
     figure.suptitle(
@@ -1041,7 +1111,9 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
     for row, name in zip(axes, names, strict=True):
         record = by_name[name]
         pictures = {
-            label: np.asarray(Image.open(folder / name / f"{label}.png"))
+            label: np.asarray(
+                Image.open(result_file(folder, "reconstructions", name) / f"{label}.png")
+            )
             for label in ("original", "base", "refined")
         }
         window = most_improved(*pictures.values())
@@ -1123,12 +1195,19 @@ class _ThroughTqdm(logging.Handler):
         sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk ends no run: what cannot be logged is on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        """Nothing."""
+
+
 def start_logging(path: Path) -> None:
     """Every line to the console, and with its time to `path`."""
     for handler in list(log.handlers):
         handler.close()
         log.removeHandler(handler)
-    to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    to_file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(to_file)
     log.addHandler(_ThroughTqdm())

@@ -6,6 +6,7 @@ Every function maps tables, or the records of runs, to a table (pandas).
 import io
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,9 @@ def codec_table(config: RefineConfig, names: Sequence[str], codecs: Sequence[str
 
     Rows that the file `known` has are not computed again.
     """
-    done = pd.read_csv(known) if known.is_file() else pd.DataFrame(columns=["image", "method"])
+    done = pd.DataFrame(columns=["image", "method"])
+    with suppress(OSError, ValueError, KeyError):  # what is not whole is done again
+        done = pd.read_csv(known).astype(dict.fromkeys(QUALITIES, float))
     have = set(zip(done["image"], done["method"], strict=True))
     missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
     rows = []

@@ -89,7 +89,7 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     run = open_run(config, ranks, {
-        "method": rounding.name, "params": rounding.params,
+        "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
@@ -100,27 +100,31 @@ def refine_images(
     )
     model = freeze(model.to(device), config.coder_scales)
 
-    loaded = images.load(run.pending(images.names), config.num_workers)
+    loaded = images.load(run.pending(images), config.num_workers)
     for batch in equal_sized(loaded, lambda size: min(config.images_at_once, bound.images(size))):
         if batch[0].x is None:
             run.skip(batch[0].name, batch[0].error)
             continue
         for image in batch:
             run.mention(image.name, image.notes)
-        watch = Stopwatch(device)
-        try:
-            results = refine_batch(model, coder, batch, rounding, config, run, bound)
-        except RefinementError as error:
-            for image in batch:
-                run.skip(image.name, str(error))
-            continue
-        cost = cost_of(results, watch)
-        for image, result in zip(batch, results, strict=True):
-            if isinstance(result, str):
-                run.skip(image.name, result)
+        waiting = [batch]
+        while waiting:
+            part, watch = waiting.pop(0), Stopwatch(device)
+            try:
+                results = refine_batch(model, coder, part, rounding, config, run, bound)
+            except RefinementError as error:
+                if len(part) > 1:
+                    run.split(part, str(error))
+                    waiting += [[image] for image in part]
+                else:
+                    run.skip(part[0].name, str(error))
                 continue
-            run.save(image, result, integer_latents(model, result.latents), cost)
-            on_image(cost)
+            cost = cost_of(results, watch)
+            for image, result in zip(part, results, strict=True):
+                if isinstance(result, str):
+                    run.skip(image.name, result)
+                elif run.save(image, result, integer_latents(model, result.latents), cost):
+                    on_image(cost)
     return run.finish()
 
 
@@ -214,6 +218,7 @@ class Refinement:
 
     lmbda: float
     early_stop: EarlyStop | None = None
+    keeps_pictures: bool = False
     latents: Latents | None = None
     base_latents: Latents | None = None
     base: dict[str, Any] | None = None
@@ -244,7 +249,7 @@ class Refinement:
         return self.best["true_loss"] if self.best else math.inf
 
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor, seconds: float) -> None:
-        """Note an evaluated step; keep its latents and picture if its true loss is the lowest."""
+        """Note an evaluated step; keep copies of its latents, and picture, if it is the best."""
         self.trajectory.append(row)
         self.clock.append(seconds)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
@@ -252,7 +257,8 @@ class Refinement:
         if row["true_loss"] < self.lowest:
             self.best = row
             self.latents = Latents(*(v.detach().clone() for v in latents))
-            self.pictures["refined"] = x_hat
+            if self.keeps_pictures:
+                self.pictures["refined"] = x_hat.clone()
         if self.base is None:
             self.base, self.base_latents = row, self.latents
 
@@ -295,7 +301,7 @@ def refine(
     optimizer = build_optimizer(latents, config.optimizer)
     generators = [torch.Generator(x.device) for _ in seeds]
     pictured = {first_step, 1, 500} if options.save_final else set()
-    results = [Refinement(lmbda, config.early_stop) for _ in seeds]
+    results = [Refinement(lmbda, config.early_stop, options.save_final) for _ in seeds]
     losses = torch.zeros(len(x))
 
     def relaxed_rounding() -> Callable[[Tensor], Tensor]:
@@ -309,12 +315,13 @@ def refine(
         terms = rd_pass(model, x, latents, relaxed_rounding(), lmbda, tile, precision)
         losses, loss = terms["loss"].detach(), terms["loss"].sum()
         # The augmented loss averages in the true loss, a constant: half the gradient.
-        (loss / 2 if options.augmented_loss else loss).backward()
+        objective = loss / 2 if options.augmented_loss else loss
+        objective.backward()
         if isinstance(optimizer, torch.optim.LBFGS):
             for v in latents:
                 # It flattens gradients, which channels-last networks leave strided.
                 v.grad = v.grad.contiguous()
-        return loss
+        return objective
 
     for step in count(first_step):
         due = step % config.eval_freq == 0 or step == first_step or pace.over
@@ -368,7 +375,7 @@ def add_rows(
             row = at | {f"relaxed_{key}": value for key, value in relaxed[index].items()}
             row |= {f"true_{key}": value for key, value in true[index].items()}
             own = slice(index, index + 1)
-            result.add(row, Latents(*(v[own] for v in latents)), x_hat[own].clone(), seconds)
+            result.add(row, Latents(*(v[own] for v in latents)), x_hat[own], seconds)
             if result.early_stop and result.early_stop.settled(result.true_losses):
                 # The polish goes on with this noise, as if the image were alone.
                 result.settled, result.noise = True, generators[index].get_state()
@@ -551,7 +558,7 @@ def joined(tried: Sequence[Refinement], chosen: Refinement) -> Refinement:
     for kind in ("relaxed", "true"):
         mse = 10 ** (-base[f"{kind}_psnr_raw"] / 10)
         base[f"{kind}_loss"] = base[f"{kind}_bpp"] + chosen.lmbda * 255**2 * mse
-    kept = {"base": tried[0].pictures.get("base"), "refined": chosen.pictures["refined"]}
+    kept = {"base": tried[0].pictures.get("base"), "refined": chosen.pictures.get("refined")}
     return replace(
         chosen,
         base=base,

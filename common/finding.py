@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset((
 TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
 # The formats of those that tell themselves by how they begin.
 FORMATS = (
-    "PNG", "JPEG", "MPO", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "BMP", "GIF", "PPM", "PSD",
+    "PNG", "JPEG", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "BMP", "GIF", "PPM", "PSD",
     "QOI",
 )  # fmt: skip
 # Files that were not finished, or that are another's copy.

@@ -59,7 +59,8 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, str] | None:
         page = file.pages[0]
         refuse_too_large(page.imagewidth, page.imagelength)
         _refuse_senseless(page)
-        if _bits(page) <= 8 and _pillow_opens(data):
+        mixed = page.planarconfig != PLANARCONFIG.SEPARATE or not page.extrasamples
+        if _bits(page) <= 8 and mixed and _pillow_opens(data):
             return None
         image, note = _picture(page, _samples(page))
         image.format = "TIFF"
@@ -129,7 +130,7 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
     if colour.shape[2] < count:
         raise ValueError(f"{samples.shape[2]} samples a pixel, not {photometric.name}'s {count}")
     kinds = _extra_kinds(page, extra.shape[2])
-    note = f"{bits} bits scaled to 8"
+    note = f"{bits} bits scaled to 8" if bits != 8 else f"{photometric.name} of 8 bits"
     alpha = next((i for i, kind in enumerate(kinds) if kind != EXTRASAMPLE.UNSPECIFIED), None)
     if len(kinds) > (alpha is not None):
         note += ", channels without a stated meaning left out"
@@ -167,7 +168,7 @@ def _divided(colour: np.ndarray, opacity: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _eight_bits(samples: np.ndarray, bits: int, photometric: int | None = None) -> np.ndarray:
-    """uint8 of samples [H, W] or [H, W, C] in [0, 2^bits - 1]; Lab's as Pillow's mode has them."""
+    """uint8 of samples [H, W] or [H, W, C] in [0, 2^bits - 1], as Pillow takes them."""
     if samples.ndim == 3 and samples.shape[2] == 1:
         samples = samples[:, :, 0]
     if samples.ndim == 3 and photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB):
@@ -183,16 +184,15 @@ def scaled_to_8_bits(samples: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _lab(samples: np.ndarray, bits: int, photometric: int) -> np.ndarray:
-    """Pillow's LAB, uint8 [H, W, 3]: L of 255 levels, a and b with 128 added."""
+    """uint8 [H, W, 3] as Pillow takes LAB: L of 255 levels, a and b in two's complement."""
     if bits not in (8, 16):
         raise ValueError(f"Lab of {bits} bits; {REMEDY}")
     unit = 2 ** (bits - 8)
-    values = samples.astype(np.float64)
-    lightness, chroma = values[:, :, :1], values[:, :, 1:]
-    if photometric == PHOTOMETRIC.CIELAB:  # a and b in two's complement
-        most = 2**bits - 1
-        chroma = (samples[:, :, 1:].astype(np.int64) + 2 ** (bits - 1)) % 2**bits
-    else:  # ICC's: 0 to 100 is 0 to 0xFF00 where it has 16 bits
-        most = 255 * unit
+    lightness, chroma = samples[:, :, :1], samples[:, :, 1:].astype(int)
+    most = 2**bits - 1
+    if photometric == PHOTOMETRIC.ICCLAB:
+        most = 255 * unit  # 100 is 0xFF00 in 16 bits
+        chroma -= 2 ** (bits - 1)  # where CIELAB's are in two's complement already
+    chroma = (chroma + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
     lab = np.concatenate((lightness * (255 / most), chroma / unit), axis=2)
-    return np.rint(lab).clip(0, 255).astype(np.uint8)
+    return np.rint(lab).clip((0, -128, -128), (255, 127, 127)).astype(np.int16).astype(np.uint8)

@@ -8,29 +8,13 @@ import skimage
 import tifffile
 import torch
 from PIL import Image
+from profiles import ADOBE_RGB, srgb_of
 
 from common.finding import IMAGE_SUFFIXES, find_images
 from config import InputError, RefineConfig, load_config
 from datasets import ImageFiles, open_images, seed_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]
-
-
-# Of linear light, to XYZ under D65: Adobe RGB (1998), section 4.3; IEC 61966-2-1.
-ADOBE_TO_XYZ = [
-    [0.57667, 0.18556, 0.18823],
-    [0.29734, 0.62736, 0.07529],
-    [0.02703, 0.07069, 0.99134],
-]
-SRGB_TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-
-
-def srgb_of_adobe_rgb(pixels):
-    """Levels of sRGB, float, of uint8 levels of Adobe RGB [..., 3], by the standards' formulas."""
-    light = (pixels / 255) ** (563 / 256)
-    light = light @ (np.linalg.inv(SRGB_TO_XYZ) @ ADOBE_TO_XYZ).T
-    light = light.clip(0, 1)
-    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def load_one(path):
@@ -262,7 +246,7 @@ def test_sample_photos_come_from_scikit_image(config_values, write_config):
     loaded = {image.name: image.x for image in images.load(images.names)}
     assert len(loaded) == 4
     torch.testing.assert_close(loaded["coffee.png"], expected(skimage.data.coffee()))
-    rocket = srgb_of_adobe_rgb(skimage.data.rocket())  # its profile says that it is Adobe RGB
+    rocket = srgb_of(ADOBE_RGB, skimage.data.rocket())  # its profile says that it is Adobe RGB
     torch.testing.assert_close(loaded["rocket.jpg"], expected(rocket), rtol=0, atol=1.5 / 255)
 
 
