@@ -22,6 +22,19 @@ def model():
     return freeze(load_checkpoint(str(WEIGHTS)))
 
 
+@pytest.fixture(scope="module")
+def small():
+    """A tiny network whose medians are not zero, as after training."""
+    from config import Channels
+    from models import build_model
+
+    torch.manual_seed(0)
+    net = build_model(Channels(N=8, M=12))
+    with torch.no_grad():
+        net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
+    return net.eval().requires_grad_(False)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three small crops, of odd and even sizes."""
