@@ -73,8 +73,10 @@ class Unpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
 
-    def find_class(self, module: str, name: str) -> Inert:
-        """An inert stand-in; nothing is imported."""
+    def find_class(self, module: str, name: str) -> Inert | type:
+        """An inert stand-in; nothing is imported. torch knows untyped storages by identity."""
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return torch.UntypedStorage
         return Inert(f"{module}.{name}")
 
     def get_extension(self, code: int) -> None:

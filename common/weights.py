@@ -102,6 +102,7 @@ def _read_torch(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             file.seek(0)
+            # `weights_only` would be torch's own reader again; this one runs nothing either.
             return torch.load(
                 file, map_location="cpu", weights_only=False, pickle_module=inert_pickle
             )

@@ -2,12 +2,10 @@
 
 import argparse
 import collections
-import contextlib
 import functools
 import gzip
 import io
 import logging
-import os
 import pathlib
 import pickle
 import tarfile
@@ -27,51 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.inert_pickle import Inert
 from common.weights import find_state_dict, read_checkpoint
 from config import Channels, InputError
-from conftest import WEIGHTS
+from conftest import TORCH_FORMATS, WEIGHTS, assert_loads, refusal_of
 from models import build_model, load_checkpoint, weights_hash
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Writes something with torch.save and gives the path."""
-
-    def save(checkpoint, **options):
-        path = tmp_path / "checkpoint.pth.tar"
-        torch.save(checkpoint, path, **options)
-        return str(path)
-
-    return save
-
-
-@pytest.fixture
-def written(tmp_path):
-    """Writes bytes to a file and gives the path."""
-
-    def write(name, content):
-        (tmp_path / name).write_bytes(content)
-        return str(tmp_path / name)
-
-    return write
-
-
-def _assert_loads(source, net):
-    """The file at `source` gives net's weights and buffers, bit by bit."""
-    loaded = load_checkpoint(source).state_dict()
-    assert loaded.keys() == net.state_dict().keys()
-    for name, value in net.state_dict().items():
-        assert torch.equal(loaded[name], value), name
-
-
-def _refusal(source):
-    with pytest.raises(InputError) as refused:
-        load_checkpoint(source)
-    message = str(refused.value)
-    assert message.startswith(f"pretrain {source}: ")
-    assert "\n" not in message
-    return message
 
 
 def _prefixed(weights, prefix):
@@ -150,7 +107,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_loads(small, saved, layout):
-    _assert_loads(saved(layout(small.state_dict())), small)
+    assert_loads(saved(layout(small.state_dict())), small)
 
 
 def test_half_precision_loads_as_float32(small, saved):
@@ -197,10 +154,10 @@ def test_any_mixture_of_prefixes_and_keys_is_taken_off(small, prefixes, keys, in
 def test_compiled_and_parallel_models_load_as_torch_names_them(small, saved):
     parallel = nn.DataParallel(torch.compile(small)).state_dict()
     assert "module._orig_mod.g_a.0.weight" in parallel
-    _assert_loads(saved(parallel), small)
+    assert_loads(saved(parallel), small)
     average = torch.optim.swa_utils.AveragedModel(small).state_dict()
     assert "n_averaged" in average
-    _assert_loads(saved(average), small)
+    assert_loads(saved(average), small)
 
 
 AVERAGES = {
@@ -214,14 +171,14 @@ AVERAGES = {
 @pytest.mark.parametrize("layout", AVERAGES.values(), ids=AVERAGES.keys())
 def test_averages_are_left_with_a_word(small, saved, caplog, layout):
     with caplog.at_level(logging.WARNING, logger="refine"):
-        _assert_loads(saved(layout(small.state_dict())), small)
+        assert_loads(saved(layout(small.state_dict())), small)
     assert "several models; takes the weights" in caplog.text
     assert "ema" in caplog.text
 
 
 def test_two_models_are_refused_by_their_places(small, saved):
     weights = small.state_dict()
-    message = _refusal(saved({"best": _other(weights), "state_dict": _prefixed(weights, "net.")}))
+    message = refusal_of(saved({"best": _other(weights), "state_dict": _prefixed(weights, "net.")}))
     assert "holds 2 models, best > * and state_dict > net.*; " in message
 
 
@@ -266,14 +223,7 @@ def trained(small):
     return optimizer
 
 
-FORMATS = {
-    "zip": {},
-    "before torch 1.6": {"_use_new_zipfile_serialization": False},
-    "pickle protocol 4": {"pickle_protocol": 4},
-}
-
-
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("options", TORCH_FORMATS.values(), ids=TORCH_FORMATS.keys())
 def test_a_lightning_checkpoint_loads(small, saved, trained, options):
     checkpoint = {
         "epoch": 1,
@@ -286,7 +236,7 @@ def test_a_lightning_checkpoint_loads(small, saved, trained, options):
             "loss_fn.weight": torch.ones(3),
         },
     }
-    _assert_loads(saved(checkpoint, **options), small)
+    assert_loads(saved(checkpoint, **options), small)
 
 
 def test_a_checkpoint_of_compressais_training_loads(small, saved, trained):
@@ -299,13 +249,18 @@ def test_a_checkpoint_of_compressais_training_loads(small, saved, trained):
         "aux_optimizer": trained.state_dict(),
         "lr_scheduler": schedule.state_dict(),
     }
-    _assert_loads(saved(checkpoint), small)
+    assert_loads(saved(checkpoint), small)
+
+
+def test_tensors_of_other_kinds_beside_the_weights_are_passed_over(small, saved):
+    beside = {"args": argparse.Namespace(), "counts": torch.ones(2, dtype=torch.uint16)}
+    assert_loads(saved({"net": small.state_dict(), **beside}), small)
 
 
 def test_weights_in_classes_of_their_own_load(small, saved):
     parameters = {name: nn.Parameter(v) if v.is_floating_point() else v
                   for name, v in small.state_dict().items()}  # fmt: skip
-    _assert_loads(saved({"settings": Settings(net=parameters), "loss": np.float32(1)}), small)
+    assert_loads(saved({"settings": Settings(net=parameters), "loss": np.float32(1)}), small)
 
 
 def test_plain_values_beside_objects_stay_as_they_were(saved):
@@ -315,112 +270,23 @@ def test_plain_values_beside_objects_stay_as_they_were(saved):
     assert read == plain
 
 
-class Calls:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-class Restored:
-    """Pickled as a state that a method of a class in this file would take."""
-
-    def __setstate__(self, state):
-        pathlib.Path(state["mark"]).touch()
-
-
-def _state_that_acts(mark):
-    thing = Restored()
-    thing.mark = mark
-    return thing
-
-
-HARMFUL = {
-    "os.system": lambda mark: Calls(os.system, f"touch {mark}"),
-    "eval": lambda mark: Calls(eval, f"open({mark!r}, 'w')"),
-    "exec": lambda mark: Calls(exec, f"open({mark!r}, 'w')"),
-    "open": lambda mark: Calls(open, mark, "w"),
-    "a method": lambda mark: Calls(pathlib.Path.touch, pathlib.Path(mark)),
-    "a state": _state_that_acts,
-    "a part of a tensor": lambda mark: Calls(
-        torch._utils._rebuild_tensor_v2, Calls(eval, f"open({mark!r}, 'w')"), 0, (1,), (1,), 0, {}
-    ),
-}
-
-
-def _runs_when_read_carelessly(source, mark):
-    """Whether a reader that trusts a file does what it says: else a test of it can't fail."""
-    with contextlib.suppress(Exception):
-        torch.load(source, weights_only=False)
-    return mark.exists()
-
-
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("harm", HARMFUL.values(), ids=HARMFUL.keys())
-def test_nothing_in_a_file_is_run(small, saved, tmp_path, harm, options):
-    mark = tmp_path / "it_ran"
-    source = saved({"state_dict": small.state_dict(), "x": harm(str(mark))}, **options)
-    if harm is HARMFUL["a part of a tensor"]:
-        assert "truncated or damaged" in _refusal(source)
-    else:
-        _assert_loads(source, small)
-    assert not mark.exists()
-    assert _runs_when_read_carelessly(source, mark)
-
-
-def _before_torch_1_6(opcodes):
-    """A file of torch.save's old format around a pickle of these opcodes, without storages."""
-    buffer = io.BytesIO()
-    torch.save(1, buffer, _use_new_zipfile_serialization=False)
-    head = buffer.getvalue()[: buffer.getvalue().rindex(b"K\x01.")]
-    return head + opcodes + b"." + pickle.dumps([], protocol=2)
-
-
-CALLS_BY_HAND = {
-    "INST": b"(S'touch MARK'\nios\nsystem\n",
-    "OBJ": b"(cos\nsystem\nS'touch MARK'\no",
-    "REDUCE": b"cos\nsystem\nS'touch MARK'\n\x85R",
-}
-
-
-@pytest.mark.parametrize("opcodes", CALLS_BY_HAND.values(), ids=CALLS_BY_HAND.keys())
-def test_nothing_is_run_by_opcodes_that_are_written_by_hand(tmp_path, written, opcodes):
-    mark = tmp_path / "it_ran"
-    opcodes = opcodes.replace(b"MARK", bytes(mark))
-    source = written("by_hand.pth", _before_torch_1_6(opcodes))
-    assert "no tensors, but objects that are not loaded (os.system)" in _refusal(source)
-    assert not mark.exists()
-    assert _runs_when_read_carelessly(source, mark)
-
-
-def test_a_file_sets_no_attribute_of_a_class(written):
-    """BUILD with (None, {"append": None}) on our own class."""
-    before = Inert.append
-    opcodes = b"ccommon.inert_pickle\nInert\n(N}S'append'\nNstb"
-    _refusal(written("by_hand.pth", _before_torch_1_6(opcodes)))
-    assert Inert.append is before
-
-
 def test_whole_pickled_models_are_called_that(small, saved):
     name = "compressai.models.google.MeanScaleHyperprior"
-    for options in FORMATS.values():
+    for options in TORCH_FORMATS.values():
         for checkpoint in (small, {"model": small, "epoch": 3}):
-            message = _refusal(saved(checkpoint, **options))
+            message = refusal_of(saved(checkpoint, **options))
             assert f"a whole pickled model ({name}), not weights; save its weights alone" in message
-    _assert_loads(saved({"model": small, "state_dict": small.state_dict()}), small)
+    assert_loads(saved({"model": small, "state_dict": small.state_dict()}), small)
 
 
 def test_objects_alone_are_named(saved):
-    message = _refusal(saved({"model": Settings(a=1), "args": argparse.Namespace()}))
+    message = refusal_of(saved({"model": Settings(a=1), "args": argparse.Namespace()}))
     assert "no tensors, but objects that are not loaded (argparse.Namespace, " in message
     assert "Settings); save its weights alone: torch.save(model.state_dict(), FILE)" in message
 
 
 def test_weights_as_numpy_arrays_are_refused_by_name(small, saved):
-    message = _refusal(saved({k: v.numpy() for k, v in small.state_dict().items()}))
+    message = refusal_of(saved({k: v.numpy() for k, v in small.state_dict().items()}))
     assert "is no tensor, but of numpy." in message
 
 
@@ -432,19 +298,19 @@ def test_safetensors_load_by_their_content(small, tmp_path, name):
     path = tmp_path / name
     weights = _prefixed(small.state_dict(), "_orig_mod.module.")
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-    _assert_loads(str(path), small)
+    assert_loads(str(path), small)
 
 
 def test_a_file_of_torch_called_safetensors_loads(small, tmp_path):
     path = tmp_path / "model.safetensors"
     torch.save(small.state_dict(), path)
-    _assert_loads(str(path), small)
+    assert_loads(str(path), small)
 
 
 @pytest.mark.parametrize("keep", [4, 9, 100, 5000, -1])
 def test_torn_safetensors_are_refused(small, written, keep):
     content = safetensors.torch.save(dict(small.state_dict()))[:keep]
-    assert "truncated or damaged, or no file of safetensors" in _refusal(
+    assert "truncated or damaged, or no file of safetensors" in refusal_of(
         written("model.safetensors", content)
     )
 
@@ -454,19 +320,19 @@ def test_torn_safetensors_are_refused(small, written, keep):
 
 @pytest.mark.parametrize("keep", [10, 1000, 2_000_000])
 def test_a_truncated_file_is_refused(written, keep):
-    assert "truncated" in _refusal(written("damaged.pth.tar", WEIGHTS.read_bytes()[:keep]))
+    assert "truncated" in refusal_of(written("damaged.pth.tar", WEIGHTS.read_bytes()[:keep]))
 
 
 @pytest.mark.parametrize("keep", [5, 100, 5000, -100])
 def test_a_truncated_old_file_is_refused(small, saved, written, keep):
     source = saved(small.state_dict(), _use_new_zipfile_serialization=False)
     content = pathlib.Path(source).read_bytes()[:keep]
-    assert "truncated" in _refusal(written("damaged.pth", content))
+    assert "truncated" in refusal_of(written("damaged.pth", content))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    assert "no such file" in _refusal(str(tmp_path / "nowhere.pth"))
-    assert "is a folder" in _refusal(str(tmp_path))
+    assert "no such file" in refusal_of(str(tmp_path / "nowhere.pth"))
+    assert "is a folder" in refusal_of(str(tmp_path))
 
 
 def _tar(content):
@@ -507,7 +373,7 @@ OTHER_FILES = {
 @pytest.mark.parametrize("reason", OTHER_FILES)
 @pytest.mark.filterwarnings("ignore")
 def test_other_files_are_refused_by_what_they_are(written, reason):
-    assert reason in _refusal(written("weights.pth", OTHER_FILES[reason]()))
+    assert reason in refusal_of(written("weights.pth", OTHER_FILES[reason]()))
 
 
 def test_contents_without_weights_are_refused_by_what_they_are(saved, trained):
@@ -520,7 +386,7 @@ def test_contents_without_weights_are_refused_by_what_they_are(saved, trained):
         "an optimizer's state, but no weights of a": {"optimizer": trained.state_dict()},
     }
     for reason, content in cases.items():
-        assert reason in _refusal(saved(content))
+        assert reason in refusal_of(saved(content))
 
 
 def test_other_architectures_are_refused_by_what_they_are(saved, small):
@@ -539,7 +405,7 @@ def test_other_architectures_are_refused_by_what_they_are(saved, small):
         "": {k: v.to_sparse() for k, v in weights.items()},
     }
     for reason, content in cases.items():
-        message = _refusal(saved(content))
+        message = refusal_of(saved(content))
         assert "not the weights of a mean-scale hyperprior (" in message
         assert reason in message
 
@@ -547,7 +413,7 @@ def test_other_architectures_are_refused_by_what_they_are(saved, small):
 def test_weights_that_are_not_finite_are_refused(saved, small):
     broken = small.state_dict()
     broken["g_s.0.bias"] = torch.full_like(broken["g_s.0.bias"], float("nan"))
-    assert "g_s.0.bias holds NaN" in _refusal(saved(broken))
+    assert "g_s.0.bias holds NaN" in refusal_of(saved(broken))
 
 
 def test_channels_that_the_weights_do_not_have_are_refused():
