@@ -12,11 +12,9 @@ Minnen, Balle, Toderici 2018 (arXiv 1809.02736); the networks are CompressAI's. 
 
 import hashlib
 import io
-import pickle
 import re
 import urllib.error
 import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import write_whole
+from common.weights import find_state_dict, read_checkpoint
 from config import Channels, InputError
 from fast_layers import FrozenDecoder, Pool, ToPicture, UpsamplingKernel, gdn
 from metrics import bits_per_pixel, psnr, rate_distortion_loss, squared_error
@@ -40,6 +39,7 @@ with warnings.catch_warnings():
     from compressai.entropy_models import EntropyModel as EntropyModel
     from compressai.layers import GDN
     from compressai.models import MeanScaleHyperprior
+    from compressai.zoo import load_state_dict as rename_old_weights
     from compressai.zoo import mbt2018_mean
 
 LIKELIHOOD_MIN = 1e-9
@@ -65,8 +65,8 @@ def load_checkpoint(source: str, channels: Channels | None = None) -> MeanScaleH
     """A trained model on the CPU, from a file or CompressAI's zoo.
 
     Args:
-        source: a file in our or the published layout (`model_state_dict`, with or without
-            `module.` prefixes) or a bare CompressAI state dict; or `zoo:mbt2018-mean:QUALITY`.
+        source: a file of torch.save or safetensors that holds the weights by CompressAI's names,
+            old or new, wherever they lie in it; or `zoo:mbt2018-mean:QUALITY`.
         channels: what N and M must be; without it the weights decide alone.
 
     Raises:
@@ -83,47 +83,8 @@ def load_checkpoint(source: str, channels: Channels | None = None) -> MeanScaleH
 
 
 def _load_file(source: str) -> MeanScaleHyperprior:
-    return model_from_state_dict(find_state_dict(read_checkpoint(source), source), source)
-
-
-def read_checkpoint(source: str | Path) -> object:
-    """What torch.save wrote into a file, on the CPU; nothing but tensors and plain values.
-
-    Raises:
-        InputError: no such file, or not such a file.
-    """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        problem = "is a folder; a checkpoint file is wanted" if path.is_dir() else "no such file"
-        raise InputError(f"pretrain {source}: {problem} (looked from {Path.cwd()})")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise InputError(
-            f"pretrain {source}: truncated, or no file of torch.save ({reason})"
-        ) from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile):
-        raise InputError(f"pretrain {source}: no checkpoint that holds only weights") from None
-
-
-def find_state_dict(checkpoint: object, source: str) -> dict[str, Tensor]:
-    """The weights inside a loaded checkpoint, without `module.` prefixes.
-
-    Raises:
-        InputError: there are none.
-    """
-    if isinstance(checkpoint, dict):
-        for key in ("model_state_dict", "state_dict"):
-            if isinstance(checkpoint.get(key), dict):
-                checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(value, Tensor) for value in checkpoint.values()
-    ):
-        raise InputError(f"pretrain {source}: holds no state dict of a model")
-    return {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
+    weights = find_state_dict(read_checkpoint(source), source, "g_a")
+    return model_from_state_dict(weights, source)
 
 
 def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleHyperprior:
@@ -133,10 +94,11 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleH
         InputError: they are not a mean-scale hyperprior's, or not finite.
     """
     wrong = f"pretrain {source}: not the weights of a mean-scale hyperprior"
-    if "g_a.0.weight" not in weights or "g_a.6.weight" not in weights:
-        raise InputError(f"{wrong} (no g_a.0.weight, g_a.6.weight)")
+    if other := _other_architecture(weights):
+        raise InputError(f"{wrong} ({other})")
     weights = {
-        key: value.float() if value.is_floating_point() else value for key, value in weights.items()
+        key: value.float() if value.is_floating_point() else value
+        for key, value in rename_old_weights(weights).items()
     }
     try:
         for key, value in weights.items():
@@ -145,10 +107,27 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> MeanScaleH
         model = MeanScaleHyperprior.from_state_dict(weights).eval()
         _restore_constants(model)
         return model
-    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(f"{wrong} (no {error.args[0]})") from None
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
         raise InputError(f"{wrong} ({reason})") from None
+
+
+def _other_architecture(weights: dict[str, Tensor]) -> str:
+    """What tells these weights from a mean-scale hyperprior's; empty where nothing plain does."""
+    modules = {key.partition(".")[0] for key in weights}
+    if "context_prediction" in modules:
+        return "context_prediction: an autoregressive model, as mbt2018 and cheng2020 are"
+    if not {"g_a.0.weight", "g_a.6.weight"} <= weights.keys():
+        return f"no g_a.0.weight, g_a.6.weight among {', '.join(list(weights)[:3])}"
+    if not {"h_a", "h_s"} & modules:
+        return "no h_a, h_s: a factorized prior, as bmshj2018-factorized"
+    last = weights.get("h_s.4.weight")
+    if last is not None and last.shape[:1] == weights["g_a.6.weight"].shape[:1]:
+        return "h_s gives no means: a scale hyperprior, as bmshj2018-hyperprior"
+    return ""
 
 
 def _restore_constants(model: MeanScaleHyperprior) -> None:

@@ -44,9 +44,10 @@ from tqdm import tqdm
 
 from codec import SUFFIX, read_bitstream
 from common.files import fitting, printable, write_whole
+from common.weights import read_checkpoint
 from config import InputError, PretrainConfig, RefineConfig, load_config, reason_of, resolved
 from datasets import Images, LoadedImage, TrainingData, save_picture
-from models import Latents, load_checkpoint, read_checkpoint, save_checkpoint, save_weights
+from models import Latents, load_checkpoint, save_checkpoint, save_weights
 
 log = logging.getLogger("refine")
 

@@ -14,12 +14,55 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WEIGHTS = ROOT / "example_files" / "weights" / "mean_scale_n64_lambda0.01.pth.tar"
 
+# Options of torch.save.
+TORCH_FORMATS = {
+    "zip": {},
+    "before torch 1.6": {"_use_new_zipfile_serialization": False},
+    "pickle protocol 4": {"pickle_protocol": 4},
+}
+
 
 @pytest.fixture(scope="session")
 def model():
     from models import freeze, load_checkpoint
 
     return freeze(load_checkpoint(str(WEIGHTS)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny network whose medians are not zero, as after training."""
+    from config import Channels
+    from models import build_model
+
+    torch.manual_seed(0)
+    net = build_model(Channels(N=8, M=12))
+    with torch.no_grad():
+        net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes something with torch.save and gives the path."""
+
+    def save(checkpoint, **options):
+        path = tmp_path / "checkpoint.pth.tar"
+        torch.save(checkpoint, path, **options)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes bytes to a file and gives the path."""
+
+    def write(name, content):
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    return write
 
 
 @pytest.fixture
@@ -78,3 +121,26 @@ def read_jsonl(path):
 def to_x(pixels):
     """x [1, 3, H, W] in [0, 1] of uint8 [H, W, 3]."""
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+
+
+def assert_loads(source, net):
+    """The file at `source` gives net's weights and buffers, bit by bit."""
+    from models import load_checkpoint
+
+    loaded = load_checkpoint(source).state_dict()
+    assert loaded.keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
+def refusal_of(source):
+    """The one line in which the file at `source` is refused."""
+    from config import InputError
+    from models import load_checkpoint
+
+    with pytest.raises(InputError) as refused:
+        load_checkpoint(source)
+    message = str(refused.value)
+    assert message.startswith(f"pretrain {source}: ")
+    assert "\n" not in message
+    return message

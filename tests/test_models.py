@@ -1,13 +1,11 @@
-"""The model's steps against CompressAI's own forward and float64 autograd; every checkpoint."""
+"""The model's steps against CompressAI's own forward and float64 autograd."""
 
 import copy
-import urllib.error
 
 import pytest
 import skimage
 import torch
 from compressai.layers import GDN
-from compressai.models import JointAutoregressiveHierarchicalPriors, ScaleHyperprior
 
 from config import Channels, InputError
 from conftest import WEIGHTS, to_x
@@ -25,18 +23,7 @@ from models import (
     pick_device,
     rd_pass,
     round_around,
-    weights_hash,
 )
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A tiny network whose medians are not zero, as after training."""
-    torch.manual_seed(0)
-    net = build_model(Channels(N=8, M=12))
-    with torch.no_grad():
-        net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
-    return net.eval().requires_grad_(False)
 
 
 def test_true_pass_is_compressais_forward(model):
@@ -162,154 +149,7 @@ def test_the_centre_of_the_prior_is_likely(small):
     assert (likelihood_z(net, torch.zeros(1, 4, 1, 1)) > 1e-3).all()
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(small, tmp_path):
-    """Writes something with torch.save and gives the path."""
-
-    def save(checkpoint):
-        path = tmp_path / "checkpoint.pth.tar"
-        torch.save(checkpoint, path)
-        return str(path)
-
-    return save
-
-
-def _old_names(weights):
-    """The parameter names of old CompressAI versions: _matrix0 for matrices.0."""
-    renamed = {}
-    for key, value in weights.items():
-        for new, old in (("matrices.", "_matrix"), ("biases.", "_bias"), ("factors.", "_factor")):
-            key = key.replace(f"entropy_bottleneck.{new}", f"entropy_bottleneck.{old}")
-        renamed[key] = value
-    return renamed
-
-
-LAYOUTS = {
-    "published": lambda w: {
-        "iter": 7,
-        "model_state_dict": w,
-        "optimizer_state_dict": {"state": {}},
-    },
-    "published, several GPUs": lambda w: {
-        "iter": 7,
-        "model_state_dict": {f"module.{key}": value for key, value in w.items()},
-    },
-    "compressai's training example": lambda w: {"epoch": 3, "state_dict": w},
-    "bare": lambda w: w,
-    "bare, old names": _old_names,
-    "half precision": lambda w: {k: v.half() if v.is_floating_point() else v for k, v in w.items()},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_layout_loads(small, saved, layout):
-    loaded = load_checkpoint(saved(layout(small.state_dict())))
-    assert (loaded.N, loaded.M) == (8, 12)
-    for name, weight in small.named_parameters():
-        assert dict(loaded.named_parameters())[name].dtype == torch.float32
-        tolerance = 1e-3 if layout is LAYOUTS["half precision"] else 0
-        torch.testing.assert_close(
-            dict(loaded.named_parameters())[name], weight, rtol=tolerance, atol=tolerance
-        )
-
-
-def test_a_checkpoint_with_coding_tables_loads(small, saved):
-    net = build_model(Channels(N=8, M=12))
-    net.load_state_dict(small.state_dict())
-    net.update(force=True)
-    assert net.entropy_bottleneck._quantized_cdf.numel() > 0
-    assert weights_hash(load_checkpoint(saved(net.state_dict()))) == weights_hash(small)
-
-
-def test_weights_hash_tells_weights_apart(small):
-    other = build_model(Channels(N=8, M=12))
-    assert weights_hash(other) != weights_hash(small) == weights_hash(small)
-
-
-def _damaged(tmp_path, keep):
-    path = tmp_path / "damaged.pth.tar"
-    path.write_bytes(WEIGHTS.read_bytes()[:keep])
-    return str(path)
-
-
-@pytest.mark.parametrize("keep", [0, 10, 1000, 2_000_000])
-def test_a_truncated_file_is_refused(tmp_path, keep):
-    with pytest.raises(InputError, match=r"damaged\.pth\.tar: ") as refused:
-        load_checkpoint(_damaged(tmp_path, keep))
-    assert "\n" not in str(refused.value)
-
-
-def test_files_that_are_no_checkpoint_are_refused(tmp_path):
-    text = tmp_path / "notes.txt"
-    text.write_text("not weights")
-    for source in (str(text), str(tmp_path), str(tmp_path / "nowhere.pth")):
-        with pytest.raises(InputError, match=f"pretrain {source}: ") as refused:
-            load_checkpoint(source)
-        assert "\n" not in str(refused.value)
-
-
-class Unsafe:
-    """A class that weights_only must not load."""
-
-
-def test_other_contents_and_architectures_are_refused(saved, small):
-    scale = ScaleHyperprior(8, 12).state_dict()
-    joint = JointAutoregressiveHierarchicalPriors(8, 12).state_dict()
-    broken = small.state_dict()
-    broken["g_s.0.bias"] = torch.full_like(broken["g_s.0.bias"], float("nan"))
-    missing = {k: v for k, v in small.state_dict().items() if not k.startswith("h_s")}
-    cases = {
-        "not the weights of a mean-scale hyperprior": [scale, joint, missing, {"a": torch.ones(1)}],
-        "holds no state dict": [{"iter": 3}, [1, 2], torch.ones(3)],
-        r"g_s\.0\.bias holds NaN": [broken],
-        "weights of a mean": [{k: v.to_sparse() for k, v in small.state_dict().items()}],
-        "only weights": [{"model": Unsafe()}],
-    }
-    for message, contents in cases.items():
-        for content in contents:
-            with pytest.raises(InputError, match=message) as refused:
-                load_checkpoint(saved(content))
-            assert "\n" not in str(refused.value)
-
-
-def test_channels_that_the_weights_do_not_have_are_refused():
-    with pytest.raises(InputError, match="has N = 64, M = 64, but channels asks for N = 192"):
-        load_checkpoint(str(WEIGHTS), Channels(N=192, M=192))
-
-
-def test_the_zoo_says_what_to_do_without_a_network(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", unreachable)
-    with pytest.raises(InputError, match=r"cannot download .* connect to the network once"):
-        load_checkpoint("zoo:mbt2018-mean:4")
-
-
-def test_the_zoo_loads_by_name(monkeypatch):
-    """CompressAI's own loading, with a download that gives random weights of the zoo's size."""
-    weights = build_model(Channels(N=128, M=192)).state_dict()
-    asked = []
-
-    def download(url, progress):
-        asked.append(url)
-        return _old_names(weights)
-
-    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", download)
-    loaded = load_checkpoint("zoo:mbt2018-mean:4")
-    assert (loaded.N, loaded.M) == (128, 192)
-    assert "mbt2018-mean-4" in asked[0]
-
-
-@pytest.mark.parametrize(
-    "name", ["zoo:mbt2018-mean", "zoo:mbt2018-mean:9", "zoo:bmshj2018-factorized:3", "zoo:a:1:b"]
-)
-def test_other_zoo_names_are_refused(name):
-    with pytest.raises(InputError, match="must be zoo:mbt2018-mean:QUALITY"):
-        load_checkpoint(name)
+# --- devices --------------------------------------------------------------------------------------
 
 
 def test_devices():
