@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -1009,6 +1010,14 @@ def _meets_target(record: dict[str, Any]) -> bool:
 # --- plots ----------------------------------------------------------------------------------------
 
 RELAXED, TRUE = "tab:orange", "tab:blue"
+# Names may have letters that no font here has; a box stands for each.
+warnings.filterwarnings("ignore", message="Glyph .* missing from")
+
+
+def label_of(name: str) -> str:
+    """A name as a plot has room for it."""
+    text = printable(name)
+    return text if len(text) <= 32 else f"{text[:20]}...{text[-9:]}"
 
 
 def plot_trajectory(table: pd.DataFrame) -> Figure:
@@ -1084,7 +1093,7 @@ def plot_rate_distortion(records: Sequence[dict]) -> Figure:
     if len(known) <= 12:
         for record, point in zip(known, points["refined"], strict=True):
             axis.annotate(
-                printable(Path(record["name"]).stem), point, parse_math=False,
+                label_of(Path(record["name"]).stem), point, parse_math=False,
                 textcoords="offset points", xytext=(6, 3),
                 fontsize=8,
             )  # fmt: skip
@@ -1122,12 +1131,12 @@ def plot_comparison(folder: Path, records: Sequence[dict], names: Sequence[str])
             axis.imshow(picture[window], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            title = f"{name}: {label}"
+            title = f"{label_of(name)}: {label}"
             if label != "original":
                 side = record[label]
                 db = "" if side["psnr"] is None else f", {side['psnr']:.2f} dB"
                 title = f"{label}: {_rate(side):.3f} bpp{db}"
-            axis.set_title(printable(title), fontsize=9, parse_math=False)
+            axis.set_title(title, fontsize=9, parse_math=False)
     return figure
 
 

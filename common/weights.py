@@ -62,7 +62,7 @@ def read_checkpoint(source: str | Path) -> Any:
     Raises:
         InputError: no such file, or not such a file.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if not path.is_file():
         problem = "is a folder; a checkpoint file is wanted" if path.is_dir() else "no such file"
         raise _refusal(source, f"{problem} (looked from {Path.cwd()})")

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 import train_flexible_inference
+from common.finding import find_images
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from datasets import LoadedImage
+from datasets import ImageFiles, LoadedImage
 from experimental_inference_methods import METHODS, Temperature, build_rounding
 from models import Latents, analyze, rd_pass
 from train_flexible_inference import equal_sized, image_by_image, main, refine
@@ -134,24 +135,32 @@ def test_lbfgs_and_targets_take_one_image_at_a_time(config_values, write_config)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_a_batch_without_memory_is_skipped_and_the_run_goes_on(
+def test_a_batch_that_does_not_fit_is_tried_one_by_one(
     config_values, write_config, tmp_path, monkeypatch, capsys, error
 ):
+    """And only what does not fit alone is given up: the second image never does."""
     folder = _folder(tmp_path)
+    (folder / "1a.png").unlink()
     config_values["dev_options"]["path_test"] = {"folder": str(folder)}
+    code, plain = _run(config_values, write_config, save_name="plain", tot_batches=4)
+    assert code == 0
+    (never,) = ImageFiles(find_images(folder)).load(["1.png"])
 
     def analyze_few(model, x):
-        if len(x) > 1:
+        if len(x) > 1 or torch.equal(x[0], never.x):
             raise error
         return analyze(model, x)
 
     monkeypatch.setattr(train_flexible_inference, "analyze", analyze_few)
-    code, rows = _run(config_values, write_config, save_name="run", tot_batches=3, batch_size=2)
+    code, rows = _run(config_values, write_config, save_name="run", tot_batches=2, batch_size=3)
     assert code == 1
-    assert list(rows) == ["2.png", "3.png"]
+    assert list(rows) == ["0.png", "2.png", "3.png"]
+    for name, row in rows.items():
+        assert row["refined"]["true_loss"] == plain[name]["refined"]["true_loss"]
     out = capsys.readouterr().out
-    for name in ("0.png", "1.png"):
-        assert f"{name}: skipped: does not fit into the memory of cpu: see max_memory_gb" in out
+    assert "0.png and 2 more: does not fit into the memory of cpu" in out
+    assert "1.png: skipped: does not fit into the memory of cpu: see max_memory_gb" in out
+    assert out.count("skipped") == 1
 
 
 @pytest.mark.parametrize("key", sorted(METHODS, key=str), ids=lambda k: "-".join(filter(None, k)))

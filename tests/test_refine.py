@@ -356,9 +356,7 @@ def test_conversions_are_mentioned_once_and_recorded_of_each(
 
 def test_a_short_data_set_is_used_once_and_said_so(config_values, write_config, capsys):
     assert run(write_config(config_values | {"tot_batches": 12, "batch_size": 2})) == 0
-    assert "the data set has 3 images, fewer than tot_batches * batch_size = 24" in (
-        capsys.readouterr().out
-    )
+    assert "the data set has 3 images, fewer than the config's 24" in (capsys.readouterr().out)
     assert len(numbers(results(config_values))) == 3
 
 
@@ -567,25 +565,6 @@ def test_file_names_of_every_kind(config_values, write_config, photos, tmp_path)
     assert (results(config_values) / "comparison.png").is_file()
 
 
-def test_a_damaged_record_is_named_and_a_missing_file_is_made_again(
-    config_values, write_config, capsys
-):
-    path = write_config(config_values)
-    run(path)
-    folder = results(config_values)
-    before = numbers(folder)
-    with (folder / "images.jsonl").open("a") as file:
-        file.write('{"name": "x')
-    assert run(path, "resume=true") == 2
-    assert "images.jsonl: line 4 is no record of an image" in capsys.readouterr().err
-    lines = (folder / "images.jsonl").read_text().splitlines(keepends=True)
-    (folder / "images.jsonl").write_text("".join(lines[:3]))
-    (folder / "latents" / "b_coffee.png.npz").unlink()
-    assert run(path, "resume=true") == 0
-    assert "2 of 3 images are done already" in capsys.readouterr().out
-    assert numbers(folder) == before
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -605,29 +584,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not results(config_values).exists()
-
-
-def test_a_full_disk_is_one_line(config_values, write_config, capsys):
-    """A file-size limit is the kernel's own refusal of a write, as on a full disk."""
-    import resource
-
-    path = write_config(config_values)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, old[1]))
-    try:
-        code = run(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert code == 2
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1
-    assert "File too large" in error[0]
-    assert str(results(config_values)) in error[0]
-    assert not list(results(config_values).rglob(".*"))
-    assert run(path, "resume=true") == 0
-    assert len(numbers(results(config_values))) == 3
 
 
 def test_the_script_says_what_it_wants():
