@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from common.processes import Ranks, StopSignal, first_rank_does, gather, join_ranks
 from datasets import Draws, ImageFiles, open_folder, open_training_data
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages
@@ -38,15 +39,7 @@ from models import (
     rd_pass,
     speed_up,
 )
-from reporting import (
-    Ranks,
-    StopSignal,
-    Window,
-    first_rank_does,
-    gather,
-    join_ranks,
-    open_training_run,
-)
+from reporting import Window, open_training_run
 
 # So many steps in a row without a finite gradient end a run.
 MAX_BAD_STEPS = 10

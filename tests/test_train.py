@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import train
+from common.processes import Ranks
 from config import PretrainConfig
 from conftest import ROOT, read_jsonl, to_x
 from models import TrainingPass, build_model, likelihood_z, load_checkpoint
-from reporting import Ranks, Window
+from reporting import Window
 from train import TrainingState, build_optimizers, train_step
 
 ALONE = Ranks(0, 1, 0)
