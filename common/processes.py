@@ -3,15 +3,26 @@
 import atexit
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
 from config import InputError
+
+# How long a process waits for the others to start, and when it says that it waits. Imports on a
+# cold network disk take most of a minute.
+MEETING_SECONDS, NOTICE_SECONDS = 60, 5
+# Afterwards ranks finish hours apart.
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+REMEDY = "start all with torchrun, or for one process alone `unset WORLD_SIZE`"
 
 
 class Ranks(NamedTuple):
@@ -22,22 +33,142 @@ class Ranks(NamedTuple):
     local: int
 
 
-def join_ranks(device: str = "cpu") -> Ranks:
-    """Meet the other processes if torchrun started this one.
+# --- meeting --------------------------------------------------------------------------------------
+
+
+def join_ranks(device: str = "cpu", patience: float = MEETING_SECONDS) -> Ranks:
+    """Meet the other processes if torchrun, or another launcher, started several.
 
     Small objects travel through gloo; tensors on GPUs, if `device` may be one, through nccl.
+
+    Args:
+        patience: seconds to wait for the others.
+
+    Raises:
+        InputError: the launcher's environment variables are wrong, or the others do not come.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Ranks(0, 1, 0)
-    if not distributed.is_initialized():
+    ranks = ranks_from_environment()
+    if ranks.world > 1 and not distributed.is_initialized():
         on_gpus = device != "cpu" and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        # Ranks finish hours apart.
-        distributed.init_process_group(backend, timeout=timedelta(days=7))
+        _meet(ranks, backend, patience)
         # Left to the interpreter's end, its threads sometimes abort a process that has finished.
         atexit.register(distributed.destroy_process_group)
-    return Ranks(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+    return ranks
+
+
+def ranks_from_environment() -> Ranks:
+    """Who this process is, by torchrun's variables; without WORLD_SIZE, or at 1, no other counts.
+
+    Raises:
+        InputError: one of them is missing, no number or out of range.
+    """
+    try:
+        world = _number("WORLD_SIZE", 1, None) if "WORLD_SIZE" in os.environ else 1
+    except ValueError as problem:
+        raise InputError(f"{problem}; {REMEDY}") from None
+    if world == 1:
+        return Ranks(0, 1, 0)
+    numbers, problems = {}, []
+    for name, least, most in (
+        ("RANK", 0, world - 1),
+        ("LOCAL_RANK", 0, world - 1),
+        ("MASTER_PORT", 1, 2**16 - 1),
+    ):
+        try:
+            numbers[name] = _number(name, least, most)
+        except ValueError as problem:
+            problems.append(str(problem))
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        problems.append("MASTER_ADDR is not set")
+    elif reason := _unresolved(address):
+        problems.append(f"MASTER_ADDR = {address!r} is no known host ({reason})")
+    if problems:
+        wrong = ", ".join(problems)
+        raise InputError(f"WORLD_SIZE = {world} asks for {world} processes, but {wrong}; {REMEDY}")
+    return Ranks(numbers["RANK"], world, numbers["LOCAL_RANK"])
+
+
+def processes_here() -> int:
+    """How many processes of this job torchrun started on this machine; 1 where it did not say.
+
+    Raises:
+        InputError: see `ranks_from_environment`.
+    """
+    world = ranks_from_environment().world
+    if world == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
+        return 1
+    try:
+        return _number("LOCAL_WORLD_SIZE", 1, world)
+    except ValueError as problem:
+        raise InputError(f"{problem}; {REMEDY}") from None
+
+
+def _number(name: str, least: int, most: int | None) -> int:
+    """An environment variable's value; a ValueError says what is wrong with it."""
+    text = os.environ.get(name)
+    if not text:
+        raise ValueError(f"{name} is not set")
+    right = f"{least} or more" if most is None else f"{least} to {most}"
+    if not text.strip().lstrip("+-").isdecimal():
+        raise ValueError(f"{name} = {text!r} is no number ({right})")
+    if int(text) < least or (most is not None and int(text) > most):
+        raise ValueError(f"{name} = {text.strip()} must be {right}")
+    return int(text)
+
+
+def _unresolved(address: str) -> str | None:
+    """Why a host's name has no address; None where it has one."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        return error.strerror
+    except UnicodeError as error:  # names that the encoding of domains cannot have
+        return str(error)
+    return None
+
+
+def _meet(ranks: Ranks, backend: str, patience: float) -> None:
+    place = f"MASTER_ADDR = {os.environ['MASTER_ADDR']}, MASTER_PORT = {os.environ['MASTER_PORT']}"
+    others = f"the other {ranks.world - 1} of WORLD_SIZE = {ranks.world} processes"
+    # In a thread, for torch's own timeout is not kept everywhere, nor is there another for later.
+    meeting = _in_background(
+        partial(distributed.init_process_group, backend, timeout=COLLECTIVE_TIMEOUT)
+    )
+    try:
+        try:
+            meeting.result(min(NOTICE_SECONDS, patience))
+        except TimeoutError:
+            notice = f"waiting for {others}; if there are none, `unset WORLD_SIZE`"
+            print(notice, file=sys.stderr, flush=True)
+            meeting.result(max(patience - NOTICE_SECONDS, 0))
+    except TimeoutError:
+        raise InputError(
+            f"waited {patience:g} s for {others} at {place}, in vain; {REMEDY}"
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise InputError(
+                f"MASTER_PORT = {os.environ['MASTER_PORT']} is taken by another program; choose "
+                f"another port, or {REMEDY}"
+            ) from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot meet {others} at {place} ({reason}); {REMEDY}") from None
+
+
+def _in_background(action: Callable[[], Any]) -> Future:
+    """What `action` gives or raises, in a thread that ends with the process."""
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return outcome
 
 
 def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:

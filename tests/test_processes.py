@@ -1,0 +1,144 @@
+"""Real processes that a plain launcher starts: meeting, failing and stopping, together."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from common.processes import Ranks, join_ranks, processes_here
+from config import InputError
+from conftest import ROOT
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+       "MASTER_PORT": "29500"}  # fmt: skip
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def launch(script, rank, world, port):
+    """A process as a plain launcher starts it: no one ends it when another fails."""
+    variables = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True,
+        env={**os.environ, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
+             **{name: str(value) for name, value in variables.items()}},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ends_of(processes, timeout=60):
+    """Exit code, stdout and stderr of each; none may last longer than so many seconds."""
+    try:
+        both = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, both, strict=True)]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets a launcher's variables, and none but these."""
+
+    def set_only(**variables):
+        for name in (*TWO, "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    return set_only
+
+
+# --- meeting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no number (1 or more)"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0 must be 1 or more"),
+        ({"WORLD_SIZE": "-3"}, "WORLD_SIZE = -3 must be 1 or more"),
+        ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE = '1.5' is no number"),
+        ({"RANK": None}, "WORLD_SIZE = 2 asks for 2 processes, but RANK is not set"),
+        ({"RANK": "first"}, "RANK = 'first' is no number (0 to 1)"),
+        ({"RANK": "2"}, "RANK = 2 must be 0 to 1"),
+        ({"RANK": "-1"}, "RANK = -1 must be 0 to 1"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set"),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK = 5 must be 0 to 1"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR = 'nowhere.invalid' is no known host"),
+        ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR = 'a..b' is no known host"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http' is no number (1 to 65535)"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 must be 1 to 65535"),
+        ({"RANK": None, "MASTER_PORT": "x"}, "RANK is not set, MASTER_PORT = 'x' is no number"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_one_line(environment, changed, wrong):
+    environment(**{**TWO, **changed})
+    with pytest.raises(InputError) as raised:
+        join_ranks()
+    line = str(raised.value)
+    assert wrong in line
+    assert "torchrun" in line
+    assert "`unset WORLD_SIZE`" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("world", [None, "1"])
+def test_what_another_job_left_behind_moves_no_process_that_is_alone(environment, world):
+    left = {"RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x",
+            "LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3",
+            "OMPI_COMM_WORLD_SIZE": "8"}  # fmt: skip
+    environment(WORLD_SIZE=world, **left)
+    assert join_ranks() == Ranks(rank=0, world=1, local=0)
+    assert processes_here() == 1
+
+
+def test_processes_of_this_machine_are_those_that_the_launcher_says(environment):
+    environment(**TWO, LOCAL_WORLD_SIZE="2")
+    assert processes_here() == 2
+    environment(**TWO)
+    assert processes_here() == 1
+    for wrong in ("0", "3", "many"):
+        environment(**TWO, LOCAL_WORLD_SIZE=wrong)
+        with pytest.raises(InputError, match="LOCAL_WORLD_SIZE = "):
+            processes_here()
+
+
+def test_a_port_that_is_taken_is_one_line(environment):
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        environment(**{**TWO, "MASTER_PORT": port})
+        with pytest.raises(InputError, match=f"^MASTER_PORT = {port} is taken by another program"):
+            join_ranks()
+
+
+def test_a_process_whose_others_never_come_says_so_and_ends():
+    """Rank 0, where they should meet, rank 1, that finds no one, and one that a stranger heeds."""
+    script = """
+        import sys
+        from common import processes
+        from config import exits_with_one_line
+        processes.NOTICE_SECONDS = 0.5
+        sys.exit(exits_with_one_line(lambda argv: processes.join_ranks(patience=2))())
+    """
+    with socket.create_server(("", 0)) as stranger:  # it takes connections, and never answers
+        ports = (free_port(), free_port(), stranger.getsockname()[1])
+        alone = [launch(script, rank, 4, port) for rank, port in zip((0, 1, 1), ports, strict=True)]
+        ends = ends_of(alone)
+    for port, (code, _, error) in zip(ports, ends, strict=True):
+        assert code == 2
+        notice, line = error.splitlines()
+        assert notice == ("waiting for the other 3 of WORLD_SIZE = 4 processes; if there are none, "
+                          "`unset WORLD_SIZE`")  # fmt: skip
+        assert line.startswith("error: waited 2 s for the other 3 of WORLD_SIZE = 4 processes at ")
+        assert f"MASTER_ADDR = localhost, MASTER_PORT = {port}, in vain" in line
