@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import pickle
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -171,32 +173,74 @@ def _in_background(action: Callable[[], Any]) -> Future:
     return outcome
 
 
+# --- telling each other ---------------------------------------------------------------------------
+
+
 def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, on every rank; the others wait for it.
 
     Raises:
-        InputError, OSError: what `action` raised, on every rank.
+        Whatever `action` raised, on every rank; a RuntimeError that names it, on the others, where
+        it cannot travel. ConnectionError: another process has ended.
     """
-    outcome: list[Any] = [None]
+    if ranks.world == 1:
+        return action()
+    value, failure, message = None, None, b""
     if ranks.rank == 0:
         try:
-            outcome = [action()]
-        except (InputError, OSError) as error:
-            outcome = [error]
-    if ranks.world > 1:
+            value = action()
+            message = pickle.dumps((value, None))
+        except BaseException as error:  # an interrupt too: nobody may wait for what never comes
+            failure, message = error, _pickled(error)
+    outcome = [message]
+    with _while_all_live(ranks):
         distributed.broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    if ranks.rank:
+        value, failure = pickle.loads(outcome[0])
+    if failure is not None:
+        raise failure
+    return value
+
+
+def _pickled(error: BaseException) -> bytes:
+    """(None, error), or in its place a RuntimeError with its type and text."""
+    try:
+        message = pickle.dumps((None, error))
+        pickle.loads(message)  # some can be written and not read
+    except Exception:
+        stand_in = RuntimeError(f"rank 0 failed, {type(error).__name__}: {error}")
+        return pickle.dumps((None, stand_in))
+    return message
 
 
 def gather(ranks: Ranks, value: Any) -> list[Any]:
-    """Every rank's value, on every rank, in the order of ranks."""
+    """Every rank's value, on every rank, in the order of ranks.
+
+    Raises:
+        ConnectionError: another process has ended.
+    """
     if ranks.world == 1:
         return [value]
     values: list[Any] = [None] * ranks.world
-    distributed.all_gather_object(values, value)
+    with _while_all_live(ranks):
+        distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _while_all_live(ranks: Ranks) -> Iterator[None]:
+    """Around a collective, which fails where a process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"rank {ranks.rank} ends because another of the {ranks.world} processes has ended, "
+            f"whose own last lines say why ({reason})"
+        ) from error
+
+
+# --- stopping together ---------------------------------------------------------------------------
 
 
 class StopSignal:
@@ -226,5 +270,6 @@ class StopSignal:
         if self.ranks.world == 1:
             return self._asked
         asked = torch.tensor(int(self._asked))
-        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        with _while_all_live(self.ranks):
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
         return bool(asked)

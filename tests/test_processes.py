@@ -1,6 +1,7 @@
 """Real processes that a plain launcher starts: meeting, failing and stopping, together."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import textwrap
 
 import pytest
 
-from common.processes import Ranks, join_ranks, processes_here
+from common.processes import Ranks, first_rank_does, join_ranks, processes_here
 from config import InputError
 from conftest import ROOT
 
@@ -142,3 +143,90 @@ def test_a_process_whose_others_never_come_says_so_and_ends():
                           "`unset WORLD_SIZE`")  # fmt: skip
         assert line.startswith("error: waited 2 s for the other 3 of WORLD_SIZE = 4 processes at ")
         assert f"MASTER_ADDR = localhost, MASTER_PORT = {port}, in vain" in line
+
+
+# --- failing --------------------------------------------------------------------------------------
+
+
+def test_alone_the_action_s_own_error_is_raised():
+    error = ValueError("mine")
+
+    def fail():
+        raise error
+
+    with pytest.raises(ValueError, match="mine") as raised:
+        first_rank_does(Ranks(0, 1, 0), fail)
+    assert raised.value is error
+
+
+def test_whatever_the_first_rank_raises_reaches_all():
+    """Also what cannot be pickled, cannot be read again, or ends the first rank."""
+    script = """
+        import time
+        from common.processes import first_rank_does, join_ranks
+        from config import InputError
+
+        class Needs(Exception):
+            def __init__(self, one, two):
+                super().__init__(f"{one} {two}")
+
+        class Holds(Exception):
+            def __init__(self, text):
+                super().__init__(text)
+                self.held = lambda: None
+
+        def fails(error):
+            raise error
+
+        ranks = join_ranks()
+        errors = [InputError("a"), FileNotFoundError(2, "b", "c"), ZeroDivisionError("d"),
+                  Needs("e", "f"), Holds("g"), KeyboardInterrupt(), SystemExit(3)]
+        actions = [lambda error=error: fails(error) for error in errors]
+        for action in [*actions, lambda: (lambda: None), lambda: [ranks.rank, InputError("h")]]:
+            try:
+                got = first_rank_does(ranks, action)
+                print("got", got)
+            except BaseException as error:
+                print(type(error).__name__, error)
+    """
+    port = free_port()
+    first, second = ends_of([launch(script, rank, 2, port) for rank in (0, 1)])
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    ours, theirs = first[1].splitlines(), second[1].splitlines()
+    same = ["InputError a", "FileNotFoundError [Errno 2] b: 'c'", "ZeroDivisionError d"]
+    ends = ["KeyboardInterrupt ", "SystemExit 3"]
+    value = "got [0, InputError('h')]"
+    relayed = ["RuntimeError rank 0 failed, Needs: e f", "RuntimeError rank 0 failed, Holds: g"]
+    assert ours[:7] == [*same, "Needs e f", "Holds g", *ends]
+    assert theirs[:7] == [*same, *relayed, *ends]
+    # A value that cannot travel is an error of all.
+    assert re.match(r"(PicklingError|AttributeError) ", ours[7])
+    assert theirs[7] == ours[7]
+    assert ours[8] == theirs[8] == value
+
+
+@pytest.mark.parametrize("waits_in", ["first_rank_does(ranks, int)", "stop.agreed()"])
+def test_where_one_process_fails_alone_the_others_end_soon(waits_in):
+    script = f"""
+        import sys, time
+        from common.processes import StopSignal, first_rank_does, gather, join_ranks
+        from config import exits_with_one_line
+
+        @exits_with_one_line
+        def main(argv):
+            ranks = join_ranks()
+            stop = StopSignal(ranks)
+            gather(ranks, None)
+            if ranks.rank == 0:
+                time.sleep(0.5)
+                raise SystemExit(3)
+            while True:
+                {waits_in}
+
+        sys.exit(main())
+    """
+    port = free_port()
+    (code, _, _), (waiting, _, error) = ends_of([launch(script, rank, 2, port) for rank in (0, 1)])
+    assert (code, waiting) == (3, 2)
+    assert error.startswith("error: rank 1 ends because another of the 2 processes has ended")
+    assert len(error.splitlines()) == 1
