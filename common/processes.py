@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from config import InputError
 MEETING_SECONDS, NOTICE_SECONDS = 60, 5
 # Afterwards ranks finish hours apart.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
+AGREEMENT_SECONDS = 1.0
 REMEDY = "start all with torchrun, or for one process alone `unset WORLD_SIZE`"
 
 
@@ -240,7 +242,7 @@ def _while_all_live(ranks: Ranks) -> Iterator[None]:
         ) from error
 
 
-# --- stopping together ---------------------------------------------------------------------------
+# --- stopping together ----------------------------------------------------------------------------
 
 
 class StopSignal:
@@ -250,6 +252,9 @@ class StopSignal:
         self.ranks = ranks
         self._asked = False
         self._usual: dict[int, Any] = {}
+        # Calls of `agreed` between the last agreement and the next, and how many are left.
+        self._stretch = self._left = 1
+        self._since = time.perf_counter()
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
@@ -266,10 +271,27 @@ class StopSignal:
         self.__exit__()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; the same answer on all, who must all ask this."""
+        """Whether any rank was asked; the same answer on all, who must all call this as often.
+
+        The ranks talk about once a second, at calls that they have agreed on before.
+
+        Raises:
+            ConnectionError: another process has ended.
+        """
         if self.ranks.world == 1:
             return self._asked
-        asked = torch.tensor(int(self._asked))
+        self._left -= 1
+        return self._left == 0 and self._agree()
+
+    def _agree(self) -> bool:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        # At most twice as many calls as before: one quick stretch says little of the next.
+        calls = min(int(self._stretch * AGREEMENT_SECONDS / seconds), 2 * self._stretch)
+        # Clocks differ between ranks: the fewest calls count.
+        message = torch.tensor([int(self._asked), -max(calls, 1)])
         with _while_all_live(self.ranks):
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+            distributed.all_reduce(message, distributed.ReduceOp.MAX)
+        asked, calls = message.tolist()
+        self._stretch = self._left = -calls
+        self._since = time.perf_counter()
         return bool(asked)

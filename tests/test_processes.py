@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import textwrap
 
 import pytest
 
-from common.processes import Ranks, first_rank_does, join_ranks, processes_here
+from common.processes import Ranks, StopSignal, first_rank_does, join_ranks, processes_here
 from config import InputError
 from conftest import ROOT
 
@@ -230,3 +231,54 @@ def test_where_one_process_fails_alone_the_others_end_soon(waits_in):
     assert (code, waiting) == (3, 2)
     assert error.startswith("error: rank 1 ends because another of the 2 processes has ended")
     assert len(error.splitlines()) == 1
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+def test_processes_agree_on_a_stop_about_once_a_second():
+    """One rank alone is asked, at a quick step or at a slow one: both stop soon, at one step."""
+    script = """
+        import os, signal, time
+        from torch import distributed
+        from common.processes import StopSignal, join_ranks
+        talks, all_reduce = [], distributed.all_reduce
+
+        def counted(*args):
+            talks.append(time.perf_counter())
+            return all_reduce(*args)
+
+        distributed.all_reduce = counted
+        ranks = join_ranks()
+
+        def steps_until_a_stop(seconds, asked_rank, asked_step):
+            step = 0
+            with StopSignal(ranks) as stop:
+                while not stop.agreed():
+                    step += 1
+                    if (ranks.rank, step) == (asked_rank, asked_step):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(seconds)
+            return step
+
+        quick = steps_until_a_stop(0.002, 1, 1000)
+        print(quick, len(talks), max(b - a for a, b in zip(talks, talks[1:])))
+        print(steps_until_a_stop(1.1, 0, 2))
+    """
+    port = free_port()
+    ends = ends_of([launch(script, rank, 2, port) for rank in (0, 1)])
+    assert [code for code, *_ in ends] == [0, 0], ends
+    (quick, slow), (others_quick, others_slow) = (out.splitlines() for _, out, _ in ends)
+    steps, talks, widest = map(float, quick.split())
+    assert quick.split()[:2] == others_quick.split()[:2]
+    assert 1000 <= steps < 2000
+    assert talks <= 20
+    assert widest < 3
+    assert slow == others_slow == "2"
+
+
+def test_a_process_alone_stops_at_the_next_step():
+    with StopSignal(Ranks(0, 1, 0)) as stop:
+        assert not any(stop.agreed() for _ in range(100))
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed()
