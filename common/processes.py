@@ -55,6 +55,7 @@ def join_ranks(device: str = "cpu", patience: float = MEETING_SECONDS) -> Ranks:
     if ranks.world > 1 and not distributed.is_initialized():
         on_gpus = device != "cpu" and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        _refuse_unknown_host(ranks.world)
         _meet(ranks, backend, patience)
         # Left to the interpreter's end, its threads sometimes abort a process that has finished.
         atexit.register(distributed.destroy_process_group)
@@ -67,30 +68,22 @@ def ranks_from_environment() -> Ranks:
     Raises:
         InputError: one of them is missing, no number or out of range.
     """
-    try:
-        world = _number("WORLD_SIZE", 1, None) if "WORLD_SIZE" in os.environ else 1
-    except ValueError as problem:
-        raise InputError(f"{problem}; {REMEDY}") from None
+    world = _world_size()
     if world == 1:
         return Ranks(0, 1, 0)
     numbers, problems = {}, []
-    for name, least, most in (
-        ("RANK", 0, world - 1),
-        ("LOCAL_RANK", 0, world - 1),
-        ("MASTER_PORT", 1, 2**16 - 1),
-    ):
+    limits = {"RANK": (0, world - 1), "LOCAL_RANK": (0, world - 1), "MASTER_PORT": (1, 2**16 - 1)}
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        limits["LOCAL_WORLD_SIZE"] = (1, world)
+    for name, (least, most) in limits.items():
         try:
             numbers[name] = _number(name, least, most)
         except ValueError as problem:
             problems.append(str(problem))
-    address = os.environ.get("MASTER_ADDR")
-    if not address:
+    if not os.environ.get("MASTER_ADDR"):
         problems.append("MASTER_ADDR is not set")
-    elif reason := _unresolved(address):
-        problems.append(f"MASTER_ADDR = {address!r} is no known host ({reason})")
     if problems:
-        wrong = ", ".join(problems)
-        raise InputError(f"WORLD_SIZE = {world} asks for {world} processes, but {wrong}; {REMEDY}")
+        raise InputError(f"{_asks_for(world)}, but {', '.join(problems)}; {REMEDY}")
     return Ranks(numbers["RANK"], world, numbers["LOCAL_RANK"])
 
 
@@ -98,15 +91,28 @@ def processes_here() -> int:
     """How many processes of this job torchrun started on this machine; 1 where it did not say.
 
     Raises:
-        InputError: see `ranks_from_environment`.
+        InputError: WORLD_SIZE is wrong, or LOCAL_WORLD_SIZE beside it.
     """
-    world = ranks_from_environment().world
+    world = _world_size()
     if world == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
         return 1
     try:
         return _number("LOCAL_WORLD_SIZE", 1, world)
     except ValueError as problem:
+        raise InputError(f"{_asks_for(world)}, but {problem}; {REMEDY}") from None
+
+
+def _world_size() -> int:
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    try:
+        return _number("WORLD_SIZE", 1, None)
+    except ValueError as problem:
         raise InputError(f"{problem}; {REMEDY}") from None
+
+
+def _asks_for(world: int) -> str:
+    return f"WORLD_SIZE = {world} asks for {world} processes"
 
 
 def _number(name: str, least: int, most: int | None) -> int:
@@ -122,15 +128,16 @@ def _number(name: str, least: int, most: int | None) -> int:
     return int(text)
 
 
-def _unresolved(address: str) -> str | None:
-    """Why a host's name has no address; None where it has one."""
+def _refuse_unknown_host(world: int) -> None:
+    address = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(address, None)
-    except OSError as error:
-        return error.strerror
-    except UnicodeError as error:  # names that the encoding of domains cannot have
-        return str(error)
-    return None
+    except (OSError, UnicodeError) as error:  # the latter: no name can be so
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{_asks_for(world)}, but MASTER_ADDR = {address!r} is no known host ({reason}); "
+            f"{REMEDY}"
+        ) from None
 
 
 def _meet(ranks: Ranks, backend: str, patience: float) -> None:

@@ -1,47 +1,17 @@
 """Real processes that a plain launcher starts: meeting, failing and stopping, together."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from common.processes import Ranks, StopSignal, first_rank_does, join_ranks, processes_here
 from config import InputError
-from conftest import ROOT
+from conftest import ends_of, free_port, launch
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
        "MASTER_PORT": "29500"}  # fmt: skip
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def launch(script, rank, world, port):
-    """A process as a plain launcher starts it: no one ends it when another fails."""
-    variables = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True,
-        env={**os.environ, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
-             **{name: str(value) for name, value in variables.items()}},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def ends_of(processes, timeout=60):
-    """Exit code, stdout and stderr of each; none may last longer than so many seconds."""
-    try:
-        both = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, both, strict=True)]
 
 
 @pytest.fixture
@@ -81,6 +51,7 @@ def environment(monkeypatch):
         ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http' is no number (1 to 65535)"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 must be 1 to 65535"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3 must be 1 to 2"),
         ({"RANK": None, "MASTER_PORT": "x"}, "RANK is not set, MASTER_PORT = 'x' is no number"),
     ],
 )

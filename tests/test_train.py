@@ -19,7 +19,7 @@ import models
 import train
 from common.processes import Ranks
 from config import PretrainConfig
-from conftest import ROOT, read_jsonl, to_x
+from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
 from experimental_inference_methods import hard_round
 from metrics import picture_quality
 from models import TrainingPass, analyze, build_model, likelihood_z, load_checkpoint, rd_pass
@@ -541,6 +541,27 @@ def test_two_processes_train_one_model(values, write_config, tmp_path):
     checkpoint = saved(values, 40)
     assert len(checkpoint["rng"]) == len(checkpoint["data_position"]) == 2
     assert not torch.equal(*(rng["cpu"] for rng in checkpoint["rng"]))
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(run, values, write_config):
+    """A plain launcher's; they stop at one step, saved, and go on from there."""
+    values |= {"tot_iterations": 100_000, "print_freq": 1, "save_model_freq": 1_000_000,
+               "path_test_data": ""}  # fmt: skip
+    config = write_config(values, "two.json")
+    script = f"import sys, train; sys.exit(train.main(['--config', {str(config)!r}]))"
+    port = free_port()
+    first, second = processes = [launch(script, rank, 2, port) for rank in (0, 1)]
+    for line in first.stdout:
+        if line.startswith("step 20:"):
+            second.send_signal(signal.SIGTERM)
+            break
+    (code, out, errors), (other_code, *_) = ends_of(processes)
+    assert (code, other_code) == (0, 0), errors
+    (path,) = folder_of(values).glob("iter_*.pth.tar")
+    step = torch.load(path, weights_only=True)["iter"]
+    assert f"stopped at step {step} and saved" in out
+    assert len(saved(values, step)["data_position"]) == 2
+    assert run(values, tot_iterations=step + 1, resume=True) == 0
 
 
 # --- wrong input ----------------------------------------------------------------------------------
