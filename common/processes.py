@@ -3,6 +3,7 @@
 import atexit
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -121,7 +122,7 @@ def _number(name: str, least: int, most: int | None) -> int:
     if not text:
         raise ValueError(f"{name} is not set")
     right = f"{least} or more" if most is None else f"{least} to {most}"
-    if not text.strip().lstrip("+-").isdecimal():
+    if not re.fullmatch(r"\s*[+-]?\d+\s*", text):
         raise ValueError(f"{name} = {text!r} is no number ({right})")
     if int(text) < least or (most is not None and int(text) > most):
         raise ValueError(f"{name} = {text.strip()} must be {right}")

@@ -39,6 +39,7 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0 must be 1 or more"),
         ({"WORLD_SIZE": "-3"}, "WORLD_SIZE = -3 must be 1 or more"),
         ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE = '1.5' is no number"),
+        ({"WORLD_SIZE": "--2"}, "WORLD_SIZE = '--2' is no number"),
         ({"RANK": None}, "WORLD_SIZE = 2 asks for 2 processes, but RANK is not set"),
         ({"RANK": "first"}, "RANK = 'first' is no number (0 to 1)"),
         ({"RANK": "2"}, "RANK = 2 must be 0 to 1"),
