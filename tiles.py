@@ -6,7 +6,6 @@ do sums over tiles; only float rounding differs.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.processes import processes_here
 from config import InputError
 
 ENCODER_TILE = 16  # positions of y
@@ -210,9 +210,12 @@ def memory_bound(
     Args:
         one_for_all: all processes of this machine use this one GPU.
         vectors: how many vectors like the latents an optimizer keeps beyond Adam's two.
+
+    Raises:
+        InputError: see `processes_here`.
     """
     on_gpu = device.type == "cuda"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = processes_here()
     if max_memory_gb is not None:
         limit = max_memory_gb * 1e9
     elif on_gpu:

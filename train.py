@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from config import PretrainConfig, exits_with_one_line, parse_command_line
+from config import InputError, PretrainConfig, exits_with_one_line, parse_command_line
 
 # isort: split
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from common.processes import Ranks, StopSignal, first_rank_does, gather, join_ranks
 from datasets import Draws, ImageFiles, open_folder, open_training_data
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages
@@ -32,24 +33,20 @@ from models import (
     TrainingPass,
     analyze,
     build_model,
+    is_out_of_memory,
     load_checkpoint,
     model_from_state_dict,
     pick_device,
     rd_pass,
     speed_up,
 )
-from reporting import (
-    Ranks,
-    StopSignal,
-    Window,
-    first_rank_does,
-    gather,
-    join_ranks,
-    open_training_run,
-)
+from reporting import Window, open_training_run
+from tiles import MemoryBound, coding_tile, memory_bound
 
 # So many steps in a row without a finite gradient end a run.
 MAX_BAD_STEPS = 10
+# Bytes that testing keeps per element of y, where no optimizer has its own: y twice and its prior.
+TESTED_LATENT = 40
 
 
 @exits_with_one_line
@@ -195,32 +192,65 @@ def train_step(
     return {key: value.detach() for key, value in terms.items()}
 
 
-@torch.no_grad()
 def validate(
     model: nn.Module, images: ImageFiles | None, lmbda: float, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """Truly rounded rate and quality of every whole image, in order; nothing without images.
 
-    Each record has name, loss, bpp, bpp_y, bpp_z and those of `picture_quality`; of an image that
-    cannot be read name and error. The ranks share the images.
+    Each record is one of `measure`. The ranks share the images.
     """
     if images is None:
         return []
     device = next(model.parameters()).device
+    bound = memory_bound(model.N, model.M, None, device)._replace(per_latent=TESTED_LATENT)
     was_training = model.training
     model.eval()
-    records = []
-    for image in images.load(images.names[ranks.rank :: ranks.world]):
-        if image.x is None:
-            records.append({"name": image.name, "error": image.error})
-            continue
-        x = image.x[None].to(device)  # [1, 3, H, W]
-        terms = rd_pass(model, x, analyze(model, x), hard_round, lmbda)
-        values = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
-        records.append({"name": image.name, **values, **picture_quality(terms["x_hat"], x)})
+    own = images.names[ranks.rank :: ranks.world]
+    records = [measure(model, images, name, lmbda, bound) for name in own]
     model.train(was_training)
     gathered = {record["name"]: record for part in gather(ranks, records) for record in part}
     return [gathered[name] for name in images.names]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
+) -> dict[str, Any]:
+    """name, loss, bpp, bpp_y, bpp_z and `picture_quality` of a whole image, truly rounded.
+
+    name and error where it cannot be read, does not fit into memory or fails otherwise: the other
+    images and the training go on.
+    """
+    device = next(model.parameters()).device
+    try:
+        (image,) = images.load([name])
+        if image.x is None:
+            return {"name": name, "error": image.error}
+        tile = tested_tile(image.x.shape[1:], bound)
+        x = image.x[None].to(device)  # [1, 3, H, W]
+        terms = rd_pass(model, x, analyze(model, x), hard_round, lmbda, tile)
+        values = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
+        return {"name": name, **values, **picture_quality(terms["x_hat"], x)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            return {"name": name, "error": f"does not fit into the memory of {device}"}
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"name": name, "error": reason}
+
+
+def tested_tile(size: tuple[int, int], bound: MemoryBound) -> int | None:
+    """How large tiles of a picture of H, W are; pictures that are coded whole stay whole.
+
+    Raises:
+        MemoryError: it does not even fit in the smallest tiles.
+    """
+    side = coding_tile(size)
+    if side is None:
+        return None
+    try:
+        return min(side, bound.tile(size) or side)
+    except InputError:
+        raise MemoryError from None
 
 
 def open_test_images(config: PretrainConfig) -> ImageFiles | None:

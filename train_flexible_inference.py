@@ -41,6 +41,7 @@ from codec import (
     encode_latents,
     file_measures,
 )
+from common.processes import join_ranks
 from datasets import LoadedImage, open_images, seed_of
 from experimental_inference_methods import Pace, Rounding, hard_round, rounding_from_config
 from fast_layers import keep_pages
@@ -58,7 +59,7 @@ from models import (
     weights_hash,
 )
 from polish import cost_in_steps, polish
-from reporting import Cost, Progress, Run, Stopwatch, join_ranks, machine_facts, open_run
+from reporting import Cost, Progress, Run, Stopwatch, machine_facts, open_run
 from tiles import MemoryBound, memory_bound
 
 LBFGS_HISTORY = 100  # torch's own

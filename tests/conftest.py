@@ -1,7 +1,11 @@
 """Small real inputs shared by the tests: crops of scikit-image's photos and configs for them."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +148,29 @@ def refusal_of(source):
     assert message.startswith(f"pretrain {source}: ")
     assert "\n" not in message
     return message
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def launch(script, rank, world, port):
+    """A process as a plain launcher starts it: no one ends it when another fails."""
+    variables = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True,
+        env={**os.environ, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
+             **{name: str(value) for name, value in variables.items()}},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ends_of(processes, timeout=60):
+    """Exit code, stdout and stderr of each; none may last longer than so many seconds."""
+    try:
+        both = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, both, strict=True)]

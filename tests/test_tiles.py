@@ -77,7 +77,12 @@ def test_the_bound_is_the_configs_or_a_part_of_the_machines(monkeypatch):
     device = torch.device("cpu")
     assert memory_bound(8, 8, 3.5, device).limit == 3.5e9
     alone = memory_bound(8, 8, None, device).limit
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # left behind by another job
+    assert memory_bound(8, 8, None, device).limit == alone
+    launched = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost",
+                "MASTER_PORT": 29500}  # fmt: skip
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
     assert memory_bound(8, 8, None, device).limit == alone / 2
     size = (1600, 1600)
     more = memory_bound(8, 8, 3.5, device, vectors=200).needed(size)

@@ -15,11 +15,16 @@ import skimage
 import torch
 from PIL import Image
 
+import models
 import train
+from common.processes import Ranks
 from config import PretrainConfig
-from conftest import ROOT, read_jsonl, to_x
-from models import TrainingPass, build_model, likelihood_z, load_checkpoint
-from reporting import Ranks, Window
+from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
+from experimental_inference_methods import hard_round
+from metrics import picture_quality
+from models import TrainingPass, analyze, build_model, likelihood_z, load_checkpoint, rd_pass
+from reporting import Window
+from tiles import MemoryBound
 from train import TrainingState, build_optimizers, train_step
 
 ALONE = Ranks(0, 1, 0)
@@ -304,6 +309,75 @@ def test_tests_measure_what_compressai_measures(run, values, capsys):
     assert "odd.png" in capsys.readouterr().out
 
 
+def large_picture(values):
+    """A test image just beyond those that are coded whole."""
+    pixels = np.tile(skimage.data.chelsea()[:262, :400], (4, 3, 1))[:, :1024]
+    Image.fromarray(pixels).save(Path(values["path_test_data"]) / "large.png")
+    return to_x(pixels)
+
+
+def test_large_test_images_are_measured_in_tiles_and_small_ones_whole(run, values, monkeypatch):
+    x = large_picture(values)
+    decoded = []
+    squared_error_of = models.squared_error_of
+
+    def noted(model, y_hat, x, corner=(0, 0)):
+        if not torch.is_grad_enabled():
+            decoded.append(tuple(y_hat.shape[2:]))
+        return squared_error_of(model, y_hat, x, corner)
+
+    monkeypatch.setattr(models, "squared_error_of", noted)
+    assert run(values, save_model_freq=100) == 0
+    cat, *large, odd = decoded  # two tiles of 64 by 64 positions and 2 rows that the first lends
+    assert (cat, odd) == ((12, 16), (5, 6))
+    assert large == [(66, 64), (4, 64)]
+    monkeypatch.undo()
+    assert run(values, test=True) == 0
+    report = json.loads((folder_of(values) / "test.json").read_text())
+    (record,) = (record for record in report["images"] if record["name"] == "large.png")
+    model = load_checkpoint(str(folder_of(values) / "iter_8.pth.tar"))
+    with torch.no_grad():
+        whole = rd_pass(model, x, analyze(model, x), hard_round, 0.01)
+    for key in ("loss", "bpp", "bpp_y", "bpp_z"):
+        assert record[key] == pytest.approx(whole[key].item(), rel=1e-5)
+    assert record["psnr"] == pytest.approx(picture_quality(whole["x_hat"], x)["psnr"], abs=1e-4)
+
+
+@pytest.mark.parametrize("trouble", ["too large", "no memory", "another"])
+def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
+    run, values, monkeypatch, capsys, trouble
+):
+    assert run(values, save_name="plain") == 0
+    large_picture(values)
+    reason = "does not fit into the memory of cpu"
+    whole = train.analyze
+
+    def fail(model, x):
+        if x.size(3) < 1024:
+            return whole(model, x)
+        if trouble == "another":
+            raise IndexError("somewhere\nin a network")
+        return torch.empty(2**60)  # what PyTorch itself raises where memory ends
+
+    if trouble == "too large":
+        limits = MemoryBound(8, 12, limit=1.3e9, base=1.3e9)
+        monkeypatch.setattr(train, "memory_bound", lambda *_: limits)
+    else:
+        monkeypatch.setattr(train, "analyze", fail)
+        if trouble == "another":
+            reason = "IndexError: somewhere"
+    assert run(values) == 0
+    output = capsys.readouterr().out
+    assert output.count(f"large.png: not tested: {reason}\n") == 2
+    assert_same(saved(values, 8), saved(values, 8, save_name="plain"))
+    tests = [[row for row in read_jsonl(folder_of(values, save_name=name) / "metrics.jsonl")
+              if row["kind"] == "test"] for name in ("plain", "run")]  # fmt: skip
+    assert tests[0] == tests[1]  # the means of the two small ones, to the bit
+    assert [row["step"] for row in tests[1]] == [4, 8]
+    assert run(values, test=True) == 1
+    assert f"large.png: not tested: {reason}" in capsys.readouterr().out
+
+
 def test_training_starts_from_given_weights(run, values):
     assert run(values) == 0
     weights = folder_of(values) / "weights.pth.tar"
@@ -467,6 +541,27 @@ def test_two_processes_train_one_model(values, write_config, tmp_path):
     checkpoint = saved(values, 40)
     assert len(checkpoint["rng"]) == len(checkpoint["data_position"]) == 2
     assert not torch.equal(*(rng["cpu"] for rng in checkpoint["rng"]))
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(run, values, write_config):
+    """A plain launcher's; they stop at one step, saved, and go on from there."""
+    values |= {"tot_iterations": 100_000, "print_freq": 1, "save_model_freq": 1_000_000,
+               "path_test_data": ""}  # fmt: skip
+    config = write_config(values, "two.json")
+    script = f"import sys, train; sys.exit(train.main(['--config', {str(config)!r}]))"
+    port = free_port()
+    first, second = processes = [launch(script, rank, 2, port) for rank in (0, 1)]
+    for line in first.stdout:
+        if line.startswith("step 20:"):
+            second.send_signal(signal.SIGTERM)
+            break
+    (code, out, errors), (other_code, *_) = ends_of(processes)
+    assert (code, other_code) == (0, 0), errors
+    (path,) = folder_of(values).glob("iter_*.pth.tar")
+    step = torch.load(path, weights_only=True)["iter"]
+    assert f"stopped at step {step} and saved" in out
+    assert len(saved(values, step)["data_position"]) == 2
+    assert run(values, tot_iterations=step + 1, resume=True) == 0
 
 
 # --- wrong input ----------------------------------------------------------------------------------
