@@ -142,9 +142,9 @@ def write_report(
     if len(codecs):
         tables["codecs"] = codecs
     for key, values in tables.items():
-        # Names of images may hold bytes that are no text.
-        write = partial(values.to_csv, index=False, errors="backslashreplace")
-        write_whole(folder / f"{key}.csv", write)
+        if "image" in values:
+            values = values.assign(image=values["image"].map(printable))
+        write_whole(folder / f"{key}.csv", partial(values.to_csv, index=False))
     text = markdown(table)
     write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
     write_for_compressai(folder, points)

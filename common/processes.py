@@ -6,7 +6,6 @@ import pickle
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from torch import distributed
 
 from config import InputError
 
-# How long a process waits for the others to start, and when it says that it waits. Imports on a
-# cold network disk take most of a minute.
-MEETING_SECONDS, NOTICE_SECONDS = 60, 5
+# How long a process waits for the others to start. torchrun has started them all: some may only be
+# slow to import. Without it WORLD_SIZE may be what another job left behind.
+TORCHRUN_SECONDS, MEETING_SECONDS = 600, 30
 # Afterwards ranks finish hours apart.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
 AGREEMENT_SECONDS = 1.0
@@ -41,13 +40,13 @@ class Ranks(NamedTuple):
 # --- meeting --------------------------------------------------------------------------------------
 
 
-def join_ranks(device: str = "cpu", patience: float = MEETING_SECONDS) -> Ranks:
+def join_ranks(device: str = "cpu", patience: float | None = None) -> Ranks:
     """Meet the other processes if torchrun, or another launcher, started several.
 
     Small objects travel through gloo; tensors on GPUs, if `device` may be one, through nccl.
 
     Args:
-        patience: seconds to wait for the others.
+        patience: seconds to wait for the others; None is ten minutes under torchrun, else 30 s.
 
     Raises:
         InputError: the launcher's environment variables are wrong, or the others do not come.
@@ -57,6 +56,10 @@ def join_ranks(device: str = "cpu", patience: float = MEETING_SECONDS) -> Ranks:
         on_gpus = device != "cpu" and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         _refuse_unknown_host(ranks.world)
+        if patience is None:
+            patience = (
+                TORCHRUN_SECONDS if distributed.is_torchelastic_launched() else MEETING_SECONDS
+            )
         _meet(ranks, backend, patience)
         # Left to the interpreter's end, its threads sometimes abort a process that has finished.
         atexit.register(distributed.destroy_process_group)
@@ -149,12 +152,7 @@ def _meet(ranks: Ranks, backend: str, patience: float) -> None:
         partial(distributed.init_process_group, backend, timeout=COLLECTIVE_TIMEOUT)
     )
     try:
-        try:
-            meeting.result(min(NOTICE_SECONDS, patience))
-        except TimeoutError:
-            notice = f"waiting for {others}; if there are none, `unset WORLD_SIZE`"
-            print(notice, file=sys.stderr, flush=True)
-            meeting.result(max(patience - NOTICE_SECONDS, 0))
+        meeting.result(patience)
     except TimeoutError:
         raise InputError(
             f"waited {patience:g} s for {others} at {place}, in vain; {REMEDY}"

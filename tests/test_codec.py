@@ -488,3 +488,93 @@ def test_two_files_of_one_name_are_refused_before_anything_is_read(photos, tmp_p
     assert main(["compress", *paths, *arguments]) == 2
     assert "would both become b_coffee.png.olc" in capsys.readouterr().err
     assert not (tmp_path / "coded").exists()
+
+
+def test_names_of_every_kind_there_and_back(photos, tmp_path):
+    """No text in UTF-8, a line end, as long as a name can be; on a console of ASCII."""
+    names = [os.fsdecode(b"caf\xe9.png"), "a\nb.png", "日" * 83 + ".png"]
+    for old, new in zip(sorted(photos.iterdir()), names, strict=True):
+        old.rename(photos / new)
+    folders = [str(photos), str(tmp_path / "coded"), str(tmp_path / "decoded")]
+    for command, source, target in (("compress", *folders[:2]), ("decompress", *folders[1:])):
+        arguments = [command, source, "--checkpoint", str(WEIGHTS), "-o", target]
+        done = subprocess.run(
+            [sys.executable, "codec.py", *arguments],
+            cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"caf\\xe9.png" in done.stdout and b"a\\nb.png" in done.stdout
+    assert {os.fsencode(file.name) for file in (tmp_path / "decoded").iterdir()} >= {
+        b"caf\xe9.png", b"a\nb.png"
+    }  # fmt: skip
+    assert len(list((tmp_path / "decoded").iterdir())) == 3
+
+
+def test_files_whose_pictures_would_have_one_name_come_back_apart(coder, tmp_path, capsys):
+    photos, coded, decoded = (tmp_path / name for name in ("photos", "coded", "decoded"))
+    photos.mkdir()
+    crops = {
+        "a.jpg": skimage.data.coffee()[:48, :48], "a.jpg.png": skimage.data.rocket()[200:264, :48],
+        "b": skimage.data.chelsea()[:32, :48], "b.png": skimage.data.chelsea()[:48, :32],
+    }  # fmt: skip
+    for name, pixels in crops.items():
+        kind = "JPEG" if name == "a.jpg" else "PNG"
+        Image.fromarray(pixels).save(photos / name, kind)
+    assert main(["compress", str(photos), "--checkpoint", str(WEIGHTS), "-o", str(coded)]) == 0
+    assert main(["decompress", str(coded), "--checkpoint", str(WEIGHTS), "-o", str(decoded)]) == 0
+    comes_back_as = {
+        "a.jpg": "a.jpg.png.png", "a.jpg.png": "a.jpg.png", "b": "b.png.png", "b.png": "b.png"
+    }  # fmt: skip
+    for name, picture in comes_back_as.items():
+        x_hat = decode_picture(coder, (coded / f"{name}.olc").read_bytes())
+        shown = to_x(np.asarray(Image.open(decoded / picture)))
+        assert torch.equal((x_hat * 255).round(), (shown * 255).round())
+    assert len(list(decoded.iterdir())) == 4
+
+
+def test_what_cannot_be_written_is_to_blame_not_what_is_read(photos, tmp_path, capsys, monkeypatch):
+    arguments = ["--checkpoint", str(WEIGHTS), "-o", "/proc/coded"]  # where nobody can write
+    assert main(["compress", str(photos), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/coded: ") and error.count("\n") == 1
+    arguments[-1] = str(tmp_path / "coded")
+
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
+    first = codec.write_whole
+    monkeypatch.setattr(
+        codec, "write_whole", lambda path, w: (full if path.suffix == ".olc" else first)(path, w)
+    )
+    assert main(["compress", str(photos), *arguments]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(f"error: {tmp_path}/coded/")
+        assert line.endswith(".png.olc: No space left on device")
+
+
+def test_the_home_folder_in_every_path(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(photos)
+    (tmp_path / "weights").symlink_to(WEIGHTS)
+    options = ["--checkpoint", "~/weights", "-o", "~/coded"]
+    assert main(["compress", "~/photos/a_chelsea.png", *options]) == 0
+    assert main(["info", "~/coded"]) == 0
+    assert not list(photos.glob("~*"))
+    assert (tmp_path / "coded" / "a_chelsea.png.olc").is_file()
+
+
+def test_large_pictures_are_refused_before_they_are_decoded(photos, tmp_path, capsys):
+    """Of 200 megapixels, by a header alone; the others go on."""
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    (photos / "huge.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        + bytes(4) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )  # fmt: skip
+    arguments = ["--checkpoint", str(WEIGHTS), "-o", str(tmp_path / "coded")]
+    assert main(["compress", str(photos), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "huge.png: 200000000 pixels: at most 178956970 can be coded" in error
+    assert len(list((tmp_path / "coded").iterdir())) == 3

@@ -1,16 +1,22 @@
 """Comparisons: what is run and reused, and the numbers against a second way to them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import skimage
+import torch
 from PIL import Image
 from scipy import stats
 
 from compare import main, plan_runs
 from config import CompareConfig, load_config
-from conftest import WEIGHTS, read_jsonl
+from conftest import ROOT, WEIGHTS, read_jsonl
+from datasets import open_images
 from figures import ComparedRun, colors_of, plot_loss
 from tables import half_interval
 
@@ -103,6 +109,40 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
         assert clock.get_xdata()[-1] == pytest.approx(
             np.mean([record["clock"][-1] for record in records])
         )
+
+
+def test_a_comparison_has_as_many_images_as_it_says(compared, write_config):
+    compared |= {"set": {"batch_size": 4}, "images": 2}
+    runs = plan_runs(load_config(write_config(compared, "compare.json"), CompareConfig))
+    assert {run.config.image_count for run in runs} == {2}
+    assert {run.config.images_at_once for run in runs} == {4}
+    quick = load_config(write_config(compared, "compare.json"), CompareConfig, ["quick=true"])
+    assert {run.config.image_count for run in plan_runs(quick)} == {quick.quick_images}
+
+
+def test_crops_are_the_same_for_all_seeds(compared, write_config, tmp_path):
+    Image.fromarray(skimage.data.immunohistochemistry()).save(tmp_path / "s.tif")
+    compared |= {"data_set": "pathology", "path": str(tmp_path), "set": {"image_size": 64}}
+    runs = plan_runs(load_config(write_config(compared, "compare.json"), CompareConfig))
+    assert {run.seed for run in runs} == {0, 5}
+    crops = [next(iter(open_images(run.config).load(["s.tif"]))).x for run in runs]
+    assert all(torch.equal(crop, crops[0]) for crop in crops)
+
+
+def test_names_that_are_no_text_end_no_comparison(compared, write_config, photos, tmp_path):
+    (photos / NAMES[0]).rename(photos / os.fsdecode(b"caf\xe9.png"))
+    (photos / NAMES[1]).rename(photos / ("日" * 83 + ".png"))
+    compared |= {"seeds": [0], "codecs": ["JPEG"], "shown": 1}
+    path = write_config(compared, "compare.json")
+    done = subprocess.run(
+        [sys.executable, "compare.py", "--config", str(path)], cwd=ROOT, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results/both"
+    assert "caf\\xe9.png" in (folder / "images.csv").read_text(encoding="utf-8")
+    assert "日" in (folder / "images.csv").read_text(encoding="utf-8")
+    assert (folder / "report.html").stat().st_size > 100_000
 
 
 WRONG = {

@@ -228,3 +228,26 @@ def test_every_published_key_is_known():
     schedule = {"start_iters": 500, "warmup_steps": 100, "start_lr": 0.01, "end_lr": 0.005}
     published["dev_options"]["custom_lr"] = schedule
     assert RefineConfig.model_validate(published).dev_options.custom_lr.end_lr == 0.005
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_of_every_unicode_is_read(config_values, tmp_path, encoding):
+    """As Windows' editors and shells write it, with a byte order mark or without."""
+    path = tmp_path / "config.json"
+    path.write_bytes(
+        json.dumps(config_values | {"save_name": "ü"}, ensure_ascii=False).encode(encoding)
+    )
+    assert load_config(path, RefineConfig).save_name == "ü"
+
+
+def test_json_of_no_unicode_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes('{"save_name": "ü"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="not a text file"):
+        load_config(path, RefineConfig)
+
+
+def test_no_path_has_a_null_character(config_values, write_config):
+    config_values["dev_options"]["path_test"]["folder"] = "a\0b"
+    with pytest.raises(InputError, match="null character"):
+        load_config(write_config(config_values), RefineConfig)

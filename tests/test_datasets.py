@@ -12,7 +12,7 @@ from profiles import ADOBE_RGB, srgb_of
 
 from common.finding import IMAGE_SUFFIXES, find_images
 from config import InputError, RefineConfig, load_config
-from datasets import ImageFiles, open_images, seed_of
+from datasets import ImageFiles, clic, open_images, seed_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]
 
@@ -236,7 +236,7 @@ def test_names_ending_alike_are_kept_apart_and_workers_keep_the_order(tmp_path):
 
 def _config(config_values, write_config, data_set, path=None, **values):
     options = config_values["dev_options"]
-    options.pop("folder")
+    options.pop("folder", None)
     options |= {data_set: True, "path_test": {} if path is None else {data_set: str(path)}}
     return load_config(write_config(config_values | values), RefineConfig)
 
@@ -325,3 +325,37 @@ def test_seeds_differ_by_image_and_seed():
 
 def test_common_suffixes_are_images():
     assert {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tiff"} <= IMAGE_SUFFIXES
+
+
+def test_a_path_to_clic_is_searched_or_refused_never_downloaded_into(
+    config_values, write_config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nested = tmp_path / "pictures" / "clic" / "valid"
+    nested.mkdir(parents=True)
+    Image.fromarray(PHOTO).save(nested / "photo.png")
+    images = open_images(_config(config_values, write_config, "clic", "~/pictures"))
+    assert images.names == ["clic/valid/photo.png"]
+    for path in ("~/fotos", str(tmp_path / "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        config_values["dev_options"]["path_test"]["clic"] = path
+        with pytest.raises(InputError, match=r"path_test\.clic = .*: no "):
+            open_images(load_config(write_config(config_values), RefineConfig))
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_dir()) == [
+        "empty",
+        "photos",
+        "pictures",
+    ]
+    with pytest.raises(InputError, match=r"train_clic_imagenet: no clic that tensorflow-datasets"):
+        clic(str(tmp_path / "pictures"))
+
+
+def test_crops_do_not_change_with_the_seed_of_the_noise(config_values, write_config, tmp_path):
+    Image.fromarray(skimage.data.immunohistochemistry()).save(tmp_path / "s.tif")
+    one, two, other = (
+        open_images(_config(config_values | seeds, write_config, "pathology", tmp_path))
+        for seeds in ({"seed": 0}, {"seed": 5}, {"crop_seed": 5})
+    )
+    x = [next(iter(images.load(["s.tif"]))).x for images in (one, two, other)]
+    assert torch.equal(x[0], x[1])
+    assert not torch.equal(x[0], x[2])

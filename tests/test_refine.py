@@ -19,7 +19,12 @@ from PIL import Image
 
 from config import RefineConfig, load_config
 from conftest import ROOT, WEIGHTS, read_jsonl, to_x
-from experimental_inference_methods import METHODS, Temperature, build_rounding
+from experimental_inference_methods import (
+    METHODS,
+    Temperature,
+    build_rounding,
+    rounding_from_config,
+)
 from models import Latents, analyze, load_checkpoint, medians_of, prior_params
 from train_flexible_inference import evaluate, hard_round, main, refine
 
@@ -235,6 +240,39 @@ def test_augmented_loss_halves_the_gradient(model, config_values, write_config):
     expected = [row["true_loss"] for row in one.trajectory]
     assert expected[-1] != expected[0]
     assert [row["true_loss"] for row in two.trajectory] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_closure_gives_the_loss_that_its_gradient_is_of(model, config_values, write_config):
+    """LBFGS reads both: where the one is halved, so is the other."""
+    x = to_x(skimage.data.coffee()[100:164, 200:264])
+    found = []
+
+    class Asked(torch.optim.LBFGS):
+        def step(self, closure):
+            params = self.param_groups[0]["params"]
+            value = closure().item()
+            direction = [torch.sign(v.grad) for v in params]
+            slope = sum((v.grad.abs()).sum().item() for v in params)
+            with torch.no_grad():
+                for v, way in zip(params, direction, strict=True):
+                    v.add_(way, alpha=1e-4)
+            found.append((closure().item() - value, 1e-4 * slope))
+            return value
+
+    original = torch.optim.LBFGS
+    for augmented in ("false", "true"):
+        torch.optim.LBFGS = Asked
+        try:
+            overrides = ['optimizer={"name": "LBFGS"}', f"dev_options.augmented_loss={augmented}",
+                         "tot_inference_iterations=1"]  # fmt: skip
+            config = load_config(write_config(config_values), RefineConfig, overrides)
+            refine(model, x, rounding_from_config(config), config, [0], lambda *_: None)
+        finally:
+            torch.optim.LBFGS = original
+    (change, slope), (halved, half_slope) = found
+    assert change > 0
+    assert half_slope == pytest.approx(slope / 2, rel=1e-6)
+    assert halved == pytest.approx(change / 2, rel=0.01)
 
 
 def test_custom_lr_replaces_the_learning_rate(model, config_values, write_config):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from profiles import DISPLAY_P3, profile_of
 
 import datasets
 from config import InputError, PretrainConfig
@@ -455,6 +456,39 @@ def test_converted_images_are_the_files_themselves(folder, tmp_path, capsys):
     drawn, skipped = draw(out, 8)
     assert sorted(numbers_of(drawn))[:6] == list(range(6))
     assert not skipped
+
+
+def test_records_hold_the_pixels_that_folders_give(tmp_path):
+    """Transparency, orientation, colour profile, inks, depth: what a decoder alone gets wrong."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    photo, exif = Image.fromarray(picture(3)), Image.Exif()
+    exif[0x0112] = 6
+    clear = photo.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
+    clear.save(images / "clear.png")
+    photo.quantize(9).save(images / "key.png", transparency=3)
+    photo.save(images / "turned.jpg", exif=exif, quality=100)
+    photo.save(images / "turned.png", exif=exif)
+    photo.save(images / "p3.png", icc_profile=profile_of(DISPLAY_P3))
+    photo.save(images / "p3.jpg", icc_profile=profile_of(DISPLAY_P3))
+    photo.convert("CMYK").save(images / "inks.jpg")
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(
+        images / "deep.png"
+    )
+    plain = {"plain.jpg": photo, "plain.png": photo, "grey.jpg": photo.convert("L"),
+             "palette.png": photo.quantize(50)}  # fmt: skip
+    for name, image in plain.items():
+        image.save(images / name)
+    assert convert(images, out, shards=1) == 0
+    found = [record["image"] for record in read_records(out)]
+    assert {(images / name).read_bytes() for name in plain} <= {*found}
+    tf = import_tensorflow()
+    decoded = {tf.io.decode_image(data, 3).numpy().tobytes() for data in found}
+    files = ImageFiles(datasets.find_images(images))
+    for index, name in enumerate(files.names):
+        if name != "plain.jpg" and name != "grey.jpg":  # two decoders of JPEG
+            assert np.asarray(files.picture(index).image).tobytes() in decoded, name
 
 
 def test_a_conversion_goes_on_where_it_was(folder, tmp_path, capsys):
