@@ -293,7 +293,7 @@ def test_quick_is_short_on_sample_photos(compared):
         assert _schedules(runs) == {("polished", long, passes), ("not polished", long, 0)}
         assert {run.seed for run in runs} == {3}
         assert {run.config.dev_options.data_set for run in runs} == {"sample"}
-        assert {run.config.tot_batches for run in runs} == {2}
+        assert {run.config.image_count for run in runs} == {2}
         assert all("two_quick/runs" in str(run.folder) for run in runs)
     methods = {
         name: {"config": str(ROOT / f"example_files/{name}.json")}
