@@ -329,10 +329,11 @@ class Draws(NamedTuple):
 
 
 class TrainingData(Protocol):
-    """What pre-training needs of its data."""
+    """What pre-training needs of its data; `passed_over` says in a line what is not in it."""
 
     count: int
     name: str
+    passed_over: str
 
     def batches(self, draws: Draws, on_skip: Callable[[str, str], None]) -> Iterator[Batch]:
         """Batches without end; on_skip(name, reason) hears of what could not be used."""
@@ -365,6 +366,7 @@ class FolderCrops:
         self.num_workers = num_workers
         self.count = len(images)
         self.name = "image files"
+        self.passed_over = images.passed_over
 
     def batches(self, draws: Draws, on_skip: Callable[[str, str], None]) -> Iterator[Batch]:
         """Batches without end, see `TrainingData`.
@@ -639,6 +641,8 @@ class RecordCrops:
     A record is an Example whose bytes feature `image` is an encoded picture; a JPEG is decoded
     only where the crop needs it. Crops of `resized` files are torchvision's RandomResizedCrop.
     """
+
+    passed_over = ""
 
     def __init__(
         self, records: Records, size: int, batch_size: int, cycle_length: int, num_workers: int = 0

@@ -484,11 +484,17 @@ class TrainingRun:
             config.batch_size, f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1),
             config.image_size, data.count, data.name, device, config.precision,
         )  # fmt: skip
+        self.mention_passed_over("train_folder", data.passed_over)
         columns, lines = shutil.get_terminal_size()
         self._bar = tqdm(
             total=config.tot_iterations, initial=step, disable=not sys.stderr.isatty(),
             ncols=columns, nrows=lines, unit=" steps",
         )  # fmt: skip
+
+    def mention_passed_over(self, key: str, words: str) -> None:
+        """Log what lies in a folder of the config beside images."""
+        if words and self.ranks.rank == 0:
+            log.info("%s: %s", key, words)
 
     def skip(self, name: str, reason: str) -> None:
         """Count an image that cannot be trained on, once, and name it in the log."""

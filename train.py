@@ -59,6 +59,7 @@ def main(argv=None) -> int:
     test_images = open_test_images(config)
     if config.test:
         run = open_training_run(config, ranks)
+        run.mention_passed_over("path_test_data", test_images.passed_over)
         model = run.model_to_test().to(device)
         return run.report_test(validate(model, test_images, config.train_lambda, ranks))
 
@@ -77,6 +78,8 @@ def main(argv=None) -> int:
         Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
     )
     run.announce(state.step, model, data, device)
+    if test_images is not None:
+        run.mention_passed_over("path_test_data", test_images.passed_over)
 
     window, due = Window(ranks, config.batch_size), False
     # Closed on every way out: its workers do not end by SIGTERM.

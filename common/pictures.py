@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from common.colour import to_srgb
 from common.limits import MAX_PIXELS, refuse_too_large
-from common.tiff import ORIENTATION, decode_tiff, is_tiff, scaled_to_8_bits
+from common.tiff import ORIENTATION, RAW, decode_tiff, is_tiff, scaled_to_8_bits
 
 pillow_heif.register_heif_opener()
 
@@ -55,7 +55,7 @@ def read_picture(path: Path) -> Picture:
             large, or pixels without a meaning in 8 bits.
     """
     if path.suffix.lower() in RAW_SUFFIXES:
-        raise ValueError("a camera's raw file; develop it to PNG, TIFF or JPEG first")
+        raise ValueError(RAW)
     # From memory: Pillow's memory-mapped TIFFs come out scrambled where EXIF turns them.
     data = path.read_bytes()
     with warnings.catch_warnings():

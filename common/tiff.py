@@ -16,7 +16,7 @@ from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT
 from common.limits import refuse_too_large
 
 ORIENTATION = 0x0112  # the tag's number, in EXIF too
-INK_SET, SUBSAMPLING = 332, 530
+INK_SET, SUBSAMPLING, DNG_VERSION = 332, 530, 50706
 # What tifffile says of damaged files is said by what it raises.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
@@ -36,6 +36,7 @@ KINDS = {
     SAMPLEFORMAT.COMPLEXINT: "complex",
     SAMPLEFORMAT.COMPLEXIEEEFP: "complex",
 }
+RAW = "a camera's raw file; develop it to PNG, TIFF or JPEG first"
 REMEDY = "save it as grey, RGB or CMYK of 8 or 16 bits"
 
 
@@ -86,6 +87,8 @@ def _pillow_opens(data: bytes) -> bool:
 
 def _refuse_senseless(page: tifffile.TiffPage) -> None:
     """Refuse samples that are no colours in [0, 2^bits - 1], and colours that nobody converts."""
+    if DNG_VERSION in page.tags:
+        raise ValueError(RAW)
     bits, kind = _bits(page), int(np.max(page.sampleformat))
     colour = getattr(page.photometric, "name", page.photometric)
     # Lab's a and b are signed whatever the sample format says.

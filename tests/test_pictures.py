@@ -400,6 +400,10 @@ def test_a_camera_s_raw_file_is_refused(tmp_path):
     Image.fromarray(PHOTO).save(path, "TIFF")
     with pytest.raises(ValueError, match="raw file; develop it"):
         read_picture(path)
+    path = tmp_path / "b.tif"  # under another name
+    tifffile.imwrite(path, PHOTO, photometric="rgb", extratags=[(50706, "B", 4, b"\1\4\0\0", True)])
+    with pytest.raises(ValueError, match="raw file; develop it"):
+        read_picture(path)
 
 
 def test_a_damaged_exif_is_none(tmp_path):

@@ -33,36 +33,38 @@ def _removed(path):
     path.unlink()
 
 
-DAMAGES = [
-    ("trajectories/b_coffee.png.csv", damage)
-    for damage in (_emptied, _without_rows, _garbled, _removed)
-] + [
-    (file, damage)
-    for file in ("latents/b_coffee.png.npz", "bitstreams/b_coffee.png.olc",
-                 "reconstructions/b_coffee.png/refined.png")
-    for damage in (_emptied, _cut, _removed)
-]  # fmt: skip
+# Of each kind of file all, three images at a time.
+DAMAGES = {
+    "trajectories/{}.csv": [_emptied, _without_rows, _garbled],
+    "latents/{}.npz": [_emptied, _cut, _removed],
+    "bitstreams/{}.olc": [_emptied, _cut, _removed],
+    "reconstructions/{}/refined.png": [_emptied, _cut, _removed],
+}
 
 
 def test_what_is_not_whole_is_done_again(config_values, write_config, capsys):
     config_values["dev_options"]["save_final"] = True
-    path = write_config(config_values | {"save_bitstreams": True})
+    values = {"save_bitstreams": True, "tot_inference_iterations": 2, "eval_freq": 2}
+    path = write_config(config_values | values)
     assert run(path) == 0
     folder = results(config_values)
     before = numbers(folder)
-    for file, damage in DAMAGES:
-        whole = (folder / file).read_bytes()
-        damage(folder / file)
+    for kind, damages in DAMAGES.items():
+        files = [folder / kind.format(name) for name in NAMES]
+        whole = [file.read_bytes() for file in files]
+        for file, damage in zip(files, damages, strict=True):
+            damage(file)
         capsys.readouterr()
         assert run(path, "resume=true") == 0
         said = capsys.readouterr().out
-        assert "b_coffee.png: its results are not whole; it is done again" in said, file
-        assert "2 of 3 images are done already" in said
+        for name in NAMES:
+            assert f"{name}: its results are not whole; it is done again" in said, kind
         assert numbers(folder) == before
-        if not file.endswith(".npz"):  # a zip holds the time
-            assert (folder / file).read_bytes() == whole
+        if not kind.startswith("latents"):  # a zip holds the time
+            assert [file.read_bytes() for file in files] == whole
+    (folder / "trajectories" / f"{NAMES[1]}.csv").unlink()
     assert run(path, "resume=true") == 0
-    assert "3 of 3 images are done already" in capsys.readouterr().out
+    assert "2 of 3 images are done already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
