@@ -1,6 +1,7 @@
 """Colours become sRGB, by littleCMS through Pillow."""
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -27,17 +28,14 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     if not profile:
         return _plain(image), None
     try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = MODES.get(opened.profile.xcolor_space.strip())
-        if mode == "RGB" and image.mode == "L":
+        space, name = _described(profile)
+        if space == "RGB" and image.mode == "L":
             image = image.convert("RGB")
-        if mode != image.mode:
-            space = opened.profile.xcolor_space.strip()
+        if MODES.get(space) != image.mode:
             return _plain(image), f"its colour profile is one of {space}, and ignored"
-        transform = _transform(opened, mode)
-        if _changes_nothing(transform, mode):
+        transform = _transform(profile, image.mode)
+        if transform is None:
             return image.convert("RGB"), None
-        name = " ".join(ImageCms.getProfileDescription(opened).split()) or "unnamed"
         return transform.apply(image), f"converted to sRGB from its colour profile ({name})"
     except (ImageCms.PyCMSError, OSError, ValueError):
         return _plain(image), BROKEN
@@ -46,11 +44,26 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        return _transform(lab, "LAB").apply(image)
+        return _to_srgb_from(lab, "LAB").apply(image)
     return image.convert("RGB")
 
 
-def _transform(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+@lru_cache(maxsize=16)
+def _described(profile: bytes) -> tuple[str, str]:
+    """The space whose colours a profile describes, and its name."""
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    name = " ".join(ImageCms.getProfileDescription(opened).split())
+    return opened.profile.xcolor_space.strip(), name or "unnamed"
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What takes pixels of a mode to sRGB; None where they are sRGB's already."""
+    transform = _to_srgb_from(ImageCms.ImageCmsProfile(io.BytesIO(profile)), mode)
+    return None if _changes_nothing(transform, mode) else transform
+
+
+def _to_srgb_from(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     return ImageCms.ImageCmsTransform(profile, srgb, mode, "RGB")
 
