@@ -8,6 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+# Two processes share the cores: one thread each, which must be said before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import skimage
