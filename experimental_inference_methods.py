@@ -19,7 +19,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -513,28 +513,22 @@ def _power(base: Tensor, power: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A method with its hyper-parameters and its temperature schedule, ready to be called."""
+    """A method with its hyper-parameters and its temperature schedule, ready to be called.
+
+    overridden: the method's own values of hyper-parameters for which a published key has another.
+    """
 
     method: str
     logits: str | None
     params: dict[str, Any]
     temperature: Temperature
     sample: Callable[..., Tensor]
+    overridden: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The method as a reader names it, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
         return self.method if self.logits is None else f"{self.method}/{self.logits}"
-
-    @property
-    def overridden(self) -> dict[str, Any]:
-        """The method's own defaults, by name, of hyper-parameters that have another value here."""
-        defaults = METHODS[self.method, self.logits].defaults
-        return {
-            key: defaults[key]
-            for key, value in self.params.items()
-            if defaults[key] not in (value, inspect.Parameter.empty)
-        }
 
     def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
         """Relaxed rounding of centred latents v, any shape, at temperature tau."""
@@ -667,4 +661,11 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
         steps=config.tot_inference_iterations,
     )
     chosen = {**published, **options.rounding_params}
-    return _with_params(family, params.logits, temperature, chosen)
+    rounding = _with_params(family, params.logits, temperature, chosen)
+    names = {_PYTHON_NAMES.get(key, key) for key in published}
+    overridden = {
+        name: method.defaults[name]
+        for name in sorted(names)
+        if method.defaults[name] not in (rounding.params[name], inspect.Parameter.empty)
+    }
+    return replace(rounding, overridden=overridden)

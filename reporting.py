@@ -150,7 +150,7 @@ class Run:
         own = self.facts["overridden"]
         return ", ".join(
             f"{key} {_short(value)}"
-            + (f" as the config sets it, not {_short(own[key])}" if key in own else "")
+            + (f" as the config says, not its own {_short(own[key])}" if key in own else "")
             for key, value in self.facts["params"].items()
         )
 
