@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 from config import InputError, exits_with_one_line, reason_of
 
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.files import fitting, printable, user_path, write_whole
+from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
 from common.limits import MAX_PIXELS
 from datasets import ImageFiles, save_picture
@@ -495,7 +496,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if taken and not arguments.overwrite:
         raise InputError(f"{folder / taken[0]} is there already: see --overwrite")
     coder = open_coder(arguments.checkpoint)
-    write_whole(folder / ".writable", lambda file: file.touch()).unlink()
+    write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()  # it can be
     if arguments.command == "compress":
         return compress_images(jobs, coder, folder)
     return for_each(jobs, partial(decompress_file, coder, folder))
@@ -603,7 +604,7 @@ def _failure(job: Job, error: Exception) -> str:
 
 def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
     """Write a file for each image into `folder`, and print its rate beside the estimated one."""
-    width = max(4, *(len(printable(job.target)) for job in jobs))
+    width = max(4, *(len(label_of(job.target)) for job in jobs))
     rows: list[dict[str, float]] = []
 
     def line(name: str, size: str, row: dict[str, float]) -> str:
@@ -621,7 +622,7 @@ def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
         data, row = compress_picture(coder, x)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
-        print(line(printable(job.target), f"{x.size(3)}x{x.size(2)}", row))
+        print(line(label_of(job.target), f"{x.size(3)}x{x.size(2)}", row))
         for note in image.notes:
             print(f"{printable(str(job.source))}: {note}", file=sys.stderr)
 

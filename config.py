@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -698,6 +699,9 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
             return main(argv)
         except InputError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except OSError as error:
             print(f"error: {printable(reason_of(error))}", file=sys.stderr)
         except KeyboardInterrupt:

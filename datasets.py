@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from common.console import native_stderr
 from common.files import printable, user_path, write_whole
 from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
 from common.pictures import Picture, read_picture
@@ -84,8 +85,9 @@ class UnreadableError(Exception):
 def _reason(error: Exception, file: Path, name: str) -> str:
     """What a decoder says of a damaged file, in a line that names it as its set does."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"<_io\.BytesIO[^>]*>", name, text.replace(str(file), name))
-    return printable(text.splitlines()[0]) if text else type(error).__name__
+    shown = text.replace(str(file), printable(name)).strip() or type(error).__name__
+    shown = re.sub(r"<_io\.BytesIO[^>]*>", lambda _: printable(name), shown)
+    return printable(shown.splitlines()[0])
 
 
 class ImageFiles(Dataset):
@@ -230,9 +232,10 @@ def prepare_clic(data_dir: str | None, key: str, remedy: str, **options: Any):
 def import_tensorflow():
     """tensorflow, imported late (4 s), after torch, quiet, and kept off the GPU."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    with native_stderr():  # some lines heed no level
+        import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "GPU")
     return tf
 
 

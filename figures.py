@@ -219,10 +219,10 @@ def plot_details(name: str, details: Sequence[Detail]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, detail, picture in zip(axes, details, pixels, strict=False):
         axis.imshow(picture[window], interpolation="nearest")
-        title = detail.label
+        title = plain(detail.label)
         if detail.bpp is not None:
             title += f"\n{detail.bpp:.4f} bpp, {detail.psnr:.2f} dB"
-        axis.set_title(plain(title), fontsize=9)
+        axis.set_title(title, fontsize=9)
     for axis in figure.axes:
         axis.axis("off")
     return figure

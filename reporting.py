@@ -13,6 +13,7 @@ results/<save_name>/
     summary.json, log.txt
 """
 
+import errno
 import json
 import logging
 import math
@@ -40,10 +41,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codec import SUFFIX, read_bitstream
-from common.files import fitting, printable, write_whole
+from common.files import fitting, label_of, printable, write_whole
 from common.processes import Ranks, first_rank_does, gather
 from common.weights import read_checkpoint
-from config import InputError, PretrainConfig, RefineConfig, load_config, reason_of, resolved
+from config import (
+    InputError,
+    PretrainConfig,
+    RefineConfig,
+    load_config,
+    read_json_object,
+    reason_of,
+    resolved,
+)
 from datasets import Images, LoadedImage, TrainingData, save_picture
 from models import Latents, load_checkpoint, save_checkpoint, save_weights
 
@@ -107,6 +116,10 @@ class Run:
     def _not_done(self, images: Images) -> list[str]:
         path = self.folder / "images.jsonl"
         found = read_records(path)
+        lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+        if lines > len(found):
+            log.warning("%s: %d of its lines are no whole records, and dropped", path,
+                        lines - len(found))  # fmt: skip
         broken = [name for name in self.names if name in found and not self._is_whole(found[name])]
         kept = [record for name, record in found.items() if name not in broken]
         if path.is_file():
@@ -161,7 +174,7 @@ class Run:
 
     def skip(self, name: str, reason: str) -> None:
         """Note an image that could not be refined; the run goes on and its exit code says so."""
-        log.warning("%s: skipped: %s", printable(name), reason)
+        log.warning("%s: skipped: %s", printable(name), printable(reason))
         self.failed[name] = reason
 
     def mention(self, name: str, notes: Sequence[str]) -> None:
@@ -195,8 +208,11 @@ class Run:
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
             return False
-        self._tracker(name, result.trajectory)
         shown = printable(name)
+        try:
+            self._tracker(shown, result.trajectory)
+        except OSError as error:
+            log.warning("%s: not sent to the tracker: %s", shown, printable(reason_of(error)))
         if result.stopped:
             log.warning("%s: stopped, %s; kept step %d", shown, result.stopped, record["best_step"])
         if result.target and not result.target["met"]:
@@ -337,12 +353,14 @@ def open_run(config: RefineConfig, ranks: Ranks, facts: dict[str, Any]) -> Run:
 
 def _prepare_folder(folder: Path, config: RefineConfig, facts: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    records = merge_records(folder, [])
-    if records and not config.resume:
+    files = [file for file in folder.glob("images*.jsonl") if file.stat().st_size]
+    if files and not config.resume:
+        count = sum(len(read_records(file)) for file in files)
         raise InputError(
-            f"{folder}: holds the results of {len(records)} images; "
+            f"{folder}: holds the results of {count} images; "
             f'go on with "resume": true, or {ANOTHER_RUN}'
         )
+    records = merge_records(folder, [])
     if records:
         _refuse_another_config(folder, config, FREE_KEYS)
         for key in ("weights", "device"):
@@ -366,7 +384,16 @@ def _refuse_another_config(
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
     # Read as a config, so that keys which came after it have their defaults.
-    before = resolved(load_config(folder / "config.json", type(config)))
+    stored, overrides = folder / "config.json", []
+    try:
+        values = read_json_object(stored)
+        if isinstance(config, RefineConfig) and "crop_seed" not in values:
+            # It came later: until then the seed of the noise placed the crops too.
+            of_crops = values.get("seed", 0) if config.dev_options.pathology else config.crop_seed
+            overrides = [f"crop_seed={of_crops}"]
+        before = resolved(load_config(stored, type(config), overrides))
+    except InputError as error:
+        raise InputError(f"{error}; {ANOTHER_RUN}") from None
     now = resolved(config)
     changed = _differences(
         {key: value for key, value in before.items() if key not in free_keys},
@@ -413,6 +440,7 @@ class TrainingRun:
         self.ranks = ranks
         self.skipped: dict[str, str] = {}
         self._skips: Counter[str] = Counter()
+        self._untested: set[str] = set()
         self._bar = None
         self._tracker = open_tracker(config, folder) if ranks.rank == 0 else lambda *_: None
 
@@ -449,8 +477,8 @@ class TrainingRun:
                     return path
                 reason = f"{path}: holds no state of the optimizers"
             except InputError as error:
-                reason = str(error)
-            log.warning("%s; renamed to *.damaged, going back to the one before", reason)
+                reason = str(error).removeprefix("pretrain ")
+            log.warning("%s; renamed to *.damaged", reason)
             path.rename(f"{path}.damaged")
         raise InputError(f"{self.folder}: no checkpoint in it can be read; {ANOTHER_RUN}")
 
@@ -503,7 +531,7 @@ class TrainingRun:
         kind = self.skipped[name] = reason.partition(":")[0]
         self._skips[kind] += 1
         if self._skips[kind] <= NAMED_SKIPS:
-            log.warning("%s: skipped: %s", name, reason)
+            log.warning("%s: skipped: %s", printable(name), printable(reason))
         if self._skips[kind] == NAMED_SKIPS:
             log.warning("more that are %s are only counted", kind)
 
@@ -538,9 +566,15 @@ class TrainingRun:
         log.info("step %d, %d test images: loss %s, %s bpp, %s dB", step, means["images"],
                  _digits(means["loss"], 4), _digits(means["bpp"], 4),
                  _digits(means["psnr"], 2))  # fmt: skip
-        for record in results:
-            if "error" in record:
-                log.warning("%s: not tested: %s", record["name"], record["error"])
+        self._name_untested(results)
+
+    def _name_untested(self, results: Sequence[dict[str, Any]]) -> list[str]:
+        """Log the images that could not be tested, each once; their names."""
+        untested = {record["name"]: record["error"] for record in results if "error" in record}
+        for name in untested.keys() - self._untested:
+            log.warning("%s: not tested: %s", printable(name), printable(untested[name]))
+        self._untested |= untested.keys()
+        return list(untested)
 
     def _write(self, row: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -601,8 +635,7 @@ class TrainingRun:
         """Print the table of a test alone and write test.json; exit code 1 if an image failed."""
         failed = [record for record in results if "error" in record]
         if self.ranks.rank == 0:
-            for record in failed:
-                log.warning("%s: not tested: %s", record["name"], record["error"])
+            self._name_untested(results)
             if len(failed) < len(results):
                 means = test_means(results)
                 write_json(self.folder / "test.json", {"mean": means, "images": list(results)})
@@ -633,6 +666,10 @@ def open_training_run(config: PretrainConfig, ranks: Ranks) -> TrainingRun:
             )
         if holds:
             _refuse_another_config(folder, config, FREE_TRAINING_KEYS)
+        elif any(folder.glob("*.pth.tar*")):
+            raise InputError(
+                f"{folder}: holds weights, but no checkpoint that can be read; {ANOTHER_RUN}"
+            )
         else:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         for leftover in folder.glob(".*.tmp*"):
@@ -715,13 +752,13 @@ def test_means(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def format_test(results: Sequence[dict[str, Any]], means: dict[str, Any]) -> str:
     """The table of a test, one line an image and the mean."""
-    width = max(5, *(len(printable(record["name"])) for record in results))
+    width = max(5, *(len(label_of(record["name"])) for record in results))
     header = f"{'image':{width}}  {'bpp':>7}  {'PSNR':>6}  {'MS-SSIM':>7}  {'(dB)':>6}  {'loss':>7}"
     lines = [header, "-" * len(header)]
     for record in [*results, {"name": "mean", **means}]:
         if "error" not in record:
             lines.append(
-                f"{printable(record['name']):{width}}  {_digits(record['bpp'], 4):>7}"
+                f"{label_of(record['name']):{width}}  {_digits(record['bpp'], 4):>7}"
                 f"  {_digits(record['psnr'], 2):>6}  {_digits(record['ms_ssim'], 4):>7}"
                 f"  {_digits(record['ms_ssim_db'], 2):>6}  {_digits(record['loss'], 4):>7}"
             )
@@ -758,10 +795,18 @@ def read_records(path: Path) -> dict[str, dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-            sides = record["base"].keys(), record["refined"].keys()
-            if record.keys() >= RECORD_KEYS and all(side >= SIDE_KEYS for side in sides):
+            if _is_record(record):
                 records[record["name"]] = record
     return records
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether all is there that tables and plots are made of; a number or null on each side."""
+    numbers = [record[side][key] for side in ("base", "refined") for key in SIDE_KEYS]
+    numbers += [record[key] for key in ("seconds", "seconds_per_step", "steps")]
+    return record.keys() >= RECORD_KEYS and all(
+        value is None or isinstance(value, int | float) for value in numbers
+    )
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -770,12 +815,16 @@ def append_record(path: Path, record: dict) -> None:
     Raises:
         OSError: it cannot be written; names `path`.
     """
+    before = path.stat().st_size if path.is_file() else 0
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+        with path.open("ab", buffering=0) as file:
+            line = f"{json.dumps(record)}\n".encode()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
     except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, before)  # or the next line would begin within this one
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -878,7 +927,7 @@ def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     Where files were written: their bpp beside the estimate, and quality from the decoded files.
     With a target: each image's lambda in place of losses, which have different lambdas.
     """
-    width = max(5, *(len(printable(record["name"])) for record in records))
+    width = max(5, *(len(label_of(record["name"])) for record in records))
     files, target = "file_bpp" in records[0]["base"], records[0].get("target")
     columns = [f"{'image':{width}} {'size':>11}"]
     if files:
@@ -892,7 +941,7 @@ def format_table(records: Sequence[dict], summary: dict[str, Any]) -> str:
     for record in records:
         size = f"{record['width']}x{record['height']}"
         tail = f"  {record['best_step']:>9}  {record['seconds']:>5.0f} s"
-        name = printable(record["name"])
+        name = label_of(record["name"])
         lines.append(f"{name:{width}} {size:>11}{_changes(record)}{tail}")
     lines.append(f"{'mean':{width}} {'':>11}{_changes({'target': target and {}, **summary})}")
     return "\n".join(lines)
@@ -927,12 +976,6 @@ def _meets_target(record: dict[str, Any]) -> bool:
 RELAXED, TRUE = "tab:orange", "tab:blue"
 # Names may have letters that no font here has; a box stands for each.
 warnings.filterwarnings("ignore", message="Glyph .* missing from")
-
-
-def label_of(name: str) -> str:
-    """A name as a plot has room for it."""
-    text = printable(name)
-    return text if len(text) <= 32 else f"{text[:20]}...{text[-9:]}"
 
 
 def plot_trajectory(table: pd.DataFrame) -> Figure:
@@ -1085,7 +1128,7 @@ class Progress:
         # Terminals that report a size of 0 get the usual one.
         columns, lines = shutil.get_terminal_size()
         self._bar = tqdm(
-            total=self.total, desc=printable(self.name), leave=False,
+            total=self.total, desc=label_of(self.name), leave=False,
             disable=not sys.stderr.isatty(), ncols=columns, nrows=lines,
         )  # fmt: skip
         return self

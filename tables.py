@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from common.files import printable
 from config import CompareConfig, InputError, RefineConfig
 from datasets import open_images, to_pixels, to_tensor
 from figures import ComparedRun
@@ -205,7 +206,9 @@ def codec_table(config: RefineConfig, names: Sequence[str], codecs: Sequence[str
     """
     done = pd.DataFrame(columns=["image", "method"])
     with suppress(OSError, ValueError, KeyError):  # what is not whole is done again
-        done = pd.read_csv(known).astype(dict.fromkeys(QUALITIES, float))
+        done = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
+    raw = {printable(name): name for name in names}  # as the file names them
+    done["image"] = done["image"].map(lambda name: raw.get(name, name))
     have = set(zip(done["image"], done["method"], strict=True))
     missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
     rows = []

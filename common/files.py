@@ -35,6 +35,12 @@ def printable(name: str) -> str:
     )
 
 
+def label_of(name: str) -> str:
+    """A file name as a table or a plot has room for it, 40 letters at most."""
+    text = printable(name)
+    return text if len(text) <= 40 else f"{text[:26]}...{text[-11:]}"
+
+
 def fitting(name: str, suffix: str = "") -> str:
     """name + suffix, shortened where a file system would not take it.
 

@@ -74,7 +74,7 @@ def _is_image(file: Path) -> str | None:
         return "camera raw"
     if file.name.endswith(LEFTOVERS):
         return "unfinished or a copy"
-    return None if _begins_like_an_image(file) else "no image"
+    return None if _begins_like_an_image(file) else "no readable image"
 
 
 def _begins_like_an_image(file: Path) -> bool:
@@ -136,7 +136,11 @@ class _Search:
             self._met.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    self._take(entry)
+                    try:
+                        self._take(entry)
+                    except OSError as error:  # such as a link to itself
+                        kind = "broken link" if entry.is_symlink() else "unreadable"
+                        self._reasons[f"{kind} ({entry.name}: {error.strerror})"] += 1
         except OSError as error:
             if folder == self.root:
                 raise InputError(f"{folder}: {error.strerror}") from None

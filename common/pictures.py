@@ -13,8 +13,10 @@ import pillow_heif
 from PIL import Image, ImageOps
 
 from common.colour import to_srgb
+from common.console import native_stderr
+from common.formats import decode_jpeg2000, stated_otherwise
 from common.limits import MAX_PIXELS, refuse_too_large
-from common.tiff import ORIENTATION, RAW, decode_tiff, is_tiff, scaled_to_8_bits
+from common.tiff import FIRST_FRAME, ORIENTATION, RAW, decode_tiff, is_tiff, scaled_to_8_bits
 
 pillow_heif.register_heif_opener()
 
@@ -25,9 +27,10 @@ RAW_SUFFIXES = frozenset((
     ".srf", ".srw", ".x3f",
 ))  # fmt: skip
 PNG_START = b"\x89PNG\r\n\x1a\n"
-LARGEST_PROFILE = 2**26  # bytes, unpacked
+LARGEST_PROFILE, LARGEST_XMP = 2**26, 2**20  # bytes, unpacked
+UNREADABLE = b"no profile"
+XMP = b"XML:com.adobe.xmp\0\0"  # a text that may hold the orientation; the second 0: not packed
 
-FIRST_FRAME = "only its first frame or page is used"
 # What every decoder does by itself, or that leaves the pixels alone.
 HARMLESS = frozenset((
     FIRST_FRAME, "1 converted to RGB", "L converted to RGB", "P converted to RGB",
@@ -58,6 +61,8 @@ def read_picture(path: Path) -> Picture:
         raise ValueError(RAW)
     # From memory: Pillow's memory-mapped TIFFs come out scrambled where EXIF turns them.
     data = path.read_bytes()
+    if not data:
+        raise ValueError("is empty (0 bytes)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters is raised, or said in notes
         try:
@@ -65,11 +70,11 @@ def read_picture(path: Path) -> Picture:
         except Image.DecompressionBombError as error:
             size = next(word for word in str(error).replace("(", " ").split() if word.isdigit())
             raise ValueError(f"{size} pixels: at most {MAX_PIXELS} can be coded") from None
-        except ValueError:  # Pillow refuses PNGs whose texts or profiles are large
+        except Exception:  # Pillow refuses PNGs whose texts are large, or whose profile is odd
             slim, profile = _without_texts(data)
             if len(slim) == len(data):
                 raise
-            return _decoded(slim, profile, ("large texts or profiles set aside",))
+            return _decoded(slim, profile, ("odd or large texts or profiles set aside",))
 
 
 def _decoded(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] = ()) -> Picture:
@@ -77,17 +82,23 @@ def _decoded(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] =
     found, deep = list(notes), decode_tiff(data) if is_tiff(data) else None
     if deep is None:
         image = Image.open(io.BytesIO(data))
+        if image.format == "JPEG2000":
+            image, scaled = decode_jpeg2000(image, data)
+            found += scaled
     else:
-        image, note = deep
-        found.append(note)
+        image, scaled = deep
+        found += scaled
     refuse_too_large(*image.size)
     kind = image.format
     layout = str(image.tile[0].args) if getattr(image, "tile", None) else ""
     if _has_more_frames(image):
         found.append(FIRST_FRAME)
     orientation = _orientation(image)
-    image.load()
-    profile = image.info.get("icc_profile", b"") if profile is None else profile
+    _load(image)
+    if profile is None:
+        profile = image.info.get("icc_profile", b"")
+        if other := stated_otherwise(image, data) if profile == b"" else "":
+            found.append(f"its colours are those of {other}, and not converted")
     if orientation != 1:
         found.append("turned upright as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
@@ -107,8 +118,24 @@ def _has_more_frames(image: Image.Image) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     with suppress(Exception):  # a damaged EXIF is none
-        return int(image.getexif().get(ORIENTATION, 1))
+        value = int(image.getexif().get(ORIENTATION, 1))
+        return value if 1 <= value <= 8 else 1
     return 1
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels.
+
+    Raises:
+        ValueError: libtiff, which goes on after an error, complained on the console; says what.
+    """
+    if image.format != "TIFF":
+        image.load()
+        return
+    with native_stderr() as said:
+        image.load()
+    if said:
+        raise ValueError(f"damaged: {said[0]}")
 
 
 def _apart(
@@ -119,6 +146,8 @@ def _apart(
     Args:
         layout: of the file's pixels, as Pillow's decoder is told it.
     """
+    if image.mode == "La":  # premultiplied
+        image = image.convert("LA")
     mode, shallow = image.mode, ("16 bits reduced to 8",) if ";16" in layout else ()
     if mode == "I" or mode.startswith("I;16"):
         return _grey_of_16_bits(image)
@@ -128,6 +157,8 @@ def _apart(
         key = image.info.get("transparency")
         if shallow and isinstance(key, tuple):  # of 16 bits, where the pixels have 8 by now
             image.info["transparency"] = tuple(value >> 8 for value in key)
+        elif layout in ("L;2", "L;4"):  # of 2 or 4 bits, where the pixels have 8
+            image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[layout]
         rgba = image.convert("RGBA")
         colours = rgba.convert("RGB") if mode not in ("1", "L", "LA", "La") else rgba.getchannel(0)
         note = f"{mode} with transparency composited on white"
@@ -150,8 +181,8 @@ def _grey_of_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     return Image.fromarray(scaled_to_8_bits(pixels, 16)), alpha, (note,)
 
 
-def _without_texts(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG without its texts and its colour profile, and the profile; None where it is broken.
+def _without_texts(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG without its texts and its colour profile, and the profile, if there is one.
 
     Other files come back as they are.
     """
@@ -163,16 +194,18 @@ def _without_texts(data: bytes) -> tuple[bytes, bytes | None]:
         end = at + 12 + length
         if kind == b"iCCP":
             profile = _unpacked_profile(data[at + 8 : end - 4])
-        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt") or (
+            data.startswith(XMP, at + 8) and length < LARGEST_XMP
+        ):
             kept.append(data[at:end])
         at = end
     return b"".join(kept), profile
 
 
-def _unpacked_profile(chunk: bytes) -> bytes | None:
+def _unpacked_profile(chunk: bytes) -> bytes:
     """An ICC profile: in a PNG it stands packed behind a name, a zero and the packing's number."""
     unpacking = zlib.decompressobj()
     with suppress(zlib.error):
         profile = unpacking.decompress(chunk.partition(b"\0")[2][1:], LARGEST_PROFILE)
-        return profile if unpacking.eof else None
-    return None
+        return profile if unpacking.eof else UNREADABLE
+    return UNREADABLE

@@ -107,7 +107,7 @@ def processes_here() -> int:
 
 
 def _world_size() -> int:
-    if "WORLD_SIZE" not in os.environ:
+    if not os.environ.get("WORLD_SIZE"):
         return 1
     try:
         return _number("WORLD_SIZE", 1, None)

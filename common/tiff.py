@@ -16,7 +16,7 @@ from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT
 from common.limits import refuse_too_large
 
 ORIENTATION = 0x0112  # the tag's number, in EXIF too
-INK_SET, SUBSAMPLING, DNG_VERSION = 332, 530, 50706
+INK_SET, DOT_RANGE, SUBSAMPLING, REFERENCE, DNG_VERSION = 332, 336, 530, 532, 50706
 # What tifffile says of damaged files is said by what it raises.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
@@ -30,12 +30,15 @@ COLOURS = {
     PHOTOMETRIC.CIELAB: (3, "LAB"),
     PHOTOMETRIC.ICCLAB: (3, "LAB"),
 }
+# The compressions that Pillow's libtiff always has; the others are tifffile's.
+PILLOW_UNPACKS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 KINDS = {
     SAMPLEFORMAT.INT: "signed",
     SAMPLEFORMAT.IEEEFP: "floating-point",
     SAMPLEFORMAT.COMPLEXINT: "complex",
     SAMPLEFORMAT.COMPLEXIEEEFP: "complex",
 }
+FIRST_FRAME = "only its first frame or page is used"
 RAW = "a camera's raw file; develop it to PNG, TIFF or JPEG first"
 REMEDY = "save it as grey, RGB or CMYK of 8 or 16 bits"
 
@@ -45,7 +48,7 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def decode_tiff(data: bytes) -> tuple[Image.Image, str] | None:
+def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
     """The first page of a TIFF that Pillow is not to read, and what was done to it.
 
     Returns:
@@ -57,24 +60,36 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, str] | None:
             tifffile makes of a damaged file.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if not len(file.pages):
+            raise ValueError("truncated or damaged: a TIFF without a page")
         page = file.pages[0]
+        if not page.imagewidth * page.imagelength:
+            raise ValueError("truncated or damaged: a TIFF without a picture")
         refuse_too_large(page.imagewidth, page.imagelength)
         _refuse_senseless(page)
-        mixed = page.planarconfig != PLANARCONFIG.SEPARATE or not page.extrasamples
-        if _bits(page) <= 8 and mixed and _pillow_opens(data):
+        if _pillow_reads(page) and _pillow_opens(data):
             return None
         image, note = _picture(page, _samples(page))
+        notes = (note, FIRST_FRAME) if len(file.pages) > 1 else (note,)
         image.format = "TIFF"
         if page.iccprofile:
             image.info["icc_profile"] = page.iccprofile
         if ORIENTATION in page.tags:
             image.getexif()[ORIENTATION] = int(page.tags[ORIENTATION].value)
-    return image, note
+    return image, notes
 
 
 def _bits(page: tifffile.TiffPage) -> int:
     """The bits of a sample; of the deepest where they differ."""
     return int(np.max(page.bitspersample))
+
+
+def _pillow_reads(page: tifffile.TiffPage) -> bool:
+    """Whether Pillow, if it opens such a page, reads it rightly."""
+    planes = page.planarconfig == PLANARCONFIG.SEPARATE
+    plain = page.photometric == PHOTOMETRIC.RGB and not page.extrasamples
+    unpacks = int(page.compression) in PILLOW_UNPACKS
+    return _bits(page) <= 8 and unpacks and (plain or not planes)
 
 
 def _pillow_opens(data: bytes) -> bool:
@@ -89,6 +104,10 @@ def _refuse_senseless(page: tifffile.TiffPage) -> None:
     """Refuse samples that are no colours in [0, 2^bits - 1], and colours that nobody converts."""
     if DNG_VERSION in page.tags:
         raise ValueError(RAW)
+    if page.is_reduced:
+        raise ValueError("its first page is a preview of another; save that one alone")
+    if page.imagedepth > 1:
+        raise ValueError(f"a volume of {page.imagedepth} layers is no picture")
     bits, kind = _bits(page), int(np.max(page.sampleformat))
     colour = getattr(page.photometric, "name", page.photometric)
     # Lab's a and b are signed whatever the sample format says.
@@ -100,13 +119,16 @@ def _refuse_senseless(page: tifffile.TiffPage) -> None:
     if page.photometric == PHOTOMETRIC.YCBCR:
         raw = page.compression == tifffile.COMPRESSION.NONE
         subsampled = SUBSAMPLING not in page.tags or page.tags[SUBSAMPLING].value != (1, 1)
-        if bits > 8 or (raw and subsampled):
-            raise ValueError(f"{bits}-bit YCbCr that is not compressed as JPEG is; {REMEDY}")
+        if bits > 8 or (raw and (subsampled or REFERENCE in page.tags)):
+            raise ValueError(f"{bits}-bit YCbCr other than JPEG's; {REMEDY}")
     elif page.photometric not in COLOURS:
         raise ValueError(f"pixels of kind {colour}; {REMEDY}")
     inks = int(page.tags[INK_SET].value) if INK_SET in page.tags else 1
     if page.photometric == PHOTOMETRIC.SEPARATED and (inks != 1 or page.samplesperpixel < 4):
         raise ValueError(f"{page.samplesperpixel} inks other than cyan, magenta, yellow and black")
+    dots = page.tags[DOT_RANGE].value[:2] if DOT_RANGE in page.tags else (0, 2**bits - 1)
+    if page.photometric == PHOTOMETRIC.SEPARATED and tuple(dots) != (0, 2**bits - 1):
+        raise ValueError(f"inks from {dots[0]} to {dots[1]}; {REMEDY}")
 
 
 def _samples(page: tifffile.TiffPage) -> np.ndarray:
@@ -134,7 +156,8 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
         raise ValueError(f"{samples.shape[2]} samples a pixel, not {photometric.name}'s {count}")
     kinds = _extra_kinds(page, extra.shape[2])
     note = f"{bits} bits scaled to 8" if bits != 8 else f"{photometric.name} of 8 bits"
-    alpha = next((i for i, kind in enumerate(kinds) if kind != EXTRASAMPLE.UNSPECIFIED), None)
+    known = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+    alpha = next((i for i, kind in enumerate(kinds) if kind in known), None)
     if len(kinds) > (alpha is not None):
         note += ", channels without a stated meaning left out"
     if photometric == PHOTOMETRIC.PALETTE:

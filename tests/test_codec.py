@@ -560,6 +560,18 @@ def test_the_home_folder_in_every_path(photos, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "coded" / "a_chelsea.png.olc").is_file()
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(photos, tmp_path):
+    coded = str(tmp_path / "coded")
+    assert main(["compress", str(photos), "--checkpoint", str(WEIGHTS), "-o", coded]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "codec.py", "info", *[coded] * 3], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + 13
+
+
 def test_large_pictures_are_refused_before_they_are_decoded(photos, tmp_path, capsys):
     """Of 200 megapixels, by a header alone; the others go on."""
     header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)

@@ -53,14 +53,19 @@ def test_a_line_counts_what_was_passed_over(tmp_path):
     ):
         (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "itself.png").symlink_to("itself.png")
+    (tmp_path / "no_folder.png").symlink_to("a.png/b.png")
     os.mkfifo(tmp_path / "pipe.png")
+    PHOTO.save(tmp_path / "z.png")
     found = find_images(tmp_path)
-    assert names(found) == ["a.png"]
+    assert names(found) == ["a.png", "z.png"]
     parts = found.passed_over.removeprefix("passed over: ").split(", ")
     assert found.passed_over.startswith("passed over: ")
     for part in (
-        "1 hidden folder", "1 hidden", "1 broken link", "1 no file", "2 camera raw (.dng",
-        "3 no image (.csv", "1 unfinished or a copy (.part)",
+        "1 hidden folder", "1 hidden", "1 broken link",
+        "1 broken link (itself.png: Too many levels of symbolic links)",
+        "1 broken link (no_folder.png: Not a directory)", "1 no file", "2 camera raw (.dng",
+        "3 no readable image (.csv", "1 unfinished or a copy (.part)",
     ):  # fmt: skip
         assert part in parts, found.passed_over
 

@@ -5,12 +5,13 @@ import struct
 import warnings
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import skimage
 import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
-from profiles import ADOBE_RGB, DISPLAY_P3, profile_of, srgb_of
+from profiles import ADOBE_RGB, DISPLAY_P3, SRGB, profile_of, srgb_of
 
 from common.limits import MAX_PIXELS
 from common.pictures import FIRST_FRAME, read_picture
@@ -122,9 +123,10 @@ def test_16_bit_palettes_give_their_colours(tmp_path):
     assert_near(read(path)[0], expected, 0.51)
 
 
+@pytest.mark.parametrize("planes", [False, True], ids=["mixed", "planes"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("photometric", ["cielab", "icclab"])
-def test_lab_is_the_picture_that_it_was_made_of(tmp_path, photometric, bits):
+def test_lab_is_the_picture_that_it_was_made_of(tmp_path, photometric, bits, planes):
     srgb, lab = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))
     image = ImageCms.profileToProfile(Image.fromarray(PHOTO), srgb, lab, outputMode="LAB")
     levels = np.array(image).view(np.int8).astype(int)  # a and b are signed, L is not
@@ -136,11 +138,24 @@ def test_lab_is_the_picture_that_it_was_made_of(tmp_path, photometric, bits):
         scale = 256 if bits == 16 else 1
     samples = (levels * scale).astype(f"u{bits // 8}")  # two's complement
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, samples, photometric=photometric)
+    if planes:
+        samples = np.moveaxis(samples, -1, 0)
+    options = {"planarconfig": "separate"} if planes else {}
+    tifffile.imwrite(path, samples, photometric=photometric, **options)
     pixels, notes = read(path)
     assert_near(pixels, PHOTO, 6)  # 8-bit Lab is coarse
     assert abs(pixels - PHOTO).mean() < 1.2
     assert "LAB converted to RGB" in notes
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_premultiplied_grey(tmp_path, bits):
+    grey, opacity = GREY.astype(float), OPACITY.astype(float)
+    samples = np.dstack((np.rint(grey * opacity / 255), opacity)).astype(np.uint8)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, deep(samples) if bits == 16 else samples, photometric="minisblack",
+                     extrasamples=["assocalpha"])  # fmt: skip
+    assert_near(read(path)[0], on_white(GREY[..., None], OPACITY), 1.6)
 
 
 def test_12_bits_are_scaled_by_12_bits(tmp_path):
@@ -169,7 +184,7 @@ def test_ycbcr_that_no_decoder_turns_into_rgb_is_refused(tmp_path):
     """Without JPEG nothing says that its colours have half the resolution but a default."""
     path = tmp_path / "a.tif"
     path.write_bytes(tiff(8, 8, 8, bytes(96), t262=6, t277=3))
-    with pytest.raises(ValueError, match="8-bit YCbCr that is not compressed as JPEG is"):
+    with pytest.raises(ValueError, match="8-bit YCbCr other than JPEG's"):
         read_picture(path)
 
 
@@ -187,6 +202,15 @@ REFUSED = {
         np.zeros((8, 8, 4), np.uint16),
         {"photometric": "separated", "extratags": [(332, "H", 1, 2, True)]},
         "4 inks other than",
+    ),
+    "negative inks": (
+        np.zeros((8, 8, 4), np.uint8),
+        {"photometric": "separated", "extratags": [(336, "B", 2, (255, 0), True)]},
+        "inks from 255 to 0",
+    ),
+    "preview": (np.zeros((8, 8), np.uint8), {"subfiletype": 1}, "preview of another"),
+    "8-bit volume": (
+        np.zeros((16, 16, 16), np.uint8), {"volumetric": True, "tile": (16, 16, 16)}, "volume"
     ),
     "volume": (
         np.zeros((16, 16, 16), np.uint16), {"volumetric": True, "tile": (16, 16, 16)}, "volume"
@@ -275,6 +299,30 @@ def test_srgb_profiles_change_nothing_and_are_not_mentioned(tmp_path):
     assert len(read(tmp_path / "1.png")[1]) == 1  # by its colours, not by its name
 
 
+def test_a_space_a_little_beside_srgb_is_another(tmp_path):
+    path, space = tmp_path / "a.png", SRGB._replace(name="a little brighter", gamma=2.25)
+    Image.fromarray(PHOTO).save(path, icc_profile=profile_of(space))
+    pixels, notes = read(path)
+    assert_near(pixels, srgb_of(space, PHOTO), 1.6)
+    assert notes == ("converted to sRGB from its colour profile (a little brighter)",)
+
+
+def test_spaces_that_are_stated_without_a_profile_are_said(tmp_path):
+    Image.fromarray(PHOTO).save(tmp_path / "plain.png")
+    data = (tmp_path / "plain.png").read_bytes()
+    for name, chunk, said in (
+        ("p3", b"cICP\x0c\x0d\0\1", "Display P3"),
+        ("srgb", b"cICP\1\x0d\0\1", None),
+        ("linear", b"gAMA" + struct.pack(">I", 100_000), "gamma 1"),
+        ("usual", b"gAMA" + struct.pack(">I", 45_455), None),
+    ):
+        path = tmp_path / f"{name}.png"
+        head = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(data[:33] + head + data[33:])
+        notes = (f"its colours are those of {said}, and not converted",) if said else ()
+        assert read(path)[1] == notes
+
+
 @pytest.mark.parametrize("damage", ["cut", "noise", "another space"])
 def test_broken_profiles_are_ignored_with_a_note(tmp_path, damage):
     profile = profile_of(DISPLAY_P3)
@@ -303,11 +351,49 @@ def test_large_texts_and_profiles_do_not_hide_a_png(tmp_path):
     Image.fromarray(PHOTO).save(path, pnginfo=texts)
     pixels, notes = read(path)
     assert_near(pixels, PHOTO, 0)
-    assert notes == ("large texts or profiles set aside",)
+    assert notes == ("odd or large texts or profiles set aside",)
     Image.fromarray(PHOTO).save(path, icc_profile=large)
     pixels, notes = read(path)
     assert_near(pixels, srgb_of(DISPLAY_P3, PHOTO), 1.6)
     assert "Display P3" in notes[-1]
+
+
+@pytest.mark.parametrize("chunk", [b"x", b"name\0\0no zlib", b"\0" * 40])
+def test_odd_profile_chunks_do_not_hide_a_png(tmp_path, chunk):
+    path = tmp_path / "a.png"
+    Image.fromarray(PHOTO).save(path)
+    data = path.read_bytes()
+    body = b"iCCP" + chunk
+    odd = struct.pack(">I", len(chunk)) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(data[:33] + odd + data[33:])  # behind IHDR
+    pixels, notes = read(path)
+    assert_near(pixels, PHOTO, 0)
+    assert any("ignored" in note for note in notes)
+
+
+def test_a_large_text_leaves_the_orientation(tmp_path):
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    path, shown = tmp_path / "a.png", []
+    for text in ("short", "x" * 3_000_000):
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", xmp)
+        texts.add_text("comment", text, zip=True)
+        Image.fromarray(PHOTO).save(path, pnginfo=texts)
+        shown.append(read(path)[0])
+    assert_near(shown[0], np.rot90(PHOTO, -1), 0)
+    assert_near(shown[1], np.rot90(PHOTO, -1), 0)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_transparent_level_of_a_shallow_png_is_white(tmp_path, bits):
+    levels = list(range(0, 2**bits, 2 ** (bits - 2)))  # four of them
+    row = sum(level << (bits * (3 - place)) for place, level in enumerate(levels))
+    rows = b"\0" + (row << 8 >> (4 * bits) if bits == 2 else row).to_bytes(bits // 2, "big")
+    path = tmp_path / "a.png"
+    path.write_bytes(png(4, 1, 0, rows, bits, struct.pack(">H", levels[1])))
+    expected = [255 * level // (2**bits - 1) for level in levels]
+    expected[1] = 255
+    assert read(path)[0][0, :, 0].tolist() == expected
 
 
 def png(width, height, kind, rows, bits=8, extra=b""):
@@ -372,6 +458,14 @@ def encoded(image, kind, **options):
     return file.getvalue()
 
 
+def test_the_first_of_several_deep_pages(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.stack((deep(GREY), 0 * deep(GREY))), photometric="minisblack")
+    pixels, notes = read(path)
+    assert_near(pixels, GREY[..., None], 0)
+    assert FIRST_FRAME in notes
+
+
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
@@ -382,6 +476,35 @@ def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, suffix):
     assert abs(pixels - PHOTO).mean() < 12  # GIF has a palette, WebP is lossy
     frames[0].save(path)
     assert FIRST_FRAME not in read(path)[1]
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_jpeg_2000_of_any_depth(tmp_path, bits):
+    """White among it, which Pillow turns to black above 8 bits."""
+    levels = PHOTO.copy()
+    levels[:10] = 255
+    most = 2**bits - 1
+    samples = np.rint(levels * (most / 255)).astype(np.uint8 if bits == 8 else np.uint16)
+    path = tmp_path / "a.jp2"
+    path.write_bytes(imagecodecs.jpeg2k_encode(samples, reversible=True, bitspersample=bits))
+    assert_near(read(path)[0], levels, 0)
+
+
+def test_the_profile_in_a_jpeg_2000(tmp_path):
+    path = tmp_path / "a.jp2"
+    Image.fromarray(PHOTO).save(path)
+    data, profile = path.read_bytes(), profile_of(DISPLAY_P3)
+    at = data.index(b"colr") - 4
+    (length,) = struct.unpack_from(">I", data, at)
+    box = b"colr\2\0\0" + profile
+    grown = len(box) + 4 - length
+    header = data.index(b"jp2h") - 4  # the box around it grows too
+    (outer,) = struct.unpack_from(">I", data, header)
+    data = data[:at] + struct.pack(">I", len(box) + 4) + box + data[at + length :]
+    path.write_bytes(data[:header] + struct.pack(">I", outer + grown) + data[header + 4 :])
+    pixels, notes = read(path)
+    assert_near(pixels, srgb_of(DISPLAY_P3, PHOTO), 1.6)
+    assert "Display P3" in notes[-1]
 
 
 def test_heic(tmp_path):
@@ -410,3 +533,35 @@ def test_a_damaged_exif_is_none(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(PHOTO).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=100)
     assert abs(read(path)[0] - PHOTO).mean() < 2
+
+
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    path = tmp_path / "a.png"
+    Image.fromarray(PHOTO).save(path, exif=exif)
+    pixels, notes = read(path)
+    assert_near(pixels, PHOTO, 0)
+    assert notes == ()
+
+
+def test_damage_that_libtiff_only_complains_of_is_refused(tmp_path, capfd):
+    """It goes on, and leaves the rest of the picture black or white."""
+    path = tmp_path / "a.tif"
+    Image.fromarray(PHOTO).resize((600, 400)).convert("1").save(path, compression="group4")
+    whole = path.read_bytes()
+    assert read(path)[0].shape == (400, 600, 3)
+    damaged = bytearray(whole)
+    at = len(whole) // 2
+    damaged[at : at + 40] = np.random.default_rng(0).bytes(40)
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="damaged: Fax4Decode"):
+        read_picture(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("data", "said"), [(b"", "is empty"), (b"II*\0\xff\xff\0\0", "truncated")])
+def test_cut_files_are_called_so(tmp_path, data, said):
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        read_picture(tmp_path / "a.tif")

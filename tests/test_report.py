@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import skimage
+import torch
 from compressai.utils.plot import __main__ as compressai_plot
 from PIL import Image
 
 from compare import main, plan_runs
 from config import CompareConfig, InputError, load_config
 from conftest import ROOT, read_jsonl, to_x
-from figures import ComparedRun, candidate_probabilities
+from figures import ComparedRun, Detail, candidate_probabilities, plot_details
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from report import details_of
 from tables import (
@@ -282,6 +283,14 @@ def _schedules(runs):
     return {
         (run.method, run.config.tot_inference_iterations, run.config.polish_passes) for run in runs
     }
+
+
+def test_titles_of_details_have_two_lines():
+    x = torch.rand(3, 20, 30)
+    details = [Detail(label, x, 0.5, 30.0, None) for label in ("original", "base", "a\nb $c$")]
+    figure = plot_details("日\n.png", details)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[1:3] == ["base\n0.5000 bpp, 30.00 dB", "a\\nb \\$c\\$\n0.5000 bpp, 30.00 dB"]
 
 
 def test_quick_is_short_on_sample_photos(compared):

@@ -1,15 +1,19 @@
 """What a run's folder holds: whole or made again, under names that fit, and writable or skipped."""
 
 import json
+import os
 import resource
 import signal
 
 import pytest
+import skimage
 from PIL import Image
 from test_refine import NAMES, numbers, results, run
 
 from config import RefineConfig, load_config
-from conftest import read_jsonl
+from conftest import read_jsonl, to_x
+from experimental_inference_methods import rounding_from_config
+from train_flexible_inference import refine
 
 
 def _emptied(path):
@@ -68,7 +72,8 @@ def test_what_is_not_whole_is_done_again(config_values, write_config, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"name": "b_cof', "[1]", '{"name": "b_coffee.png"}', "\0\0\0", '{"base": 1}']
+    "line",
+    ['{"name": "b_cof', "[1]", '{"name": "b_coffee.png"}', "\0\0\0", '{"base": 1}', None],
 )
 def test_a_line_that_is_no_record_is_no_matter(config_values, write_config, capsys, line):
     """A kill tears the last line, a crash of the machine leaves zeros."""
@@ -77,6 +82,8 @@ def test_a_line_that_is_no_record_is_no_matter(config_values, write_config, caps
     folder = results(config_values)
     before, records = numbers(folder), folder / "images.jsonl"
     lines = records.read_text().splitlines()
+    if line is None:  # words for a number
+        line = lines[2].replace('"psnr": ', '"psnr": "x", "was": ')
     records.write_text("\n".join([*lines[:2], line]))
     assert run(path, "resume=true") == 0
     assert "2 of 3 images are done already" in capsys.readouterr().out
@@ -195,7 +202,7 @@ def test_what_a_folder_has_beside_images_is_said(config_values, write_config, ph
     assert run(write_config(config_values), "images=1") == 0
     out = capsys.readouterr().out
     assert out.count("passed over: ") == 1
-    assert "1 no image (.txt)" in out and "1 camera raw (.nef)" in out
+    assert "1 no readable image (.txt)" in out and "1 camera raw (.nef)" in out
 
 
 def test_a_home_is_a_home_everywhere(config_values, write_config, photos, tmp_path, monkeypatch):
@@ -212,3 +219,70 @@ def test_a_home_is_a_home_everywhere(config_values, write_config, photos, tmp_pa
     assert not list(photos.glob("~*"))
     stored = json.loads((tmp_path / "results/run/config.json").read_text())
     assert stored["output_dir"] == str(tmp_path / "results")
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path, small_files):
+    """A disk that was full for one record, and was not for the next."""
+    from reporting import append_record
+
+    path = tmp_path / "images.jsonl"
+    append_record(path, {"name": "one"})
+    small_files(path.stat().st_size + 5)
+    with pytest.raises(OSError, match="File too large|No space"):
+        append_record(path, {"name": "two"})
+    small_files(resource.RLIM_INFINITY)
+    append_record(path, {"name": "three"})
+    assert [record["name"] for record in read_jsonl(path)] == ["one", "three"]
+
+
+def test_a_folder_with_records_of_any_kind_is_not_begun_anew(config_values, write_config, capsys):
+    path = write_config(config_values)
+    assert run(path) == 0
+    records = results(config_values) / "images.jsonl"
+    records.write_text(records.read_text().replace("psnr_raw", "psnr_of_before"))
+    before = records.read_bytes()
+    assert run(path) == 2
+    assert "holds the results of 0 images" in capsys.readouterr().err
+    assert records.read_bytes() == before
+    assert run(path, "resume=true") == 0
+    assert "3 of its lines are no whole records, and dropped" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_text_reaches_the_tracker(config_values, write_config, photos):
+    (photos / NAMES[0]).rename(photos / os.fsdecode(b"caf\xe9.png"))
+    path = write_config(config_values | {"tracker": "tensorboard"})
+    assert run(path, "images=1", "tot_inference_iterations=1") == 0
+    assert list((results(config_values) / "tensorboard").iterdir())
+
+
+def test_crops_of_an_older_run_are_not_mixed_with_others(
+    config_values, write_config, tmp_path, capsys
+):
+    """Before there was `crop_seed`, the seed of the noise placed the crops of pathology."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    Image.fromarray(skimage.data.immunohistochemistry()).save(slides / "s.tif")
+    config_values["dev_options"] |= {
+        "folder": False, "pathology": True, "path_test": {"pathology": str(slides)}
+    }  # fmt: skip
+    path = write_config(config_values | {"seed": 5, "image_size": 64})
+    assert run(path, "tot_inference_iterations=1") == 0
+    stored = results(config_values) / "config.json"
+    values = json.loads(stored.read_text())
+    del values["crop_seed"]
+    stored.write_text(json.dumps(values))
+    assert run(path, "tot_inference_iterations=1", "resume=true") == 2
+    assert "crop_seed (5 then, 0 now)" in capsys.readouterr().err
+
+
+def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, write_config):
+    x = to_x(skimage.data.coffee()[100:164, 200:264])
+    for wanted, labels in (
+        ("false", set()),
+        ("true", {"base", "refined", "step_0001", "step_0008"}),
+    ):
+        config = load_config(
+            write_config(config_values), RefineConfig, [f"dev_options.save_final={wanted}"]
+        )
+        (result,) = refine(model, x, rounding_from_config(config), config, [0], lambda *_: None)
+        assert result.pictures.keys() == labels

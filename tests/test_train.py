@@ -368,7 +368,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
             reason = "IndexError: somewhere"
     assert run(values) == 0
     output = capsys.readouterr().out
-    assert output.count(f"large.png: not tested: {reason}\n") == 2
+    assert output.count(f"large.png: not tested: {reason}\n") == 1  # of two tests
     assert_same(saved(values, 8), saved(values, 8, save_name="plain"))
     tests = [[row for row in read_jsonl(folder_of(values, save_name=name) / "metrics.jsonl")
               if row["kind"] == "test"] for name in ("plain", "run")]  # fmt: skip
@@ -426,7 +426,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, values, capsys):
     with (folder_of(values) / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tra')
     assert run(values, resume=True, tot_iterations=7, keep_checkpoints=1) == 0
-    assert "going back" in capsys.readouterr().out
+    assert "renamed to *.damaged" in capsys.readouterr().out
     assert_same(saved(values, 7, save_name="unbroken"), saved(values, 7))
     assert {path.name for path in folder_of(values).glob("iter_*")} == {
         "iter_7.pth.tar", "iter_8.pth.tar.damaged"
@@ -434,6 +434,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, values, capsys):
     (folder_of(values) / "iter_7.pth.tar").write_bytes(b"")
     assert run(values, resume=True) == 2
     assert "no checkpoint in it can be read" in capsys.readouterr().err
+    rows = (folder_of(values) / "metrics.jsonl").read_bytes()
+    for resume in (True, False):  # not on the second try either
+        assert run(values, resume=resume) == 2
+        assert "holds weights, but no checkpoint that can be read" in capsys.readouterr().err
+    assert (folder_of(values) / "metrics.jsonl").read_bytes() == rows
 
 
 def test_a_test_alone_leaves_the_run_as_it_is(run, values):
