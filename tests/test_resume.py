@@ -228,7 +228,7 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path, small_files):
     path = tmp_path / "images.jsonl"
     append_record(path, {"name": "one"})
     small_files(path.stat().st_size + 5)
-    with pytest.raises(OSError, match="File too large|No space"):
+    with pytest.raises(OSError, match=r"File too large|No space"):
         append_record(path, {"name": "two"})
     small_files(resource.RLIM_INFINITY)
     append_record(path, {"name": "three"})
