@@ -35,7 +35,6 @@ def environment(monkeypatch):
     ("changed", "wrong"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no number (1 or more)"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0 must be 1 or more"),
         ({"WORLD_SIZE": "-3"}, "WORLD_SIZE = -3 must be 1 or more"),
         ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE = '1.5' is no number"),
@@ -67,7 +66,7 @@ def test_wrong_variables_of_a_launcher_are_one_line(environment, changed, wrong)
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("world", [None, "1"])
+@pytest.mark.parametrize("world", [None, "", "1"])
 def test_what_another_job_left_behind_moves_no_process_that_is_alone(environment, world):
     left = {"RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x",
             "LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3",
