@@ -568,13 +568,13 @@ class TrainingRun:
                  _digits(means["psnr"], 2))  # fmt: skip
         self._name_untested(results)
 
-    def _name_untested(self, results: Sequence[dict[str, Any]]) -> list[str]:
-        """Log the images that could not be tested, each once; their names."""
-        untested = {record["name"]: record["error"] for record in results if "error" in record}
-        for name in untested.keys() - self._untested:
-            log.warning("%s: not tested: %s", printable(name), printable(untested[name]))
-        self._untested |= untested.keys()
-        return list(untested)
+    def _name_untested(self, results: Sequence[dict[str, Any]]) -> None:
+        """Log the images that could not be tested, each once."""
+        for record in results:
+            name = record["name"]
+            if "error" in record and name not in self._untested:
+                self._untested.add(name)
+                log.warning("%s: not tested: %s", printable(name), printable(record["error"]))
 
     def _write(self, row: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -69,8 +69,9 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
         _refuse_senseless(page)
         if _pillow_reads(page) and _pillow_opens(data):
             return None
-        image, note = _picture(page, _samples(page))
-        notes = (note, FIRST_FRAME) if len(file.pages) > 1 else (note,)
+        image, notes = _picture(page, _samples(page))
+        if len(file.pages) > 1:
+            notes += (FIRST_FRAME,)
         image.format = "TIFF"
         if page.iccprofile:
             image.info["icc_profile"] = page.iccprofile
@@ -144,9 +145,11 @@ def _samples(page: tifffile.TiffPage) -> np.ndarray:
     return np.moveaxis(samples, 0, -1) if separate else samples
 
 
-def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image, str]:
+def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image, tuple[str, ...]]:
     """The 8-bit picture of samples [H, W, S], and what was done to them."""
     bits, photometric = _bits(page), page.photometric
+    if photometric not in COLOURS:
+        raise ValueError(f"{photometric.name} that Pillow does not read; {REMEDY}")
     if photometric == PHOTOMETRIC.CIELAB and samples.shape[2] == 1:
         count, mode = 1, "L"  # lightness alone
     else:
@@ -155,17 +158,17 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
     if colour.shape[2] < count:
         raise ValueError(f"{samples.shape[2]} samples a pixel, not {photometric.name}'s {count}")
     kinds = _extra_kinds(page, extra.shape[2])
-    note = f"{bits} bits scaled to 8" if bits != 8 else f"{photometric.name} of 8 bits"
+    notes = () if bits == 8 else (f"{bits} bits scaled to 8",)
     known = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
     alpha = next((i for i, kind in enumerate(kinds) if kind in known), None)
     if len(kinds) > (alpha is not None):
-        note += ", channels without a stated meaning left out"
+        notes += ("channels without a stated meaning left out",)
     if photometric == PHOTOMETRIC.PALETTE:
         colour, bits = page.colormap[:, colour[:, :, 0]].transpose(1, 2, 0), 16
     elif photometric == PHOTOMETRIC.MINISWHITE:
         colour = 2**bits - 1 - colour
     if alpha is None:
-        return Image.fromarray(_eight_bits(colour, bits, photometric), mode), note
+        return Image.fromarray(_eight_bits(colour, bits, photometric), mode), notes
     opacity = extra[:, :, alpha]
     if kinds[alpha] == EXTRASAMPLE.ASSOCALPHA:
         if mode not in ("L", "RGB") or photometric == PHOTOMETRIC.MINISWHITE:
@@ -175,7 +178,7 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
         raise ValueError(f"transparency of {photometric.name}; {REMEDY}")
     picture = Image.fromarray(_eight_bits(colour, bits, photometric), mode)
     picture.putalpha(Image.fromarray(_eight_bits(opacity, _bits(page))))
-    return picture, note
+    return picture, notes
 
 
 def _extra_kinds(page: tifffile.TiffPage, count: int) -> list[int]:

@@ -186,6 +186,10 @@ def test_ycbcr_that_no_decoder_turns_into_rgb_is_refused(tmp_path):
     path.write_bytes(tiff(8, 8, 8, bytes(96), t262=6, t277=3))
     with pytest.raises(ValueError, match="8-bit YCbCr other than JPEG's"):
         read_picture(path)
+    planes = np.zeros((3, 8, 8), np.uint8)
+    tifffile.imwrite(path, planes, photometric="ycbcr", planarconfig="separate", compression="lzw")
+    with pytest.raises(ValueError, match="YCBCR that Pillow does not read"):
+        read_picture(path)
 
 
 REFUSED = {
