@@ -1,0 +1,1 @@
+"""Training from scratch: its data, its step, its run folder."""
