@@ -81,12 +81,7 @@ def refine_images(
         "lmbda": None if config.target else config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
-    bound = memory_bound(
-        model.N, model.M, config.max_memory_gb, device, ":" in config.device,
-        2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
-    )  # fmt: skip
-    coder = build_coder(model) if config.writes_files else None
-    refiner = Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
+    refiner = open_refiner(model, rounding, config, device)
 
     loaded = images.load(run.pending(images), config.num_workers)
     for batch in equal_sized(loaded, refiner.most_at_once):
@@ -94,6 +89,22 @@ def refine_images(
             run.mention(image.name, image.notes)
         refine_and_save(refiner, batch, run, on_image)
     return run.finish()
+
+
+def open_refiner(
+    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
+) -> "Refiner":
+    """What refines images as a config says; the model, as it was loaded, is frozen in place.
+
+    Raises:
+        InputError: the checkpoint's coding tables are broken.
+    """
+    bound = memory_bound(
+        model.N, model.M, config.max_memory_gb, device, ":" in config.device,
+        2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
+    )  # fmt: skip
+    coder = build_coder(model) if config.writes_files else None
+    return Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
 
 
 def refine_and_save(
@@ -183,6 +194,19 @@ class Refiner:
                     skip(image.name, str(error))
         return done
 
+    def refine_image(self, image: LoadedImage, progress: Progress) -> Refined:
+        """One image's result, its file included where there is a coder.
+
+        Raises:
+            ImageError: it has none; says why.
+        """
+
+        def fail(name: str, reason: str) -> None:
+            raise ImageError(reason)
+
+        ((_, result),) = self.refine_batch([image], progress, fail)
+        return result
+
     def _problem_of(self, batch: Sequence[LoadedImage]) -> Problem:
         if batch[0].x is None:
             raise ImageError(batch[0].error)
@@ -218,6 +242,8 @@ class Refiner:
         """Make a `BatchTooLargeError`, or an `ImageError` of one image, of what is raised."""
         try:
             yield
+        except ImageError:
+            raise
         except BitstreamError as error:  # while a target was searched, which takes one image
             raise ImageError(f"cannot be coded: {error}") from None
         except (InputError, RuntimeError, MemoryError) as error:
