@@ -65,8 +65,8 @@ from models import (
     rd_pass,
     speed_up,
 )
+from pretraining.step import TrainingState, build_optimizers, train_step
 from reporting import Stopwatch, machine_facts
-from train import TrainingState, build_optimizers, train_step
 from train_flexible_inference import image_by_image
 
 WARM_UP_BATCHES = 4
