@@ -38,20 +38,9 @@ from torch import Tensor, nn
 from codec import build_coder, compress_picture
 from common.files import user_path, write_whole
 from common.finding import find_images
-from datasets import (
-    Draws,
-    ImageFiles,
-    RecordCrops,
-    Records,
-    UnreadableError,
-    epoch_order,
-    imagenet_tfrecords,
-    import_tensorflow,
-    read_payload,
-    sample_photos,
-    to_tensor,
-    write_tfrecords,
-)
+from common.images import ImageFiles, UnreadableError, to_tensor
+from common.optional_packages import import_tensorflow
+from datasets import sample_photos
 from experimental_inference_methods import Temperature, build_rounding
 from fast_layers import keep_pages
 from models import (
@@ -65,7 +54,11 @@ from models import (
     rd_pass,
     speed_up,
 )
+from pretraining.draws import Draws
+from pretraining.make_tfrecords import write_tfrecords
 from pretraining.step import TrainingState, build_optimizers, train_step
+from pretraining.tfrecord_crops import TfrecordCrops
+from pretraining.tfrecord_index import TfrecordIndex, epoch_order, index_tfrecords, read_payload
 from reporting import Stopwatch, machine_facts
 from train_flexible_inference import image_by_image
 
@@ -445,16 +438,16 @@ LOOPS = {"refine": REFINEMENTS, "training": TRAININGS}
 def time_loaders(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of the project's loader and of plain PIL, in turns."""
     if arguments.records is not None:
-        return compare_loaders(imagenet_tfrecords(arguments.records, "--records"), arguments)
+        return compare_loaders(index_tfrecords(arguments.records, "--records"), arguments)
     with tempfile.TemporaryDirectory() as folder:
         make_sample_records(Path(folder))
-        return compare_loaders(imagenet_tfrecords(Path(folder) / "records"), arguments)
+        return compare_loaders(index_tfrecords(Path(folder) / "records"), arguments)
 
 
-def compare_loaders(records: Records, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare_loaders(records: TfrecordIndex, arguments: argparse.Namespace) -> dict[str, Any]:
     """Print images per second of the project's loader and of plain PIL, in turns, and the ratio."""
     size, batch_size = arguments.image_size, arguments.batch_size
-    data = RecordCrops(records, size, batch_size, arguments.cycle_length)
+    data = TfrecordCrops(records, size, batch_size, arguments.cycle_length)
     draws = Draws(seed=0)
     loaders = {
         "tf.data, as train.py": lambda: data.batches(draws, lambda name, reason: None),
@@ -514,7 +507,7 @@ def images_per_second(batches: Iterator, batch_size: int, seconds: float) -> flo
 
 
 def pil_batches(
-    records: Records, size: int, batch_size: int, cycle_length: int
+    records: TfrecordIndex, size: int, batch_size: int, cycle_length: int
 ) -> Iterator[np.ndarray]:
     """uint8 [B, S, S, 3] of the same records in the same order, as one would write it first."""
     tf = import_tensorflow()

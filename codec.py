@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
+from common.images import ImageFiles, save_picture
 from common.limits import MAX_PIXELS
-from datasets import ImageFiles, save_picture
 from experimental_inference_methods import hard_round
 from fast_layers import keep_pages
 from metrics import picture_quality

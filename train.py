@@ -21,8 +21,9 @@ from config import PretrainConfig, exits_with_one_line, parse_command_line
 import torch
 from torch import nn
 
+from common.images import ImageFiles
 from common.processes import StopSignal, first_rank_does, join_ranks
-from datasets import Draws, ImageFiles, open_folder, open_training_data
+from datasets import open_folder, open_training_data
 from fast_layers import keep_pages
 from models import (
     TrainingPass,
@@ -32,6 +33,7 @@ from models import (
     pick_device,
     speed_up,
 )
+from pretraining.draws import Draws
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
 from pretraining.validation import validate
 from reporting import Window, open_training_run

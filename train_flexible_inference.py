@@ -41,8 +41,9 @@ from codec import (
     encode_latents,
     file_measures,
 )
+from common.images import LoadedImage, seed_of
 from common.processes import join_ranks
-from datasets import LoadedImage, open_images, seed_of
+from datasets import open_images
 from experimental_inference_methods import Pace, Rounding, hard_round, rounding_from_config
 from fast_layers import keep_pages
 from metrics import mean_squared_error, picture_quality, psnr, to_8_bit

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.images import ImageFiles
 from common.processes import Ranks, gather
 from config import InputError
-from datasets import ImageFiles
 from experimental_inference_methods import hard_round
 from metrics import picture_quality
 from models import analyze, is_out_of_memory, rd_pass

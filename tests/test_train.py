@@ -15,6 +15,7 @@ import skimage
 import torch
 from PIL import Image
 
+import datasets
 import models
 import train
 from common.processes import Ranks
@@ -406,8 +407,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run, values, optimizer):
 
 
 def test_tfrecords_resume_to_the_bit_too(run, values, tmp_path):
-    import datasets
-
     folder = str(tmp_path / "records")
     assert datasets.main(["make-tfrecords", "--images", values["train_folder"], "--out", folder,
                           "--shards", "2", "--workers", "1"]) == 0  # fmt: skip
