@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_optimizer import SOAP
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from common.optional_packages import import_package
 from common.processes import Ranks, gather
 from config import PretrainConfig
 from models import TrainingPass
@@ -72,12 +72,16 @@ def build_optimizers(
     """The optimizer of all weights but the quantiles, and the quantiles' own.
 
     The first is Adam or SOAP (arXiv 2409.11321), the second is Adam.
+
+    Raises:
+        InputError: SOAP is asked for, and pytorch_optimizer is not installed.
     """
     named = dict(model.named_parameters())
     weights = [p for name, p in named.items() if not name.endswith(".quantiles")]
     quantiles = [p for name, p in named.items() if name.endswith(".quantiles")]
     if config.optimizer == "soap":
-        main_optimizer = SOAP(weights, lr=config.lr.base, weight_decay=0.0)
+        soap = import_package("pytorch_optimizer", 'optimizer = "soap"').SOAP
+        main_optimizer = soap(weights, lr=config.lr.base, weight_decay=0.0)
     else:
         main_optimizer = torch.optim.Adam(weights, lr=config.lr.base)
     return main_optimizer, torch.optim.Adam(quantiles, lr=config.aux_lr)
