@@ -31,12 +31,13 @@ from config import (
 )
 
 # isort: split
+from common.device import pick_device
 from common.processes import first_rank_does, join_ranks
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from figures import ComparedRun
-from models import load_checkpoint, pick_device
-from polish import cost_in_steps
+from models import load_checkpoint
+from refinement.polish import cost_in_steps
 from report import write_report
 from reporting import Cost, read_records
 from tables import published_curves

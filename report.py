@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from architectures import Architecture, Latents
 from common.files import fitting, printable, write_whole
 from config import CompareConfig, RefineConfig, folder_name
 from datasets import open_images
@@ -40,17 +41,7 @@ from figures import (
     plot_probabilities,
     plot_trajectories,
 )
-from models import (
-    Latents,
-    analyze,
-    freeze,
-    integer_latents,
-    likelihood_y,
-    load_checkpoint,
-    medians_of,
-    prior_params,
-    reconstruct,
-)
+from models import freeze, load_checkpoint
 from reporting import read_records, result_file, write_json
 from tables import (
     bd_table,
@@ -85,20 +76,22 @@ def details_of(runs: Sequence[ComparedRun], config: RefineConfig, name: str) -> 
     model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, None, None, None)]
-    base = integer_latents(model, analyze(model, x))
+    base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
     for run, record in zip(runs, records, strict=True):
         with np.load(result_file(run.folder, "latents", name, ".npz")) as arrays:
-            symbols = Latents(*(torch.from_numpy(arrays[key])[None] for key in ("y", "z")))
+            symbols = {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
         details.append(_detail(model, run.method, symbols, record["refined"], x))
     return details
 
 
-def _detail(model, label: str, symbols: Latents, values: dict, x: torch.Tensor) -> Detail:
-    x_hat = reconstruct(model, symbols, tuple(x.shape[2:]))[0]
-    z_hat = symbols.z + medians_of(model)
-    scales, means = prior_params(model, z_hat, tuple(symbols.y.shape[2:]))
-    likelihoods = likelihood_y(model, symbols.y + means, scales, means)
+def _detail(
+    model: Architecture, label: str, symbols: Latents, values: dict, x: torch.Tensor
+) -> Detail:
+    size = x.size(2), x.size(3)
+    walk = model.place(symbols, size)
+    x_hat = model.synthesize(walk.y_hat, size).clamp(0, 1)[0]
+    likelihoods = walk.likelihoods[walk.groups[-1].name]
     bits = -likelihoods.log2().sum(1)[0]  # [h, w]
     return Detail(label, x_hat, values.get("file_bpp", values["bpp"]), values["psnr"], bits)
 

@@ -40,7 +40,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import SUFFIX, read_bitstream
+from coding.bitstream import SUFFIX, read_bitstream
 from common.files import fitting, label_of, printable, write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.processes import Ranks, first_rank_does, gather
@@ -54,8 +54,9 @@ from config import (
     reason_of,
     resolved,
 )
-from models import Latents, load_checkpoint, save_checkpoint, save_weights
+from models import load_checkpoint, save_checkpoint, save_weights
 from pretraining.draws import TrainingData
+from refinement.result import Refined
 
 log = logging.getLogger("refine")
 
@@ -193,29 +194,25 @@ class Run:
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
-    def save(self, image: LoadedImage, result: Any, symbols: Latents, cost: "Cost") -> bool:
+    def save(self, image: LoadedImage, result: Refined, cost: "Cost") -> bool:
         """Write all that is known of one image; its record last, which is what makes it done.
 
         One whose files cannot be written is skipped: False.
-
-        Args:
-            result: `train_flexible_inference.Refinement`.
-            symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
         """
         name, record = image.name, self._record(image, result, cost)
         try:
-            self._write_files(image, result, symbols)
+            self._write_files(image, result)
             append_record(self._own_path, record)
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
             return False
         shown = printable(name)
         try:
-            self._tracker(shown, result.trajectory)
+            self._tracker(shown, result.trajectory.rows)
         except OSError as error:
             log.warning("%s: not sent to the tracker: %s", shown, printable(reason_of(error)))
-        if result.stopped:
-            log.warning("%s: stopped, %s; kept step %d", shown, result.stopped, record["best_step"])
+        if stopped := result.trajectory.stopped:
+            log.warning("%s: stopped, %s; kept step %d", shown, stopped, record["best_step"])
         if result.target and not result.target["met"]:
             words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", shown, *words)
@@ -223,36 +220,38 @@ class Run:
                  cost.seconds)  # fmt: skip
         return True
 
-    def _write_files(self, image: LoadedImage, result: Any, symbols: Latents) -> None:
-        name, table = image.name, pd.DataFrame(result.trajectory)
+    def _write_files(self, image: LoadedImage, result: Refined) -> None:
+        name, table = image.name, pd.DataFrame(result.trajectory.rows)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
         )
-        arrays = {"y": symbols.y[0].cpu().numpy(), "z": symbols.z[0].cpu().numpy()}
+        arrays = {latent: v[0].cpu().numpy() for latent, v in result.symbols.items()}
         write_whole(
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
-        if result.bitstream is not None:
+        if result.coded is not None:
             write_whole(
                 self._file("bitstreams", name, SUFFIX),
-                lambda file: file.write_bytes(result.bitstream),
+                lambda file: file.write_bytes(result.coded.bitstream),
             )
         if self.config.dev_options.save_final:
-            pictures = {label: x_hat[0] for label, x_hat in result.pictures.items()}
+            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
             for label, x in {"original": image.x, **pictures}.items():
                 save_picture(self._file("reconstructions", name) / f"{label}.png", x)
 
-    def _record(self, image: LoadedImage, result: Any, cost: "Cost") -> dict:
+    def _record(self, image: LoadedImage, result: Refined, cost: "Cost") -> dict[str, Any]:
+        trajectory = result.trajectory
+        files = result.coded.measures if result.coded else {}
         return _finite({
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
-            "lmbda": result.lmbda, "target": result.target, "seed": self.config.seed,
-            "base": _side(result.base) | result.files.get("base", {}),
-            "refined": _side(result.best) | result.files.get("refined", {}),
-            "best_step": result.best["step"], "steps": result.trajectory[-1]["step"],
-            "stopped": result.stopped, "settled": result.settled, **cost._asdict(),
-            "clock": [round(seconds, 3) for seconds in result.clock],
+            "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
+            "base": _side(trajectory.base) | files.get("base", {}),
+            "refined": _side(trajectory.best) | files.get("refined", {}),
+            "best_step": trajectory.best["step"], "steps": trajectory.rows[-1]["step"],
+            "stopped": trajectory.stopped, "settled": trajectory.settled, **cost._asdict(),
+            "clock": [round(seconds, 3) for seconds in trajectory.clock],
         })  # fmt: skip
 
     def finish(self) -> int:

@@ -19,22 +19,18 @@ from config import PretrainConfig, exits_with_one_line, parse_command_line
 
 # isort: split
 import torch
-from torch import nn
 
+from architectures import Architecture
+from common.device import pick_device
 from common.images import ImageFiles
 from common.processes import StopSignal, first_rank_does, join_ranks
 from datasets import open_folder, open_training_data
-from fast_layers import keep_pages
-from models import (
-    TrainingPass,
-    build_model,
-    load_checkpoint,
-    model_from_state_dict,
-    pick_device,
-    speed_up,
-)
+from fast.pool import keep_pages
+from models import build_model, load_checkpoint, model_from_state_dict, prepare_for_training
+from objectives import RateDistortion
 from pretraining.draws import Draws
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
+from pretraining.training_pass import TrainingPass
 from pretraining.validation import validate
 from reporting import Window, open_training_run
 
@@ -61,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_training_run(config, ranks)
     checkpoint = run.checkpoint_to_resume()
     torch.manual_seed(config.seed)
-    model = speed_up(start_model(config, checkpoint)).to(device)
-    network = distribute(TrainingPass(model, config.train_lambda, config.precision), ranks)
-    state = TrainingState(model, *build_optimizers(model, config))
+    model = prepare_for_training(start_model(config, checkpoint)).to(device)
+    objective = RateDistortion(config.train_lambda)
+    network = distribute(TrainingPass(model, objective, config.precision), ranks)
+    state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
         state.restore(checkpoint, ranks)
@@ -104,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run.finish(state.step, model)
 
 
-def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Architecture:
     """The model of a checkpoint, or of `pretrain`, or a new one.
 
     Raises:

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 from common.optional_packages import import_package
 from common.processes import Ranks, gather
 from config import PretrainConfig
-from models import TrainingPass
+from pretraining.training_pass import TrainingPass
 
 
 @dataclass
@@ -22,7 +22,6 @@ class TrainingState:
     many steps changed nothing, for a gradient was not finite.
     """
 
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     aux_optimizer: torch.optim.Optimizer
     step: int = 0
@@ -52,7 +51,7 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
-        """Take over the state of a checkpoint; `model` has its weights already."""
+        """Take over the state of a checkpoint; the model has its weights already."""
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer_state_dict"])
         self.step, self.bad_steps = checkpoint["iter"], checkpoint["bad_steps"]

@@ -3,22 +3,23 @@
 from typing import Any
 
 import torch
-from torch import nn
 
+from architectures import Architecture
+from common.device import is_out_of_memory
 from common.images import ImageFiles
 from common.processes import Ranks, gather
 from config import InputError
-from experimental_inference_methods import hard_round
+from fast.memory import MemoryBound, memory_bound
+from fast.tiles import coding_tile
 from metrics import picture_quality
-from models import analyze, is_out_of_memory, rd_pass
-from tiles import MemoryBound, coding_tile, memory_bound
+from objectives import Problem, RateDistortion
 
 # Bytes that testing keeps per element of y, where no optimizer has its own: y twice and its prior.
 TESTED_LATENT = 40
 
 
 def validate(
-    model: nn.Module, images: ImageFiles | None, lmbda: float, ranks: Ranks
+    model: Architecture, images: ImageFiles | None, lmbda: float, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """What `measure` gives of every image, in order; an empty list without images.
 
@@ -26,20 +27,19 @@ def validate(
     """
     if images is None:
         return []
-    device = next(model.parameters()).device
-    bound = memory_bound(model.N, model.M, None, device)._replace(per_latent=TESTED_LATENT)
-    was_training = model.training
-    model.eval()
+    bound = memory_bound(model.N, model.M, None, model.device)._replace(per_latent=TESTED_LATENT)
+    was_training = model.network.training
+    model.network.eval()
     own = images.names[ranks.rank :: ranks.world]
     results = [measure(model, images, name, lmbda, bound) for name in own]
-    model.train(was_training)
+    model.network.train(was_training)
     by_name = {result["name"]: result for part in gather(ranks, results) for result in part}
     return [by_name[name] for name in images.names]
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
+    model: Architecture, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
 ) -> dict[str, Any]:
     """Rate and quality of a whole image whose latents are truly rounded.
 
@@ -48,19 +48,19 @@ def measure(
         image cannot be read, does not fit into memory or fails otherwise: the other images and the
         training go on.
     """
-    device = next(model.parameters()).device
     try:
         (image,) = images.load([name])
         if image.x is None:
             return {"name": name, "error": image.error}
         tile = tested_tile(image.x.shape[1:], bound)
-        x = image.x[None].to(device)  # [1, 3, H, W]
-        terms = rd_pass(model, x, analyze(model, x), hard_round, lmbda, tile)
-        values = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
-        return {"name": name, **values, **picture_quality(terms["x_hat"], x)}
+        x = image.x[None].to(model.device)  # [1, 3, H, W]
+        terms = Problem(model, x, RateDistortion(lmbda), tile).true(model.analyze(x))
+        rates = {f"bpp_{latent}": rate.item() for latent, rate in sorted(terms.rates.items())}
+        values = {"loss": terms.loss.item(), "bpp": terms.bpp.item(), **rates}
+        return {"name": name, **values, **picture_quality(terms.x_hat, x)}
     except Exception as error:
         if is_out_of_memory(error):
-            return {"name": name, "error": f"does not fit into the memory of {device}"}
+            return {"name": name, "error": f"does not fit into the memory of {model.device}"}
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return {"name": name, "error": reason}
 
