@@ -37,7 +37,8 @@ from codec import compress_picture
 from coding.coder import build_coder
 from common.files import user_path, write_whole
 from common.finding import find_images
-from datasets import ImageFiles, UnreadableError, sample_photos, to_tensor
+from common.images import ImageFiles, UnreadableError, to_tensor
+from datasets import sample_photos
 from fast.pool import keep_pages
 from models import build_model, load_checkpoint
 from reporting import Stopwatch, machine_facts

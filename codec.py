@@ -36,7 +36,7 @@ from coding.coder import (
 from common.device import is_out_of_memory, pick_device
 from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
-from datasets import ImageFiles, LoadedImage, save_picture
+from common.images import ImageFiles, LoadedImage, save_picture
 from fast.pool import keep_pages
 from fast.tiles import coding_tile
 from models import load_checkpoint

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from common.files import printable
-from datasets import to_pixels
+from common.images import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
 from reporting import mean_trajectory, most_improved, read_records, result_file
 

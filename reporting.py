@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from coding.bitstream import SUFFIX, read_bitstream
 from common.files import fitting, label_of, printable, write_whole
+from common.images import Images, LoadedImage, save_picture
 from common.processes import Ranks, first_rank_does, gather
 from common.weights import read_checkpoint
 from config import (
@@ -53,8 +54,8 @@ from config import (
     reason_of,
     resolved,
 )
-from datasets import Images, LoadedImage, TrainingData, save_picture
 from models import load_checkpoint, save_checkpoint, save_weights
+from pretraining.draws import TrainingData
 from refinement.result import Refined
 
 log = logging.getLogger("refine")

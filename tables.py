@@ -16,8 +16,9 @@ from PIL import Image
 from scipy import stats
 
 from common.files import printable
+from common.images import to_pixels, to_tensor
 from config import CompareConfig, InputError, RefineConfig
-from datasets import open_images, to_pixels, to_tensor
+from datasets import open_images
 from figures import ComparedRun
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap, picture_quality
 from reporting import read_records

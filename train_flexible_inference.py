@@ -33,8 +33,9 @@ from architectures import Architecture, Latents
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device
+from common.images import LoadedImage, seed_of
 from common.processes import join_ranks
-from datasets import LoadedImage, open_images, seed_of
+from datasets import open_images
 from experimental_inference_methods import Rounding, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound

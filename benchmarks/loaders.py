@@ -14,17 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasets import (
-    Draws,
-    RecordCrops,
-    Records,
-    epoch_order,
-    imagenet_tfrecords,
-    import_tensorflow,
-    read_payload,
-    sample_photos,
-    write_tfrecords,
-)
+from common.optional_packages import import_tensorflow
+from datasets import sample_photos
+from pretraining.draws import Draws
+from pretraining.make_tfrecords import write_tfrecords
+from pretraining.tfrecord_crops import TfrecordCrops
+from pretraining.tfrecord_index import TfrecordIndex, epoch_order, index_tfrecords, read_payload
 
 WARM_UP_BATCHES = 4
 
@@ -32,16 +27,16 @@ WARM_UP_BATCHES = 4
 def time_loaders(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of the project's loader and of plain PIL, in turns."""
     if arguments.records is not None:
-        return compare_loaders(imagenet_tfrecords(arguments.records, "--records"), arguments)
+        return compare_loaders(index_tfrecords(arguments.records, "--records"), arguments)
     with tempfile.TemporaryDirectory() as folder:
         make_sample_records(Path(folder))
-        return compare_loaders(imagenet_tfrecords(Path(folder) / "records"), arguments)
+        return compare_loaders(index_tfrecords(Path(folder) / "records"), arguments)
 
 
-def compare_loaders(records: Records, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare_loaders(records: TfrecordIndex, arguments: argparse.Namespace) -> dict[str, Any]:
     """Print images per second of the project's loader and of plain PIL, in turns, and the ratio."""
     size, batch_size = arguments.image_size, arguments.batch_size
-    data = RecordCrops(records, size, batch_size, arguments.cycle_length)
+    data = TfrecordCrops(records, size, batch_size, arguments.cycle_length)
     draws = Draws(seed=0)
     loaders = {
         "tf.data, as train.py": lambda: data.batches(draws, lambda name, reason: None),
@@ -80,7 +75,7 @@ def images_per_second(batches: Iterator, batch_size: int, seconds: float) -> flo
 
 
 def pil_batches(
-    records: Records, size: int, batch_size: int, cycle_length: int
+    records: TfrecordIndex, size: int, batch_size: int, cycle_length: int
 ) -> Iterator[np.ndarray]:
     """uint8 [B, S, S, 3] of the same records in the same order, as one would write it first."""
     tf = import_tensorflow()

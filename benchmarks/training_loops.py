@@ -12,8 +12,8 @@ from benchmarks.variant import LMBDA, Variant
 from config import Channels, PretrainConfig
 from models import prepare_for_training
 from objectives import RateDistortion
+from pretraining.step import TrainingState, build_optimizers, train_step
 from pretraining.training_pass import TrainingPass
-from train import TrainingState, build_optimizers, train_step
 
 
 def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:

@@ -8,9 +8,9 @@ from PIL import Image
 
 import train_flexible_inference
 from common.finding import find_images
+from common.images import ImageFiles, LoadedImage
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from datasets import ImageFiles, LoadedImage
 from experimental_inference_methods import METHODS, Temperature, build_rounding
 from models import Latents, analyze, rd_pass
 from train_flexible_inference import equal_sized, image_by_image, main, refine

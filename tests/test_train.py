@@ -15,6 +15,7 @@ import skimage
 import torch
 from PIL import Image
 
+import datasets
 import models
 import train
 from common.processes import Ranks
@@ -23,9 +24,10 @@ from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
 from experimental_inference_methods import hard_round
 from metrics import picture_quality
 from models import TrainingPass, analyze, build_model, likelihood_z, load_checkpoint, rd_pass
+from pretraining import validation
+from pretraining.step import TrainingState, build_optimizers, train_step
 from reporting import Window
 from tiles import MemoryBound
-from train import TrainingState, build_optimizers, train_step
 
 ALONE = Ranks(0, 1, 0)
 
@@ -350,7 +352,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
     assert run(values, save_name="plain") == 0
     large_picture(values)
     reason = "does not fit into the memory of cpu"
-    whole = train.analyze
+    whole = validation.analyze
 
     def fail(model, x):
         if x.size(3) < 1024:
@@ -361,9 +363,9 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
 
     if trouble == "too large":
         limits = MemoryBound(8, 12, limit=1.3e9, base=1.3e9)
-        monkeypatch.setattr(train, "memory_bound", lambda *_: limits)
+        monkeypatch.setattr(validation, "memory_bound", lambda *_: limits)
     else:
-        monkeypatch.setattr(train, "analyze", fail)
+        monkeypatch.setattr(validation, "analyze", fail)
         if trouble == "another":
             reason = "IndexError: somewhere"
     assert run(values) == 0
@@ -405,8 +407,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run, values, optimizer):
 
 
 def test_tfrecords_resume_to_the_bit_too(run, values, tmp_path):
-    import datasets
-
     folder = str(tmp_path / "records")
     assert datasets.main(["make-tfrecords", "--images", values["train_folder"], "--out", folder,
                           "--shards", "2", "--workers", "1"]) == 0  # fmt: skip
