@@ -1,7 +1,7 @@
 """Folders, checkpoints and files that an earlier version made keep working.
 
-tests/old_results was made before the decoding walk was written once, by train.py (20 steps of N = 4,
-M = 6 on the sample photos) and train_flexible_inference.py (4 steps on one sample photo).
+train.py made tests/old_results before the decoding walk was written once (20 steps of N = 4,
+M = 6 on the sample photos), and train_flexible_inference.py (4 steps on one sample photo).
 """
 
 import json
