@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Channels, InputError, PretrainConfig, exits_with_one_line
+from common.errors import InputError, exits_with_one_line
+from config import Channels, PretrainConfig
 
 # isort: split
 import numpy as np

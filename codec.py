@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from config import InputError, exits_with_one_line, reason_of
+from common.errors import InputError, exits_with_one_line, reason_of
 
 # isort: split
 import numpy as np

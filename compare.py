@@ -18,13 +18,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import InputError, exits_with_one_line
 from config import (
     DATA_SETS,
     CompareConfig,
     ComparedModel,
-    InputError,
     RefineConfig,
-    exits_with_one_line,
     folder_name,
     load_config,
     parse_command_line,

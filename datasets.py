@@ -38,10 +38,11 @@ from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
 from common.console import native_stderr
+from common.errors import InputError, exits_with_one_line
 from common.files import printable, user_path, write_whole
 from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
 from common.pictures import Picture, read_picture
-from config import InputError, PretrainConfig, RefineConfig, exits_with_one_line
+from config import PretrainConfig, RefineConfig
 
 # Public domain or CC0, shipped inside scikit-image's package.
 SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")

@@ -28,7 +28,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from config import InputError, Positive, RefineConfig
+from common.errors import InputError
+from config import Positive, RefineConfig
 
 # Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
 TAU_MIN = 1e-8

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import InputError
 from common.files import write_whole
 from common.weights import find_state_dict, read_checkpoint
-from config import Channels, InputError
+from config import Channels
 from fast_layers import FrozenDecoder, Pool, ToPicture, UpsamplingKernel, gdn
 from metrics import bits_per_pixel, psnr, rate_distortion_loss, squared_error
 from tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_error

@@ -41,16 +41,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codec import SUFFIX, read_bitstream
+from common.errors import InputError, reason_of
 from common.files import fitting, label_of, printable, write_whole
 from common.processes import Ranks, first_rank_does, gather
 from common.weights import read_checkpoint
 from config import (
-    InputError,
     PretrainConfig,
     RefineConfig,
     load_config,
     read_json_object,
-    reason_of,
     resolved,
 )
 from datasets import Images, LoadedImage, TrainingData, save_picture

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.errors import InputError
 from common.processes import processes_here
-from config import InputError
 
 ENCODER_TILE = 16  # positions of y
 STRIDE = 16  # pixels of x a position of y

@@ -15,7 +15,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from config import InputError, PretrainConfig, exits_with_one_line, parse_command_line
+from common.errors import InputError, exits_with_one_line
+from config import PretrainConfig, parse_command_line
 
 # isort: split
 import torch

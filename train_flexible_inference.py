@@ -19,13 +19,12 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
+from common.errors import InputError, exits_with_one_line
 from config import (
     EarlyStop,
-    InputError,
     Optimizer,
     RefineConfig,
     Target,
-    exits_with_one_line,
     parse_command_line,
 )
 

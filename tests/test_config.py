@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from common.errors import InputError
 from compare import plan_runs
 from config import (
     CompareConfig,
     CustomLr,
-    InputError,
     PretrainConfig,
     RefineConfig,
     channels_of_lambda,

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from profiles import ADOBE_RGB, srgb_of
 
+from common.errors import InputError
 from common.finding import IMAGE_SUFFIXES, find_images
-from config import InputError, RefineConfig, load_config
+from config import RefineConfig, load_config
 from datasets import ImageFiles, clic, open_images, seed_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from config import InputError, RefineConfig, load_config
+from common.errors import InputError
+from config import RefineConfig, load_config
 from conftest import ROOT
 from experimental_inference_methods import (
     BASELINE_TEMPERATURE,

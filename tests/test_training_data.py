@@ -16,7 +16,8 @@ from PIL import Image
 from profiles import DISPLAY_P3, profile_of
 
 import datasets
-from config import InputError, PretrainConfig
+from common.errors import InputError
+from config import PretrainConfig
 from conftest import ROOT
 from datasets import (
     INDEX_NAME,
