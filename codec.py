@@ -1,8 +1,10 @@
 """Integer latents become files, and files become pictures; no refinement in here.
 
-python codec.py compress photo.png photos/ --checkpoint WEIGHTS -o coded
-python codec.py decompress coded/*.olc --checkpoint WEIGHTS -o decoded
-python codec.py info coded/*.olc
+python codec.py compress PHOTOS -o coded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py decompress coded -o decoded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py info coded
 
 A file is a header (`HEADER`), the string of z, the index exceptions and the string of y. The
 strings are those of CompressAI's coders, and its stock `MeanScaleHyperprior.decompress` reads them
@@ -16,7 +18,6 @@ is the same everywhere, and the few indices that CompressAI's float32 path sees 
 in the file as exceptions. All of this runs on the CPU, image by image.
 """
 
-import argparse
 import copy
 import math
 import struct
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
+from common.command_line import script_parser
 from common.errors import InputError, exits_with_one_line, reason_of
 
 # isort: split
@@ -454,7 +456,7 @@ class Job(NamedTuple):
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """compress, decompress, info; exit code 0, 2 if anything was wrong with any file."""
-    parser = argparse.ArgumentParser(description="Pictures become files and files pictures.")
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     compress = commands.add_parser("compress", help="code images, without refinement")
     decompress = commands.add_parser("decompress", help="decode files to PNG")

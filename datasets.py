@@ -1,6 +1,8 @@
 """Files become tensors: named images to refine, and endless batches of crops to train on.
 
-python datasets.py make-tfrecords --images FOLDER --out FOLDER --shards K
+python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8
+python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8 --workers 4
+python datasets.py make-tfrecords --help
 
 A data set to refine has `names`, known before anything is read, and `load(names)`, which yields
 one `LoadedImage` a name, x [3, H, W] in [0, 1], also of a file that cannot be read: its `error`.
@@ -9,7 +11,6 @@ Training data are drawn: draw g = 0, 1, 2, ... is an image, a crop and a flip, a
 seed and g alone. Rank r of w takes the draws g = r (mod w), so that any batch can be found again.
 """
 
-import argparse
 import hashlib
 import io
 import itertools
@@ -37,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from common.command_line import script_parser
 from common.console import native_stderr
 from common.errors import InputError, exits_with_one_line
 from common.files import printable, user_path, write_whole
@@ -997,7 +999,7 @@ def _encoded_picture(path: Path) -> dict[str, bytes]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; exit code 1 when an image could not be read, every other was written."""
-    parser = argparse.ArgumentParser(description="Prepare training data.")
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make-tfrecords", help="turn a folder of images into tfrecords")
     make.add_argument("--images", type=user_path, required=True, help="folder, deep or flat")

@@ -148,7 +148,7 @@ class Run:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
         if images.passed_over:
             log.info("%s", images.passed_over)
-        if found < wanted:
+        if found < wanted and not self.config.takes_all_images:
             log.info("the data set has %d images, fewer than the config's %d: each is used once",
                      found, wanted)  # fmt: skip
         if found > wanted:

@@ -1,7 +1,7 @@
 """Refine the latents of images under a frozen mean-scale hyperprior.
 
 python train_flexible_inference.py --config example_files/flexible_inference.json
-python train_flexible_inference.py --config example_files/baselines/sga.json --set save_name=mine
+python train_flexible_inference.py --config example_files/fast.json --images PHOTOS
 torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/two_class_ssl.json
 
 For every image: encode it to y and z once, then move y and z by gradient descent on
@@ -68,7 +68,7 @@ LEAST_POLISH = cost_in_steps(4)  # steps: with less time than they take, descent
 @exits_with_one_line
 def main(argv=None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
-    return refine_images(parse_command_line(RefineConfig, "Refine the latents of images.", argv))
+    return refine_images(parse_command_line(RefineConfig, __doc__, argv))
 
 
 def refine_images(
