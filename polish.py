@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from experimental_inference_methods import Pace, gumbel_noise, hard_round
+from experimental_inference_methods import hard_round
 from models import (
     Latents,
     likelihood_y,
@@ -27,6 +27,8 @@ from models import (
     round_around,
     squared_error_of,
 )
+from refinement.pace import Pace
+from rounding.noise import gumbel_noise
 from tiles import tiled_error
 
 HOT, COLD = 0.5, 0.02  # bits

@@ -42,7 +42,7 @@ from codec import (
 )
 from common.processes import join_ranks
 from datasets import LoadedImage, open_images, seed_of
-from experimental_inference_methods import Pace, Rounding, hard_round, rounding_from_config
+from experimental_inference_methods import Rounding, hard_round, rounding_from_config
 from fast_layers import keep_pages
 from metrics import mean_squared_error, picture_quality, psnr, to_8_bit
 from models import (
@@ -58,6 +58,7 @@ from models import (
     weights_hash,
 )
 from polish import cost_in_steps, polish
+from refinement.pace import Pace
 from reporting import Cost, Progress, Run, Stopwatch, machine_facts, open_run
 from tiles import MemoryBound, memory_bound
 
@@ -405,7 +406,7 @@ def polish_results(
             evaluation = (limit - pace.seconds) / (2 * len(x))  # two of all images were set aside
             seconds = (limit - pace.elapsed) / (len(left) - nth) - evaluation
             # A step of the batch is one of each image.
-            if seconds < LEAST_POLISH * pace.each / len(x):
+            if seconds < LEAST_POLISH * pace.step_seconds / len(x):
                 break
         if result.noise is not None:
             generators[index].set_state(result.noise)
@@ -420,7 +421,7 @@ def polish_results(
                          tile, on_pass)  # fmt: skip
         (metrics,), x_hat = evaluate(model, x[own], latents, hard_round, result.lmbda, tile)
         row = {f"{kind}_{key}": v for kind in ("relaxed", "true") for key, v in metrics.items()}
-        step = result.trajectory[-1]["step"] + passes.taken
+        step = result.trajectory[-1]["step"] + passes.steps_taken
         row = {"step": step, "temperature": 0.0, "lmbda": result.lmbda} | row
         result.add(row, latents, x_hat, result.clock[-1] + passes.elapsed)
 

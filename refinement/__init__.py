@@ -1,0 +1,1 @@
+"""What surrounds the loop of refinement: its pace, its noise, its results, polish, targets."""
