@@ -3,8 +3,8 @@
 python benchmark.py                    # all of the following; make bench
 python benchmark.py refine             # the plain published loop, ours, the convolutions alone
 python benchmark.py training           # pre-training beside a plain CompressAI loop
-python benchmark.py loader [--records data/imagenet_tfrecords]
-python benchmark.py codec [--image PICTURE]
+python benchmark.py loader             # beside a plain PIL loop; your tfrecords: --records FOLDER
+python benchmark.py codec              # coding and decoding of a picture; yours: --image FILE
 
 Refinement and training: every variant runs in a process of its own, in turns, `rounds` times; what
 is printed are medians over the rounds. Peak memory is what the loop adds to the process.
@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from config import Channels, InputError, exits_with_one_line
+from common.errors import InputError, exits_with_one_line
+from config import Channels
 
 # isort: split
 import numpy as np
@@ -35,6 +36,7 @@ from benchmarks.training_loops import TRAININGS
 from benchmarks.variant import Variant
 from codec import compress_picture
 from coding.coder import build_coder
+from common.command_line import script_parser
 from common.files import user_path, write_whole
 from common.finding import find_images
 from common.images import ImageFiles, UnreadableError, to_tensor
@@ -71,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a number that makes no sense.
     """
-    parser = argparse.ArgumentParser(description="Measure speed and memory.")
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", default="all",
         choices=("all", "refine", "training", "loader", "codec", "measure"),

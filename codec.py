@@ -1,9 +1,12 @@
 """Pictures become files, and files become pictures.
 
-python codec.py compress photo.png photos/ --checkpoint WEIGHTS -o coded
-python codec.py compress photo.png --checkpoint WEIGHTS --refine fast -o coded
-python codec.py decompress coded/*.olc --checkpoint WEIGHTS -o decoded
-python codec.py info coded/*.olc
+python codec.py compress PHOTOS -o coded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py compress PHOTOS -o coded --refine fast \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py decompress coded -o decoded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py info coded
 
 The layout of a file is in coding/bitstream.py; coding/coder.py says why any machine can decode it.
 """
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from config import InputError, RefineConfig, exits_with_one_line, load_config, reason_of
+from common.errors import InputError, exits_with_one_line, reason_of
+from config import RefineConfig, load_config
 
 # isort: split
 import torch
@@ -33,6 +37,7 @@ from coding.coder import (
     encode_latents,
     file_measures,
 )
+from common.command_line import script_parser
 from common.device import is_out_of_memory, pick_device
 from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
@@ -56,7 +61,7 @@ class Job(NamedTuple):
 
 def command_line() -> argparse.ArgumentParser:
     """The three commands and their options."""
-    parser = argparse.ArgumentParser(description="Pictures become files and files pictures.")
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     compress = commands.add_parser("compress", help="code images")
     decompress = commands.add_parser("decompress", help="decode files to PNG")

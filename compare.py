@@ -1,7 +1,7 @@
 """Refine one image set by several methods, and say which is better and by how much.
 
 python compare.py --config example_files/compare/recipes_sample.json
-python compare.py --config example_files/compare/recipes_kodak.json --set path=KODAK
+python compare.py --config example_files/compare/recipes_sample.json --images PHOTOS --set images=0
 torchrun --nproc_per_node=2 compare.py --config example_files/compare/recipes_sample.json --quick
 
 Every method of the config meets every model and every seed. What is done is reused, so a stopped
@@ -18,13 +18,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import InputError, exits_with_one_line
 from config import (
     DATA_SETS,
     CompareConfig,
     ComparedModel,
-    InputError,
     RefineConfig,
-    exits_with_one_line,
     folder_name,
     load_config,
     parse_command_line,
@@ -62,7 +61,7 @@ class PlannedRun(NamedTuple):
 def main(argv=None) -> int:
     """Run what is missing, then report; exit code 0, 1 where images failed, 2 for bad input."""
     flags = {"quick": "a few sample photos and short schedules"}
-    config = parse_command_line(CompareConfig, "Compare ways to refine an image set.", argv, flags)
+    config = parse_command_line(CompareConfig, __doc__, argv, flags)
     runs = plan_runs(config)
     refuse_what_is_missing(config)
     ranks = join_ranks()

@@ -1,9 +1,10 @@
 """The images that a config names: to refine, to test on, or to train on.
 
-python datasets.py make-tfrecords --images FOLDER --out FOLDER --shards K
+python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8
+python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8 --workers 4
+python datasets.py make-tfrecords --help
 """
 
-import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 import skimage
 from PIL import Image
 
+from common.command_line import script_parser
+from common.errors import InputError, exits_with_one_line
 from common.files import user_path
 from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
 from common.images import ImageFiles, Images, LoadedImage, to_tensor
 from common.optional_packages import import_tensorflow_datasets
-from config import InputError, PretrainConfig, RefineConfig, exits_with_one_line
+from config import PretrainConfig, RefineConfig
 from pretraining.draws import TrainingData
 from pretraining.folder_crops import FolderCrops
 from pretraining.make_tfrecords import write_tfrecords
@@ -186,7 +189,7 @@ def clic_tfrecords(data_dir: str | None = None) -> TfrecordIndex:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; exit code 1 when an image could not be read, every other was written."""
-    parser = argparse.ArgumentParser(description="Prepare training data.")
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make-tfrecords", help="turn a folder of images into tfrecords")
     make.add_argument("--images", type=user_path, required=True, help="folder, deep or flat")

@@ -41,17 +41,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coding.bitstream import SUFFIX, read_bitstream
+from common.errors import InputError, reason_of
 from common.files import fitting, label_of, printable, write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.processes import Ranks, first_rank_does, gather
 from common.weights import read_checkpoint
 from config import (
-    InputError,
     PretrainConfig,
     RefineConfig,
     load_config,
     read_json_object,
-    reason_of,
     resolved,
 )
 from models import load_checkpoint, save_checkpoint, save_weights
@@ -151,7 +150,7 @@ class Run:
             log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
         if images.passed_over:
             log.info("%s", images.passed_over)
-        if found < wanted:
+        if found < wanted and not self.config.takes_all_images:
             log.info("the data set has %d images, fewer than the config's %d: each is used once",
                      found, wanted)  # fmt: skip
         if found > wanted:

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from common.errors import InputError
 from common.files import printable
 from common.images import to_pixels, to_tensor
-from config import CompareConfig, InputError, RefineConfig
+from config import CompareConfig, RefineConfig
 from datasets import open_images
 from figures import ComparedRun
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap, picture_quality

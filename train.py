@@ -1,7 +1,7 @@
 """Pre-train the mean-scale hyperprior on crops of photos.
 
-python train.py --config example_files/pretrain.json
-python train.py --config example_files/pretrain.json --set resume=true
+python train.py --config example_files/train_demo.json
+python train.py --config example_files/train_demo.json --images PHOTOS --set save_name=mine
 torchrun --nproc_per_node=2 train.py --config example_files/pretrain.json
 
 Loss: bpp + lambda * 255^2 * MSE with uniform noise for rounding (arXiv 1809.02736), and an
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from config import PretrainConfig, exits_with_one_line, parse_command_line
+from common.errors import exits_with_one_line
+from config import PretrainConfig, parse_command_line
 
 # isort: split
 import torch
@@ -41,7 +42,7 @@ MAX_BAD_STEPS = 10
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or test alone; exit code 0, also when a signal stopped it, 1 for a diverged run."""
-    config = parse_command_line(PretrainConfig, "Pre-train the mean-scale hyperprior.", argv)
+    config = parse_command_line(PretrainConfig, __doc__, argv)
     keep_pages()
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)

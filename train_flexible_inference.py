@@ -1,7 +1,7 @@
 """Refine the latents of images under a frozen model.
 
 python train_flexible_inference.py --config example_files/flexible_inference.json
-python train_flexible_inference.py --config example_files/baselines/sga.json --set save_name=mine
+python train_flexible_inference.py --config example_files/fast.json --images PHOTOS
 torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/two_class_ssl.json
 
 For every image: encode it to latents once, then move these by gradient descent on
@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from typing import Any
 
-from config import (
-    InputError,
-    Optimizer,
-    RefineConfig,
-    exits_with_one_line,
-    parse_command_line,
-)
+from common.errors import InputError, exits_with_one_line
+from config import Optimizer, RefineConfig, parse_command_line
 
 # isort: split
 import torch
@@ -57,7 +52,7 @@ LBFGS_HISTORY = 100  # torch's own
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
-    return refine_images(parse_command_line(RefineConfig, "Refine the latents of images.", argv))
+    return refine_images(parse_command_line(RefineConfig, __doc__, argv))
 
 
 def refine_images(

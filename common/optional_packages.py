@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from common.console import native_stderr
-from config import InputError
+from common.errors import InputError
 
 INSTALL = "pip install -r requirements/training.txt"
 

@@ -8,8 +8,8 @@ import torch
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import InputError
 from common.images import ImageFiles, UnreadableError, as_it_is
-from config import InputError
 from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, nothing_usable
 from pretraining.workers import leave_signals_to_the_main_process
 

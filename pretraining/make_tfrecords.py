@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import InputError
 from common.files import write_whole
 from common.finding import find_images
 from common.images import why_unreadable
 from common.optional_packages import import_tensorflow, require_package
 from common.pictures import read_picture
-from config import InputError
 from pretraining.tfrecord_index import stamp_of
 from pretraining.workers import leave_signals_to_the_main_process
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.errors import InputError
 from common.optional_packages import import_tensorflow, require_package
-from config import InputError
 from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, nothing_usable
 from pretraining.example_crop import crop_of_example
 from pretraining.tfrecord_index import TfrecordIndex, epoch_order, read_payload

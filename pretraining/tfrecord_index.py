@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.errors import InputError
 from common.files import write_whole
 from common.optional_packages import import_package
-from config import InputError
 from pretraining.draws import READ_FAILED
 
 # Bytes before the length's checksum, before the payload, and of all but the payload.

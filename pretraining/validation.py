@@ -6,9 +6,9 @@ import torch
 
 from architectures import Architecture
 from common.device import is_out_of_memory
+from common.errors import InputError
 from common.images import ImageFiles
 from common.processes import Ranks, gather
-from config import InputError
 from fast.memory import MemoryBound, memory_bound
 from fast.tiles import coding_tile
 from metrics import picture_quality

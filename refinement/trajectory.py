@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from architectures import Latents
-from config import InputError
+from common.errors import InputError
 from metrics import picture_quality, psnr, to_8_bit
 from objectives import Terms
 

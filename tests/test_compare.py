@@ -190,6 +190,11 @@ WRONG = {
                               "set": {"dev_options.improving_methods": {"sgaa": True}}}}},
         "improving_methods.sgaa: no such method",
     ),
+    "no schedule": (
+        {"methods": {"slow": {"config": "method.json",
+                              "set": {"dev_options.temp_schedule": "cosine"}}}},
+        "dev_options.temp_schedule = 'cosine': there are exp, exp0, exp_of_run, linear",
+    ),
     "same folder": (
         {"methods": {"slow": {"config": "method.json"}, "slow!": {"config": "method.json"}}},
         "names must differ in more than punctuation",

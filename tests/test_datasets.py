@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from profiles import ADOBE_RGB, srgb_of
 
+from common.errors import InputError
 from common.finding import IMAGE_SUFFIXES, find_images
 from common.images import ImageFiles, seed_of
-from config import InputError, RefineConfig, load_config
+from config import RefineConfig, load_config
 from datasets import clic_tfrecords, open_images
 
 PHOTO = skimage.data.chelsea()[:40, :60]

@@ -7,7 +7,8 @@ import skimage
 import torch
 from compressai.layers import GDN
 
-from config import Channels, InputError
+from common.errors import InputError
+from config import Channels
 from conftest import WEIGHTS, to_x
 from experimental_inference_methods import hard_round
 from models import (

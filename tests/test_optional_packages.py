@@ -9,8 +9,9 @@ import pytest
 
 import datasets
 import train
+from common.errors import InputError
 from common.optional_packages import import_tensorflow
-from config import InputError, RefineConfig, load_config
+from config import RefineConfig, load_config
 from conftest import ROOT
 from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 

@@ -11,9 +11,10 @@ import torch
 import polish as polishing
 from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
-from experimental_inference_methods import Pace, hard_round, rounding_from_config
+from experimental_inference_methods import hard_round, rounding_from_config
 from models import Latents, analyze, integer_latents, rd_pass
 from polish import polish
+from refinement.pace import Pace
 from train_flexible_inference import main, refine
 
 LMBDA = 0.01

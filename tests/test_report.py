@@ -18,8 +18,9 @@ import torch
 from compressai.utils.plot import __main__ as compressai_plot
 from PIL import Image
 
+from common.errors import InputError
 from compare import main, plan_runs
-from config import CompareConfig, InputError, load_config
+from config import CompareConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
 from figures import ComparedRun, Detail, candidate_probabilities, plot_details
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap

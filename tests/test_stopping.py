@@ -15,7 +15,8 @@ import polish
 import train_flexible_inference as refining
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import Pace, Rounding, rounding_from_config
+from experimental_inference_methods import Rounding, rounding_from_config
+from refinement.pace import Pace
 from reporting import mean_trajectory
 from train_flexible_inference import main, refine
 
@@ -40,7 +41,7 @@ def test_the_schedule_ends_with_the_time(seconds, steps, slower):
     while not pace.over:
         positions.append(pace.position)
         halfway = slower if pace.elapsed > seconds / 2 else 1
-        clock.now += 0.3 if pace.taken == 0 else 0.1 * halfway
+        clock.now += 0.3 if pace.steps_taken == 0 else 0.1 * halfway
         pace.advance()
     strides = np.diff([*positions, 500])
     assert strides.min() >= 1
@@ -214,9 +215,9 @@ def test_a_slow_first_step_is_no_measure_of_the_others():
     clock = Clock()
     pace = Pace(0, 500, 10, clock=clock)
     while not pace.over:
-        clock.now += 0.1 if pace.taken else 3.0
+        clock.now += 0.1 if pace.steps_taken else 3.0
         pace.advance()
-    assert pace.taken == pytest.approx(71, abs=2)
+    assert pace.steps_taken == pytest.approx(71, abs=2)
 
 
 def test_what_comes_after_the_schedule_has_its_share_of_the_time():

@@ -10,7 +10,8 @@ import skimage
 import torch
 from PIL import Image
 
-from config import Channels, InputError
+from common.errors import InputError
+from config import Channels
 from conftest import ROOT, WEIGHTS, read_jsonl
 from models import Latents, analyze, build_model, freeze, rd_pass, synthesize
 from tiles import TILES, MemoryBound, coding_tile, memory_bound, tiled_error, tiles_of

@@ -16,10 +16,11 @@ from PIL import Image
 from profiles import DISPLAY_P3, profile_of
 
 import datasets
+from common.errors import InputError
 from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow, import_tensorflow_datasets
-from config import InputError, PretrainConfig
+from config import PretrainConfig
 from conftest import ROOT
 from datasets import clic_tfrecords, open_training_data
 from pretraining.draws import READ_FAILED, TOO_SMALL, Draws
