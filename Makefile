@@ -26,6 +26,7 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # everything
 install: .venv/installed-dev
@@ -42,4 +43,4 @@ install: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv results .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv results .pytest_cache .ruff_cache .hypothesis .mypy_cache
