@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from codec import build_coder, compress_picture
 from common.files import user_path, write_whole
 from common.finding import find_images
+from common.measuring import Stopwatch, machine_facts
 from datasets import (
     Draws,
     ImageFiles,
@@ -65,7 +66,6 @@ from models import (
     rd_pass,
     speed_up,
 )
-from reporting import Stopwatch, machine_facts
 from train import TrainingState, build_optimizers, train_step
 from train_flexible_inference import image_by_image
 

@@ -40,7 +40,8 @@ from models import (
     rd_pass,
     speed_up,
 )
-from reporting import Window, open_training_run
+from pretraining.run import open_training_run
+from pretraining.window import Window
 from tiles import MemoryBound, coding_tile, memory_bound
 
 # So many steps in a row without a finite gradient end a run.

@@ -41,7 +41,9 @@ from codec import (
     encode_latents,
     file_measures,
 )
-from common.processes import join_ranks
+from common.measuring import Cost, Stopwatch, machine_facts
+from common.processes import first_rank_does, join_ranks
+from common.progress import Progress
 from datasets import LoadedImage, open_images, seed_of
 from experimental_inference_methods import Pace, Rounding, hard_round, rounding_from_config
 from fast_layers import keep_pages
@@ -59,7 +61,8 @@ from models import (
     weights_hash,
 )
 from polish import cost_in_steps, polish
-from reporting import Cost, Progress, Run, Stopwatch, machine_facts, open_run
+from refinement.run import Run, open_run
+from reports.run_report import write_run_report
 from tiles import MemoryBound, memory_bound
 
 LBFGS_HISTORY = 100  # torch's own
@@ -126,7 +129,10 @@ def refine_images(
                     run.skip(image.name, result)
                 elif run.save(image, result, integer_latents(model, result.latents), cost):
                     on_image(cost)
-    return run.finish()
+    failed = run.gather_failures()
+    return first_rank_does(
+        ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
+    )
 
 
 def cost_of(results: Sequence["Refinement | str"], watch: Stopwatch) -> Cost:

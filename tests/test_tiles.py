@@ -134,7 +134,7 @@ PEAK = """
 import sys, torch
 from fast_layers import keep_pages
 from models import Latents, analyze, freeze, load_checkpoint, rd_pass
-from reporting import Stopwatch
+from common.measuring import Stopwatch
 tile = int(sys.argv[2]) or None
 keep_pages()
 model = freeze(load_checkpoint(sys.argv[1]))

@@ -23,7 +23,7 @@ from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
 from experimental_inference_methods import hard_round
 from metrics import picture_quality
 from models import TrainingPass, analyze, build_model, likelihood_z, load_checkpoint, rd_pass
-from reporting import Window
+from pretraining.window import Window
 from tiles import MemoryBound
 from train import TrainingState, build_optimizers, train_step
 

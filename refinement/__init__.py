@@ -1,0 +1,1 @@
+"""Refining the latents of images."""
