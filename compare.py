@@ -31,13 +31,14 @@ from config import (
 )
 
 # isort: split
+from common.device import pick_device
 from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks
 from common.records import read_records
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
-from models import load_checkpoint, pick_device
-from polish import cost_in_steps
+from models import load_checkpoint
+from refinement.polish import cost_in_steps
 from reports.compared_run import ComparedRun
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves

@@ -40,11 +40,6 @@ def _sum(v: Tensor) -> Tensor:
     return rows.sum(dim=2).sum(dim=1, dtype=torch.float64)
 
 
-def rate_distortion_loss(bpp: Tensor, mse: Tensor, lmbda: float) -> Tensor:
-    """bpp + lambda * 255^2 * MSE, [B], MSE of pixels in [0, 1] (arXiv 2401.17789)."""
-    return bpp + lmbda * 255**2 * mse
-
-
 def psnr(mse: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB for pixels in [0, 1]; infinite where the MSE is 0."""
     return -10 * mse.log10()

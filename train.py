@@ -24,25 +24,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from architectures import Architecture
+from common.device import is_out_of_memory, pick_device
 from common.processes import Ranks, StopSignal, first_rank_does, gather, join_ranks
 from datasets import Draws, ImageFiles, open_folder, open_training_data
-from experimental_inference_methods import hard_round
-from fast_layers import keep_pages
+from fast.memory import MemoryBound, memory_bound
+from fast.pool import keep_pages
+from fast.tiles import coding_tile
 from metrics import picture_quality
-from models import (
-    TrainingPass,
-    analyze,
-    build_model,
-    is_out_of_memory,
-    load_checkpoint,
-    model_from_state_dict,
-    pick_device,
-    rd_pass,
-    speed_up,
-)
+from models import build_model, load_checkpoint, model_from_state_dict, prepare_for_training
+from objectives import Problem, RateDistortion
 from pretraining.run import open_training_run
+from pretraining.training_pass import TrainingPass
 from pretraining.window import Window
-from tiles import MemoryBound, coding_tile, memory_bound
 
 # So many steps in a row without a finite gradient end a run.
 MAX_BAD_STEPS = 10
@@ -69,9 +63,10 @@ def main(argv=None) -> int:
     run = open_training_run(config, ranks)
     checkpoint = run.checkpoint_to_resume()
     torch.manual_seed(config.seed)
-    model = speed_up(start_model(config, checkpoint)).to(device)
-    network = wrap(TrainingPass(model, config.train_lambda, config.precision), ranks)
-    state = TrainingState(model, *build_optimizers(model, config))
+    model = prepare_for_training(start_model(config, checkpoint)).to(device)
+    objective = RateDistortion(config.train_lambda)
+    network = wrap(TrainingPass(model, objective, config.precision), ranks)
+    state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
         state.restore(checkpoint, ranks)
@@ -112,7 +107,7 @@ def main(argv=None) -> int:
     return run.finish(state.step, model)
 
 
-def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Architecture:
     """The model of a checkpoint, or of `pretrain`, or a new one.
 
     Raises:
@@ -129,7 +124,6 @@ def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> nn
 class TrainingState:
     """All that changes during training, as a checkpoint keeps it."""
 
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     aux_optimizer: torch.optim.Optimizer
     step: int = 0
@@ -159,7 +153,7 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
-        """Go on from a checkpoint whose weights `model` has already."""
+        """Go on from a checkpoint whose weights the model has already."""
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer_state_dict"])
         self.step, self.bad_steps = checkpoint["iter"], checkpoint["bad_steps"]
@@ -197,7 +191,7 @@ def train_step(
 
 
 def validate(
-    model: nn.Module, images: ImageFiles | None, lmbda: float, ranks: Ranks
+    model: Architecture, images: ImageFiles | None, lmbda: float, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """Truly rounded rate and quality of every whole image, in order; nothing without images.
 
@@ -205,39 +199,38 @@ def validate(
     """
     if images is None:
         return []
-    device = next(model.parameters()).device
-    bound = memory_bound(model.N, model.M, None, device)._replace(per_latent=TESTED_LATENT)
-    was_training = model.training
-    model.eval()
+    bound = memory_bound(model.N, model.M, None, model.device)._replace(per_latent=TESTED_LATENT)
+    was_training = model.network.training
+    model.network.eval()
     own = images.names[ranks.rank :: ranks.world]
     records = [measure(model, images, name, lmbda, bound) for name in own]
-    model.train(was_training)
+    model.network.train(was_training)
     gathered = {record["name"]: record for part in gather(ranks, records) for record in part}
     return [gathered[name] for name in images.names]
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
+    model: Architecture, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
 ) -> dict[str, Any]:
     """name, loss, bpp, bpp_y, bpp_z and `picture_quality` of a whole image, truly rounded.
 
     name and error where it cannot be read, does not fit into memory or fails otherwise: the other
     images and the training go on.
     """
-    device = next(model.parameters()).device
     try:
         (image,) = images.load([name])
         if image.x is None:
             return {"name": name, "error": image.error}
         tile = tested_tile(image.x.shape[1:], bound)
-        x = image.x[None].to(device)  # [1, 3, H, W]
-        terms = rd_pass(model, x, analyze(model, x), hard_round, lmbda, tile)
-        values = {key: terms[key].item() for key in ("loss", "bpp", "bpp_y", "bpp_z")}
-        return {"name": name, **values, **picture_quality(terms["x_hat"], x)}
+        x = image.x[None].to(model.device)  # [1, 3, H, W]
+        terms = Problem(model, x, RateDistortion(lmbda), tile).true(model.analyze(x))
+        rates = {f"bpp_{latent}": rate.item() for latent, rate in sorted(terms.rates.items())}
+        values = {"loss": terms.loss.item(), "bpp": terms.bpp.item(), **rates}
+        return {"name": name, **values, **picture_quality(terms.x_hat, x)}
     except Exception as error:
         if is_out_of_memory(error):
-            return {"name": name, "error": f"does not fit into the memory of {device}"}
+            return {"name": name, "error": f"does not fit into the memory of {model.device}"}
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return {"name": name, "error": reason}
 

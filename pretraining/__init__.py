@@ -1,1 +1,1 @@
-"""What pre-training is made of: its data, its step, its tests and its run folder."""
+"""Training from scratch: its data, its step, its run folder."""

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from compressai.models import MeanScaleHyperprior
 from tqdm import tqdm
 
+from architectures import Architecture
 from common.files import printable, write_whole
 from common.logs import log, open_tracker, start_logging
 from common.numbers import rounded
@@ -115,7 +115,7 @@ class TrainingRun:
         first_rank_does(self.ranks, lambda: self._forget(checkpoint["iter"]))
         return checkpoint
 
-    def model_to_test(self) -> MeanScaleHyperprior:
+    def model_to_test(self) -> Architecture:
         """The model of the newest checkpoint, or of `pretrain` where there is none.
 
         Raises:
@@ -161,7 +161,7 @@ class TrainingRun:
     # --- on the way
 
     def announce(
-        self, step: int, model: MeanScaleHyperprior, data: TrainingData, device: torch.device
+        self, step: int, model: Architecture, data: TrainingData, device: torch.device
     ) -> None:
         """Log what will be trained on what, and start the progress bar."""
         if self.ranks.rank:
@@ -244,7 +244,7 @@ class TrainingRun:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         self._track(row["kind"], [numbers])
 
-    def save(self, step: int, model: MeanScaleHyperprior, state: Record) -> None:
+    def save(self, step: int, model: Architecture, state: Record) -> None:
         """Write iter_<step>.pth.tar and delete the oldest beyond `keep_checkpoints`."""
         if self.ranks.rank:
             return
@@ -275,7 +275,7 @@ class TrainingRun:
             )  # fmt: skip
         return 1
 
-    def finish(self, step: int, model: MeanScaleHyperprior) -> int:
+    def finish(self, step: int, model: Architecture) -> int:
         """Write the weights alone and the plot, and say where they are; exit code 0."""
         if self.ranks.rank == 0:
             self._close()

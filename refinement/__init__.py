@@ -1,1 +1,1 @@
-"""Refining the latents of images."""
+"""What surrounds the loop of refinement: its pace, its noise, its results, polish, targets."""

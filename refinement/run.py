@@ -14,14 +14,13 @@ Each file is whole or absent. results/<save_name>/
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torch import Tensor
 
-from codec import SUFFIX, read_bitstream
+from coding.bitstream import SUFFIX, read_bitstream
 from common.files import printable, write_whole
 from common.logs import log, open_tracker, start_logging
 from common.measuring import Cost
@@ -42,7 +41,7 @@ from common.records import (
 from common.resuming import ANOTHER_RUN, refuse_another_config, remove_leftovers
 from config import InputError, RefineConfig, load_config, read_json_object, reason_of, resolved
 from datasets import Images, LoadedImage, save_picture
-from models import Latents
+from refinement.result import Refined
 
 # Keys that may change between a run and its resumption: they change no image's result beyond float
 # rounding (another device does; the records say which it was, and are compared).
@@ -50,31 +49,6 @@ FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
     "batch_size", "tracker", "device", "max_memory_gb",
 ))  # fmt: skip
-
-
-class RefinedImage(Protocol):
-    """All that `Run.save` reads of one image's refinement.
-
-    trajectory: a row for each evaluated step: `step`, `temperature`, `lmbda`, and metrics named
-    `relaxed_*` and `true_*`. clock: the seconds at which each row was there. base, best: two of
-    the rows. stopped: why it ended early, or None. settled: whether it ended because its loss
-    settled. target: kind, wanted, got and met of the config's target, or None.
-
-    Where the run writes files, bitstream is the refined image's and files has what the files of
-    "base" and "refined" measure. pictures: x_hat [1, 3, H, W] in [0, 1] by label.
-    """
-
-    lmbda: float
-    trajectory: list[Record]
-    clock: list[float]
-    base: Record | None
-    best: Record | None
-    stopped: str | None
-    settled: bool
-    target: Record | None
-    bitstream: bytes | None
-    files: dict[str, Record]
-    pictures: dict[str, Tensor]
 
 
 def open_run(config: RefineConfig, ranks: Ranks, facts: Record) -> "Run":
@@ -204,31 +178,28 @@ class Run:
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
-    def save(self, image: LoadedImage, result: RefinedImage, symbols: Latents, cost: Cost) -> bool:
+    def save(self, image: LoadedImage, result: Refined, cost: Cost) -> bool:
         """Write all results of one image; its record comes last and makes it done.
 
         An image whose files cannot be written is skipped.
-
-        Args:
-            symbols: the integer latents, y [1, M, h, w] and z [1, N, h', w'].
 
         Returns:
             Whether the files were written.
         """
         name, record = image.name, self._record(image, result, cost)
         try:
-            self._write_files(image, result, symbols)
+            self._write_files(image, result)
             append_record(self._own_path, record)
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
             return False
         shown = printable(name)
         try:
-            self._track(shown, result.trajectory)
+            self._track(shown, result.trajectory.rows)
         except OSError as error:
             log.warning("%s: not sent to the tracker: %s", shown, printable(reason_of(error)))
-        if result.stopped:
-            log.warning("%s: stopped, %s; kept step %d", shown, result.stopped, record["best_step"])
+        if stopped := result.trajectory.stopped:
+            log.warning("%s: stopped, %s; kept step %d", shown, stopped, record["best_step"])
         if result.target and not result.target["met"]:
             words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", shown, *words)
@@ -236,36 +207,38 @@ class Run:
                  cost.seconds)  # fmt: skip
         return True
 
-    def _write_files(self, image: LoadedImage, result: RefinedImage, symbols: Latents) -> None:
-        name, table = image.name, pd.DataFrame(result.trajectory)
+    def _write_files(self, image: LoadedImage, result: Refined) -> None:
+        name, table = image.name, pd.DataFrame(result.trajectory.rows)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
         )
-        arrays = {"y": symbols.y[0].cpu().numpy(), "z": symbols.z[0].cpu().numpy()}
+        arrays = {latent: v[0].cpu().numpy() for latent, v in result.symbols.items()}
         write_whole(
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
-        if result.bitstream is not None:
+        if result.coded is not None:
             write_whole(
                 self._file("bitstreams", name, SUFFIX),
-                lambda file: file.write_bytes(result.bitstream),
+                lambda file: file.write_bytes(result.coded.bitstream),
             )
         if self.config.dev_options.save_final:
-            pictures = {label: x_hat[0] for label, x_hat in result.pictures.items()}
+            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
             for label, x in {"original": image.x, **pictures}.items():
                 save_picture(self._file("reconstructions", name) / f"{label}.png", x)
 
-    def _record(self, image: LoadedImage, result: RefinedImage, cost: Cost) -> Record:
+    def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
+        trajectory = result.trajectory
+        files = result.coded.measures if result.coded else {}
         return finite({
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
-            "lmbda": result.lmbda, "target": result.target, "seed": self.config.seed,
-            "base": _side(result.base) | result.files.get("base", {}),
-            "refined": _side(result.best) | result.files.get("refined", {}),
-            "best_step": result.best["step"], "steps": result.trajectory[-1]["step"],
-            "stopped": result.stopped, "settled": result.settled, **cost._asdict(),
-            "clock": [round(seconds, 3) for seconds in result.clock],
+            "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
+            "base": _side(trajectory.base) | files.get("base", {}),
+            "refined": _side(trajectory.best) | files.get("refined", {}),
+            "best_step": trajectory.best["step"], "steps": trajectory.rows[-1]["step"],
+            "stopped": trajectory.stopped, "settled": trajectory.settled, **cost._asdict(),
+            "clock": [round(seconds, 3) for seconds in trajectory.clock],
         })  # fmt: skip
 
     def _file(self, kind: str, name: str, suffix: str = "") -> Path:

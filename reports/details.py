@@ -5,24 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from compressai.models import MeanScaleHyperprior
 from torch import Tensor
 
+from architectures import Architecture, Latents
 from common.files import printable
 from common.records import Record, rate_of, read_records, result_file
 from config import RefineConfig
 from datasets import Images
-from models import (
-    Latents,
-    analyze,
-    freeze,
-    integer_latents,
-    likelihood_y,
-    load_checkpoint,
-    medians_of,
-    prior_params,
-    reconstruct,
-)
+from models import freeze, load_checkpoint
 from reports.compared_run import ComparedRun
 
 LARGEST_SHOWN = 4_000_000  # pixels; larger images are in the tables alone
@@ -60,22 +50,20 @@ def details_of(
     model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, None, None, None)]
-    base = integer_latents(model, analyze(model, x))
+    base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
     for run, record in zip(runs, records, strict=True):
         with np.load(result_file(run.folder, "latents", name, ".npz")) as arrays:
-            symbols = Latents(*(torch.from_numpy(arrays[key])[None] for key in ("y", "z")))
+            symbols = {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
         details.append(_detail(model, run.method, symbols, record["refined"], x))
     return details
 
 
-def _detail(
-    model: MeanScaleHyperprior, label: str, symbols: Latents, side: Record, x: Tensor
-) -> Detail:
+def _detail(model: Architecture, label: str, symbols: Latents, side: Record, x: Tensor) -> Detail:
     """Decode the integer latents of x [1, 3, H, W]; rate and PSNR are those of the record."""
-    x_hat = reconstruct(model, symbols, tuple(x.shape[2:]))[0]
-    z_hat = symbols.z + medians_of(model)
-    scales, means = prior_params(model, z_hat, tuple(symbols.y.shape[2:]))
-    likelihoods = likelihood_y(model, symbols.y + means, scales, means)
+    size = x.size(2), x.size(3)
+    walk = model.place(symbols, size)
+    x_hat = model.synthesize(walk.y_hat, size).clamp(0, 1)[0]
+    likelihoods = walk.likelihoods[walk.groups[-1].name]
     bits = -likelihoods.log2().sum(1)[0]  # [h, w]
     return Detail(label, x_hat, rate_of(side), side["psnr"], bits)

@@ -10,24 +10,21 @@ Drawing moves by their first-order change is Gibbs with gradients (Grathwohl et 
 arXiv 2102.04509); the exact rate, the curvature and the parallel moves are ours.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from experimental_inference_methods import Pace, gumbel_noise, hard_round
-from models import (
-    Latents,
-    likelihood_y,
-    medians_of,
-    prior_params,
-    round_around,
-    squared_error_of,
-)
-from tiles import tiled_error
+from architectures import Latents
+from config import RefineConfig
+from experimental_inference_methods import gumbel_noise
+from objectives import Problem
+from refinement.noise import ImageNoise
+from refinement.pace import Pace
+from refinement.trajectory import Trajectory, metrics_of, row_of
 
 HOT, COLD = 0.5, 0.02  # bits
 REACH = 1  # positions of y around a move where no other is made in the same pass
@@ -53,43 +50,43 @@ def cost_in_steps(passes: int) -> int:
     return PROBES + passes if passes else 0
 
 
+LEAST_POLISH = cost_in_steps(4)  # steps: with less time left than they take there is no polish
+
+
 @torch.no_grad()
 def polish(
-    model,
-    x: Tensor,
+    problem: Problem,
     latents: Latents,
-    lmbda: float,
     pace: Pace,
     generator: Generator | None = None,
-    tile: int | None = None,
     on_pass: Callable[[Tensor], None] = lambda gain: None,
 ) -> Latents:
-    """Latents on their lattice whose true loss is not above that of `latents`; z is only rounded.
+    """Latents on their lattice whose true loss is not above that of `latents`.
+
+    Symbols of the last group of the walk, y, are moved. The groups before it are only rounded.
 
     Args:
-        x: [B, 3, H, W] in [0, 1].
-        pace: passes, from 0; each takes an evaluation of g_s and its gradient, and before the first
-            the curvature takes `PROBES` and the point to begin with one more.
+        pace: passes, from 0. Each takes an evaluation of g_s and its gradient. Before the first one
+            the curvature takes `PROBES` of them, and the point to begin with one more.
         generator: of all noise, on x's device.
-        tile: positions of y a side that g_s sees at a time; all without it.
-        on_pass: told after every pass by how many bits [B] the lowest loss is below the first.
+        on_pass: called after every pass with what has been gained so far, in bits [B].
     """
-    distortion_in_bits = lmbda * 255**2 / x.size(1)  # per unit of squared error
-    z_hat = round_around(latents.z, medians_of(model), hard_round)
-    scales, means = prior_params(model, z_hat, latents.y.shape[2:])
+    bits_per_error = problem.objective.bits_per_error(problem.x.size(1))
+    walk = problem.model.round(latents, torch.round, problem.size)
+    group = walk.groups[-1]
 
     def rate_of(y: Tensor) -> Tensor:
-        return -likelihood_y(model, y + means, scales, means).log2()
+        return -group.distribution.likelihood(y + group.centre).log2()
 
     def point_of(y: Tensor) -> Point:
-        error, x_hat, gradient = _error_and_gradient(model, y + means, x, tile)
+        error, x_hat, gradient = _error_and_gradient(problem, y + group.centre)
         rate = rate_of(y)
-        loss = rate.flatten(1).sum(1) + distortion_in_bits * error
-        return Point(y, rate, distortion_in_bits * gradient, loss, x_hat)
+        loss = rate.flatten(1).sum(1) + bits_per_error * error
+        return Point(y, rate, bits_per_error * gradient, loss, x_hat)
 
-    here = point_of(hard_round(latents.y - means))
+    here = point_of(torch.round(latents[group.name] - group.centre))
     best, first, lowest = here.y, here.loss, here.loss
-    curvature = distortion_in_bits * _curvature(model, here, means, generator, tile)
+    curvature = bits_per_error * _curvature(problem, here, group.centre, generator)
     while not pace.over:
         temperature = HOT * (COLD / HOT) ** (pace.position / pace.last)
         moves = _drawn_moves(here, rate_of, curvature, temperature, generator)
@@ -102,7 +99,8 @@ def polish(
         best, lowest = torch.where(lower, here.y, best), torch.minimum(here.loss, lowest)
         pace.advance()
         on_pass(first - lowest)
-    return Latents(best + means, z_hat)
+    polished = walk.values | {group.name: best + group.centre}
+    return {name: polished[name] for name in latents}
 
 
 def _drawn_moves(
@@ -127,33 +125,30 @@ def _drawn_moves(
 
 
 def _error_and_gradient(
-    model, y_hat: Tensor, target: Tensor, tile: int | None
+    problem: Problem, y_hat: Tensor, x: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error to `target` [B], x_hat like target, and the error's gradient like y_hat."""
-    error_of = partial(squared_error_of, model)
+    """Squared error to x [B], x_hat like x, and the error's gradient like y_hat."""
     with torch.enable_grad():
         y_hat = y_hat.detach().requires_grad_()
-        if tile is None:
-            error, x_hat = error_of(y_hat, target)
-        else:
-            error, x_hat = tiled_error(error_of, y_hat, target, tile)
+        error, x_hat = problem.squared_error(y_hat, x)
         (gradient,) = torch.autograd.grad(error.sum(), y_hat)
     return error.detach(), x_hat.detach(), gradient
 
 
 def _curvature(
-    model, here: Point, means: Tensor, generator: Generator | None, tile: int | None
+    problem: Problem, here: Point, centre: Tensor, generator: Generator | None
 ) -> Tensor:
     """Half the second derivative of the squared error to each element of y, shaped as it is.
 
-    That is the squared norm of x_hat's derivative J, without g_s's own curvature: the mean of
+    That is the squared norm of x_hat's derivative J, without g_s's own curvature. It is the mean of
     (J^T r)^2 over noise r of unit variance, and J^T r is half the gradient for a target that is r
-    away from x_hat. So few draws are drawn near to what their channel and position have on average.
+    away from x_hat. So few draws are pulled towards what their channel and position have on
+    average.
     """
     total = torch.zeros_like(here.y)
     for _ in range(PROBES):
         noise = torch.empty_like(here.x_hat).normal_(generator=generator)
-        gradient = _error_and_gradient(model, here.y + means, here.x_hat - noise, tile)[2]
+        gradient = _error_and_gradient(problem, here.y + centre, here.x_hat - noise)[2]
         total += (gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)
@@ -162,3 +157,55 @@ def _curvature(
     # A draw's relative variance is 2 / PROBES.
     trust = SPREAD**2 / (SPREAD**2 + 2 / PROBES)
     return typical + trust * (drawn - typical)
+
+
+def polish_batch(
+    problem: Problem,
+    trajectories: Sequence[Trajectory],
+    config: RefineConfig,
+    noise: ImageNoise,
+    pace: Pace,
+    progress: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Polish the best latents of each image; one more row of its trajectory says what that gave.
+
+    With `max_seconds` each image has its share of the time that is left. An image whose loss became
+    infinite keeps the best that it had.
+
+    Args:
+        pace: that of the steps before.
+    """
+    problems = list(problem.images())
+    left = [index for index, one in enumerate(trajectories) if not one.stopped]
+    for nth, index in enumerate(left):
+        own, trajectory = problems[index], trajectories[index]
+        seconds = None
+        if config.max_seconds:
+            seconds = _share_of_time(config.max_seconds * len(problems), pace, len(problems),
+                                     len(left) - nth)  # fmt: skip
+            if seconds < LEAST_POLISH * pace.each / len(problems):  # of a step of the whole batch
+                break
+        passes = Pace(0, config.polish_passes, seconds)
+        lowest = fmean(trajectories[index].lowest for index in left)
+
+        def on_pass(gain: Tensor, lowest: float = lowest) -> None:
+            loss = lowest - gain.mean() / problem.pixels / len(left)
+            progress(loss, loss)  # nothing is relaxed any more
+
+        latents = polish(own, trajectory.latents, passes, noise.of_image(index), on_pass)
+        (metrics,), x_hat = metrics_of(own.true(latents), own.x)
+        step = trajectory.rows[-1]["step"] + passes.taken
+        at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
+        row = row_of(at, metrics, metrics)
+        trajectory.add(row, latents, x_hat, trajectory.clock[-1] + passes.elapsed)
+
+
+def _share_of_time(limit: float, pace: Pace, images: int, waiting: int) -> float:
+    """Seconds of an image's polish, its evaluation at the end not counted.
+
+    Args:
+        limit: seconds of the whole batch; pace.seconds is less by two evaluations of all images.
+        images: in the batch; waiting: those that are still to be polished.
+    """
+    evaluation = (limit - pace.seconds) / (2 * images)
+    return (limit - pace.elapsed) / waiting - evaluation

@@ -1,0 +1,1 @@
+"""Integer latents become files, and files pictures; nothing here knows of refinement."""

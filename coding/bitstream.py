@@ -1,0 +1,110 @@
+"""The layout of a file: a header, the string of z, the index exceptions, the string of y."""
+
+import struct
+import zlib
+from collections import namedtuple
+from pathlib import Path
+from typing import NamedTuple
+
+from common.limits import MAX_PIXELS
+from config import InputError
+
+MAGIC, VERSION, SUFFIX = b"OLC", 1, ".olc"
+# name, type as in Python's struct (little-endian), meaning
+HEADER = (
+    ("magic", "3s", "OLC"),
+    ("version", "B", "of this layout: 1"),
+    ("height", "I", "of the picture, pixels"),
+    ("width", "I", "of the picture, pixels"),
+    ("N", "H", "channels of z"),
+    ("M", "H", "channels of y"),
+    ("weights", "4s", "start of the weights' SHA-256"),
+    ("tables", "I", "CRC-32 of the coders' tables, see `build_coder`"),
+    ("z_bytes", "I", "length of the string of z, which follows the header"),
+    ("exception_bytes", "H", "length of the index exceptions, which follow it; y's string is last"),
+    ("symbols", "I", "CRC-32 of height, width, z and y, little-endian int32, row by row"),
+    ("file", "I", "CRC-32 of the whole file, with zeros for this field"),
+)
+LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
+Header = namedtuple("Header", [name for name, _, _ in HEADER])
+
+
+class BitstreamError(InputError):
+    """A file cannot be decoded exactly, or latents cannot be coded: one line that says why."""
+
+
+class Bitstream(NamedTuple):
+    """The parts of a file: its header and three byte strings."""
+
+    header: Header
+    z_string: bytes
+    exceptions: bytes
+    y_string: bytes
+
+
+def read_bitstream(data: bytes) -> Bitstream:
+    """The header and the strings of a file, checked as far as that goes without the weights.
+
+    `[[y_string], [z_string]]` is what CompressAI's `decompress` takes.
+
+    Raises:
+        BitstreamError: no such file, another version, truncated or damaged.
+    """
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        raise BitstreamError(f"no file of this codec (they start with {MAGIC.decode()})")
+    if len(data) < LAYOUT.size:
+        raise BitstreamError(f"truncated: {len(data)} bytes, the header alone has {LAYOUT.size}")
+    header = Header(*LAYOUT.unpack_from(data))
+    if header.version != VERSION:
+        raise BitstreamError(f"of version {header.version}: this code reads version {VERSION}")
+    body = data[LAYOUT.size :]
+    if header.file != _checksum_of(header, body):
+        raise BitstreamError("truncated or damaged: its checksum does not match its bytes")
+    z_end = header.z_bytes
+    y_start = z_end + header.exception_bytes
+    if y_start > len(body):
+        raise BitstreamError(f"damaged: strings of {y_start} bytes in {len(body)}")
+    check_size(header.height, header.width)
+    return Bitstream(header, body[:z_end], body[z_end:y_start], body[y_start:])
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture that the format has no place for.
+
+    Raises:
+        BitstreamError: it has no pixel, or too many.
+    """
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise BitstreamError(f"{width}x{height} pixels: from 1 to {MAX_PIXELS} can be coded")
+
+
+def write_bitstream(header: Header, strings: bytes) -> bytes:
+    """A file: the header, whose field `file` is set here, and the strings that follow it."""
+    return LAYOUT.pack(*header._replace(file=_checksum_of(header, strings))) + strings
+
+
+def _checksum_of(header: Header, strings: bytes) -> int:
+    return zlib.crc32(strings, zlib.crc32(LAYOUT.pack(*header._replace(file=0))))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, if it may be one of this codec: nothing large is read in vain.
+
+    Raises:
+        BitstreamError: it does not begin like one, or is longer than its header allows.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(LAYOUT.size)
+        if len(start) == LAYOUT.size and start.startswith(MAGIC):
+            if path.stat().st_size > _longest(Header(*LAYOUT.unpack(start))):
+                raise BitstreamError("damaged: longer than any file of a picture of its size")
+            return start + file.read()
+    return start
+
+
+def _longest(header: Header) -> int:
+    """Bytes that no file with this header exceeds: six a symbol, and something on top."""
+    places = {side: -(-header.height // side) * -(-header.width // side) for side in (16, 64)}
+    symbols = header.M * places[16] + header.N * places[64]
+    return LAYOUT.size + 6 * symbols + 2**17

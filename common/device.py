@@ -1,0 +1,38 @@
+"""Choosing a device, and knowing when its memory is full."""
+
+import re
+
+import torch
+
+from config import InputError
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` (this rank's) or `cuda:N`.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise InputError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device = {name!r}: not usable here ({reason})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this was raised because a GPU or the machine has no memory left."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "allocate memory" in str(error)

@@ -1,0 +1,181 @@
+"""The decoder's end with fixed weights: its last three layers as one, squared error and all.
+
+Nothing here approximates: results differ from CompressAI's by float rounding only.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fast.gdn import normalise, normalise_backward
+from fast.layout import interleave, phases_of, rows_in, rows_of_image
+from fast.upsampling import UpsamplingKernel
+from metrics import squared_error
+
+STRIP_BYTES = 2**22  # of rows at a time in `ToPicture`
+
+
+class FrozenDecoder(nn.Sequential):
+    """g_s with fixed weights: any layers, and `ToPicture` as the last."""
+
+    def squared_error(
+        self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
+        """See `ToPicture.squared_error`; y_hat [B, M, h, w], x [B, 3, H, W]."""
+        *layers, to_picture = self
+        for layer in layers:
+            y_hat = layer(y_hat)
+        return to_picture.squared_error(y_hat, x, corner)
+
+
+class ToPicture(nn.Module):
+    """The decoder's last three layers with fixed weights: `upsample`, inverse GDN, `upsample`.
+
+    What lies between them takes the most memory of all. So on a CPU the last two work in strips of
+    rows, and the gradient of the squared error is computed along the way, in place: only the first
+    one's result is ever there as a whole. The four phases of the picture are one convolution (see
+    `phases_of`), which for few channels is faster than the transposed one.
+
+    upsampling: the first of the three; beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5],
+    bias [C']: of the last.
+    """
+
+    def __init__(
+        self,
+        upsampling: UpsamplingKernel,
+        beta: Tensor,
+        gamma: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ):
+        super().__init__()
+        self.upsampling = upsampling
+        self.register_buffer("beta", beta.detach())
+        self.register_buffer("gamma", gamma.detach())
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("phases", phases_of(weight.detach()))
+        self.register_buffer("phases_bias", bias.detach().repeat(4))
+
+    def forward(self, v: Tensor) -> Tensor:
+        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w], without a gradient.
+
+        Raises:
+            RuntimeError: a gradient to v is wanted; only `squared_error` has one.
+        """
+        if torch.is_grad_enabled() and v.requires_grad:
+            raise RuntimeError("a frozen g_s gives no gradient of its picture: see squared_error")
+        x, picture = self._begin(v)
+        for _ in self._strips(x, picture):
+            pass
+        return picture
+
+    def squared_error(
+        self, v: Tensor, target: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of squared errors of a part of the picture, and that part.
+
+        Args:
+            v: [B, C, h, w].
+            target: [B, C', H, W], what the picture should be from row and column `corner` on.
+
+        Returns:
+            The sum [B], float64, with a gradient to v, once; and [B, C', H, W], which has none.
+        """
+        return _SquaredError.apply(v, target, corner, self)
+
+    def _begin(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, 2 h, 2 w], the first layer's result, and an empty picture, channels-last."""
+        x = self.upsampling(v).contiguous(memory_format=torch.channels_last)
+        rows = x.new_empty(len(x), 2 * x.size(2), 2 * x.size(3), self.weight.size(1))
+        return x, rows.permute(0, 3, 1, 2)
+
+    def _strips(self, x: Tensor, picture: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Write the picture of x [B, C, H, W], rows first to last of an image at a time.
+
+        Yields image, first, last and GDN's factors [last - first + 2, W, C], of one row more on
+        either side, as soon as the pixels of these rows are there. Then x may be changed up to row
+        last - 2: the next strip reads the others.
+        """
+        (channels, height, width), rows = x.shape[1:], x.size(2)
+        beta, gamma = self.beta.to(x.dtype), self.gamma.to(x.dtype)
+        if x.device.type == "cpu":
+            rows = max(2, STRIP_BYTES // (channels * width * x.element_size()))
+        rows = min(rows, height)
+        # GDN's factors and what it normalises, in the same place for all strips: it stays cached.
+        strips = x.new_empty(2, rows + 2, width, channels)
+        for image in range(len(x)):
+            for first in range(0, height, rows):
+                last = min(first + rows, height)
+                known, end = (first + 1 if first else 0), min(last + 1, height)
+                if first:
+                    strips[:, :2] = strips[:, rows:]
+                else:
+                    strips[1, 0] = 0  # outside of the picture
+                strip = strips[:, : last - first + 2]
+                if last == height:
+                    strip[1, -1] = 0
+                factor, normal = strip[:, known - first + 1 : end - first + 1].flatten(1, 2)
+                normalise(rows_of_image(x, image, known, end), beta, gamma, True, factor, normal)
+                padded = strip[1:].permute(0, 3, 1, 2)
+                phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
+                interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
+                yield image, first, last, strip[0]
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v: Tensor, target: Tensor, corner, stage: ToPicture) -> tuple[Tensor, Tensor]:
+        x, picture = stage._begin(v)
+        weight, gamma = stage.weight.to(x.dtype), stage.gamma.to(x.dtype)
+        for image, first, last, factor in stage._strips(x, picture):
+            if not ctx.needs_input_grad[0]:
+                continue
+            # Rows of x of which all pixels that they reach are there, and were not before.
+            start, end = max(first - 1, 0), last if last == x.size(2) else last - 1
+            error = _error_rows(picture[image], target[image], corner, 2 * start - 2, 2 * end + 1)
+            to_normal = F.conv2d(error, weight, stride=2).to(x.dtype)  # [1, C, end - start, W]
+            to_normal = rows_in(to_normal.contiguous(memory_format=torch.channels_last))
+            factor_rows = factor[start - first + 1 : end - first + 1].flatten(0, 1)
+            x_rows = rows_of_image(x, image, start, end)
+            normalise_backward(x_rows, factor_rows, to_normal, x_rows, gamma, True)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = stage.upsampling.gradient(x).to(v.dtype)
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(gradient)
+        (top, left), (height, width) = corner, target.shape[2:]
+        shown = picture[:, :, top : top + height, left : left + width].to(target.dtype)
+        ctx.mark_non_differentiable(shown)
+        return squared_error(shown, target), shown
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor):
+        (gradient,) = ctx.saved_tensors
+        # In its place: autograd refuses a second pass over it.
+        return gradient.mul_((2 * grad).to(gradient.dtype)[:, None, None, None]), None, None, None
+
+
+def _error_rows(
+    picture: Tensor, target: Tensor, corner: tuple[int, int], first: int, last: int
+) -> Tensor:
+    """picture - target in rows first to last of the picture, [1, C', last - first, W + 4].
+
+    Zeros where there is no target, as in the two columns more on either side. picture [C', H, W];
+    target [C', h, w] from row and column `corner` on.
+    """
+    (top, left), (height, width) = corner, target.shape[1:]
+    rows = target.new_zeros(1, last - first, picture.size(2) + 4, len(picture))
+    error = rows.permute(0, 3, 1, 2)
+    above, below = max(first, top), min(last, top + height)
+    if above < below:
+        part = error[0, :, above - first : below - first, left + 2 : left + 2 + width]
+        torch.sub(
+            picture[:, above:below, left : left + width],
+            target[:, above - top : below - top],
+            out=part,
+        )
+    return error.to(picture.dtype)

@@ -1,0 +1,92 @@
+"""Networks made ready: fixed weights for refinement, fast layers for training."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.compressai import GDN, EntropyBottleneck
+from fast.decoder import FrozenDecoder, ToPicture
+from fast.gdn import FastGDN, FrozenGDN
+from fast.pool import Pool
+from fast.upsampling import UpsamplingKernel
+
+
+class FrozenBottleneck(nn.Module):
+    """What rates of z need of CompressAI's EntropyBottleneck, its weights re-parametrised once."""
+
+    def __init__(self, bottleneck: EntropyBottleneck):
+        super().__init__()
+        self.register_buffer("quantiles", bottleneck.quantiles.detach())  # [N, 1, 3]
+        self.likelihood_lower_bound = bottleneck.likelihood_lower_bound
+        self.layers = len(bottleneck.filters) + 1
+        for index in range(self.layers):
+            matrix = F.softplus(bottleneck.matrices[index]).detach()  # [N, f', f]
+            self.register_buffer(f"matrix_{index}", matrix)
+            self.register_buffer(f"bias_{index}", bottleneck.biases[index].detach())  # [N, f', 1]
+            if index < len(bottleneck.filters):
+                factor = torch.tanh(bottleneck.factors[index]).detach()  # [N, f', 1]
+                self.register_buffer(f"factor_{index}", factor)
+
+    def _logits_cumulative(self, inputs: Tensor, stop_gradient: bool) -> Tensor:
+        """Logits of the cumulative distribution, [N, 1, L], as CompressAI's method of this name."""
+        logits = inputs.detach() if stop_gradient else inputs
+        for index in range(self.layers):
+            matrix, bias = getattr(self, f"matrix_{index}"), getattr(self, f"bias_{index}")
+            logits = torch.baddbmm(bias, matrix, logits)  # [N, f', L]
+            if index < self.layers - 1:
+                factor = getattr(self, f"factor_{index}")
+                logits = torch.addcmul(logits, factor, logits.tanh())
+        return logits
+
+
+def use_fast_layers(network: nn.Module) -> None:
+    """Make g_a and g_s ready for training, in place: `FastGDN`, channels-last memory."""
+    for part in (network.g_a, network.g_s):
+        for index, layer in enumerate(part):
+            if isinstance(layer, GDN):
+                part[index] = FastGDN(layer)
+    network.train().to(memory_format=torch.channels_last)
+
+
+def is_frozen(network: nn.Module) -> bool:
+    """Whether `freeze_layers` was here."""
+    return isinstance(network.g_s, FrozenDecoder)
+
+
+def freeze_layers(network: nn.Module) -> None:
+    """Make a network ready for refinement, in place: only latents will be optimised.
+
+    Eval mode, weights without gradients, channels-last memory, the layers of this folder. To be
+    called on the device where the network will work.
+
+    Raises:
+        ValueError: the network is frozen already, or a transposed convolution is not CompressAI's
+            `deconv`.
+    """
+    if is_frozen(network):
+        raise ValueError("the model is frozen already")
+    pool = Pool()
+    for part in (network.g_a, network.g_s, network.h_s):
+        for index, layer in enumerate(part):
+            if isinstance(layer, GDN):
+                part[index] = FrozenGDN(layer, pool)
+            elif isinstance(layer, nn.ConvTranspose2d):
+                # h_s is too small to gain by a pool and another form.
+                part[index] = _frozen_upsampling(layer, None if part is network.h_s else pool)
+    *layers, before, normalisation, last = network.g_s
+    to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
+    network.g_s = FrozenDecoder(*layers, to_picture)
+    network.entropy_bottleneck = FrozenBottleneck(network.entropy_bottleneck)
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _frozen_upsampling(layer: nn.ConvTranspose2d, pool: Pool | None) -> UpsamplingKernel:
+    shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
+    if shape != ((5, 5), (2, 2), (2, 2), (1, 1)) or layer.bias is None:
+        raise ValueError(f"a kernel of 5, stride 2 and bias are wanted, not {layer}")
+    return UpsamplingKernel(layer.weight, layer.bias, pool)
+
+
+def release_memory(network: nn.Module) -> None:
+    """Let a frozen network give back what it keeps for pictures of the size before."""
+    network.g_s[-1].upsampling.pool.clear()

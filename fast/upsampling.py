@@ -1,0 +1,80 @@
+"""Transposed convolution with fixed weights, the decoder's upsampling; see `UpsamplingKernel`."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fast.pool import Pool
+from fast.winograd import Winograd
+
+# Measured on two x86-64 cores: Winograd's form wins from so many channels and places on.
+FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES = 96, 4096
+
+
+def upsample(x: Tensor, kernel: "UpsamplingKernel") -> Tensor:
+    """CompressAI's `deconv` with fixed weights: transposed 5x5 convolution, twice the size.
+
+    Keeps nothing for the backward pass.
+
+    Args:
+        x: [B, C, H, W].
+
+    Returns:
+        [B, C', 2 H, 2 W]; the gradient goes to x alone.
+    """
+    return _Upsample.apply(x, kernel)
+
+
+class UpsamplingKernel(nn.Module):
+    """A fixed kernel of `upsample`: weight [C, C', 5, 5], bias [C'].
+
+    On a CPU, with many channels and a pool, Winograd's minimal filtering serves (see `Winograd`).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, pool: Pool | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", bias.detach())
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
+        return upsample(x, self)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient to x, [B, C, H, W], for `grad` [B, C', 2 H, 2 W] to the result."""
+        if self.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
+            return self.winograd.gradient(grad)
+        return F.conv2d(grad, self.weight.to(grad.dtype), stride=2, padding=2)
+
+    def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
+        """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
+        in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        pooled_on_cpu = v.device.type == "cpu" and self.pool is not None
+        wide = min(self.weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
+        large = height * width >= FEWEST_WINOGRAD_PLACES
+        return in_float32 and pooled_on_cpu and wide and large
+
+    @cached_property
+    def winograd(self) -> Winograd:
+        """Made when it is first wanted: six times as large as the kernel itself."""
+        return Winograd(self.weight, self.pool)
+
+
+class _Upsample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: UpsamplingKernel) -> Tensor:
+        ctx.kernel, ctx.dtype = kernel, x.dtype
+        if kernel.has_winograd(*x.shape[2:], x):
+            return kernel.winograd.upsample(x, kernel.bias)
+        return F.conv_transpose2d(
+            x, kernel.weight, kernel.bias, stride=2, padding=2, output_padding=1
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return ctx.kernel.gradient(grad).to(ctx.dtype), None
