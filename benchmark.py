@@ -40,10 +40,10 @@ from common.command_line import script_parser
 from common.files import user_path, write_whole
 from common.finding import find_images
 from common.images import ImageFiles, UnreadableError, to_tensor
+from common.measuring import Stopwatch, machine_facts
 from datasets import sample_photos
 from fast.pool import keep_pages
 from models import build_model, load_checkpoint
-from reporting import Stopwatch, machine_facts
 
 BUNDLED_WEIGHTS = "example_files/weights/mean_scale_n64_lambda0.01.pth.tar"
 LOOPS = {"refine": REFINEMENTS, "training": TRAININGS}

@@ -42,11 +42,11 @@ from common.device import is_out_of_memory, pick_device
 from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
 from common.images import ImageFiles, LoadedImage, save_picture
+from common.progress import Progress
 from fast.pool import keep_pages
 from fast.tiles import coding_tile
 from models import load_checkpoint
 from objectives import Problem, RateDistortion
-from reporting import Progress
 
 Measures = dict[str, Any]  # of a file, see `compress_picture`
 Code = Callable[[LoadedImage], tuple[bytes, Measures]]

@@ -30,10 +30,11 @@ from fast.pool import keep_pages
 from models import build_model, load_checkpoint, model_from_state_dict, prepare_for_training
 from objectives import RateDistortion
 from pretraining.draws import Draws
+from pretraining.run import open_training_run
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
 from pretraining.training_pass import TrainingPass
 from pretraining.validation import validate
-from reporting import Window, open_training_run
+from pretraining.window import Window
 
 # So many steps in a row without a finite gradient end a run.
 MAX_BAD_STEPS = 10

@@ -29,7 +29,9 @@ from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device
 from common.images import LoadedImage, seed_of
-from common.processes import join_ranks
+from common.measuring import Cost, Stopwatch, machine_facts
+from common.processes import first_rank_does, join_ranks
+from common.progress import Progress
 from datasets import open_images
 from experimental_inference_methods import Rounding, rounding_from_config
 from fast.freezing import release_memory
@@ -42,9 +44,10 @@ from refinement.pace import Pace
 from refinement.polish import LEAST_POLISH, cost_in_steps, polish_batch
 from refinement.recorder import Recorder
 from refinement.result import Refined, result_of
+from refinement.run import Run, open_run
 from refinement.target import LambdaSearch, Start, refine_to_target
 from refinement.trajectory import ImageError, Trajectory
-from reporting import Cost, Progress, Run, Stopwatch, machine_facts, open_run
+from reports.run_report import write_run_report
 
 LBFGS_HISTORY = 100  # torch's own
 
@@ -84,7 +87,10 @@ def refine_images(
         for image in batch:
             run.mention(image.name, image.notes)
         refine_and_save(refiner, batch, run, on_image)
-    return run.finish()
+    failed = run.gather_failures()
+    return first_rank_does(
+        ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
+    )
 
 
 def open_refiner(

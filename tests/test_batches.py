@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 
 import train_flexible_inference
+from architectures import Latents
 from common.finding import find_images
 from common.images import ImageFiles, LoadedImage
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import METHODS, Temperature, build_rounding
-from models import Latents, analyze, rd_pass
-from train_flexible_inference import equal_sized, image_by_image, main, refine
+from models import analyze, rd_pass
+from refinement.noise import image_by_image
+from train_flexible_inference import equal_sized, main, refine
 
 
 def _image(name, height, width):

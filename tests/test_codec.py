@@ -17,21 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import codec
-from codec import (
-    LAYOUT,
-    BitstreamError,
-    build_coder,
-    compress_picture,
-    decode_latents,
-    decode_picture,
-    encode_latents,
-    main,
-    read_bitstream,
-)
+from architectures import Latents
+from codec import compress_picture, main
+from coding.bitstream import LAYOUT, BitstreamError, read_bitstream
+from coding.coder import build_coder, decode_latents, decode_picture, encode_latents
 from config import Channels
 from conftest import ROOT, WEIGHTS, to_x
 from models import (
-    Latents,
     analyze,
     build_model,
     freeze,

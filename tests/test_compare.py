@@ -17,10 +17,10 @@ from compare import main, plan_runs
 from config import CompareConfig, load_config
 from conftest import WEIGHTS, read_jsonl
 from datasets import open_images
-from figures import ComparedRun, colors_of, plot_loss
-from tables import half_interval
-
-NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
+from reports.compared_run import ComparedRun
+from reports.comparison_plots import colors_of, plot_loss
+from reports.comparison_tables import half_interval
+from runs import NAMES
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import skimage
 import tifffile
 import torch
 from PIL import Image
-from profiles import ADOBE_RGB, srgb_of
 
 from common.errors import InputError
 from common.finding import IMAGE_SUFFIXES, find_images
 from common.images import ImageFiles, seed_of
 from config import RefineConfig, load_config
 from datasets import clic_tfrecords, open_images
+from profiles import ADOBE_RGB, srgb_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]
 

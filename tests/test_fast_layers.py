@@ -4,18 +4,23 @@ import copy
 import subprocess
 import sys
 
+import fast_layers
 import pytest
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN
 
-import fast_layers
-from benchmark import plain_loss
+from architectures import Latents
+from benchmarks.refinement_loops import plain_loss
 from config import Channels
 from conftest import ROOT
 from experimental_inference_methods import METHODS, Temperature, build_rounding, hard_round
-from fast_layers import Pool, ToPicture, UpsamplingKernel, gdn, interleave
-from models import FastGDN, Latents, build_model, freeze, rd_pass, speed_up
+from fast.decoder import ToPicture
+from fast.gdn import FastGDN, gdn
+from fast.layout import interleave
+from fast.pool import Pool
+from fast.upsampling import UpsamplingKernel
+from models import build_model, freeze, rd_pass, speed_up
 
 CANDIDATES = sorted((key for key in METHODS if METHODS[key].score), key=str)
 

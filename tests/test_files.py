@@ -10,14 +10,14 @@ from compressai.models.google import get_scale_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_refine import NAMES, results, run
 
-from codec import build_coder, decode_latents, decode_picture
+from coding.coder import build_coder, decode_latents, decode_picture
 from config import RefineConfig, Target, load_config
 from conftest import WEIGHTS, read_jsonl, to_x
 from experimental_inference_methods import hard_round
 from models import analyze, freeze, likelihood_y, load_checkpoint, prior_params, rd_pass
-from train_flexible_inference import LambdaSearch
+from refinement.target import LambdaSearch
+from runs import NAMES, results, run
 
 
 @pytest.fixture(scope="module")

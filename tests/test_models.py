@@ -7,13 +7,14 @@ import skimage
 import torch
 from compressai.layers import GDN
 
+from architectures import Latents
+from common.device import pick_device
 from common.errors import InputError
 from config import Channels
 from conftest import WEIGHTS, to_x
 from experimental_inference_methods import hard_round
+from fast.gdn import FrozenGDN
 from models import (
-    FrozenGDN,
-    Latents,
     analyze,
     build_model,
     freeze,
@@ -21,7 +22,6 @@ from models import (
     likelihood_z,
     load_checkpoint,
     medians_of,
-    pick_device,
     rd_pass,
     round_around,
 )

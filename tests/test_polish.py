@@ -4,17 +4,18 @@ import json
 import math
 
 import numpy as np
+import polish as polishing
 import pytest
 import skimage
 import torch
 
-import polish as polishing
+from architectures import Latents
 from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
 from experimental_inference_methods import hard_round, rounding_from_config
-from models import Latents, analyze, integer_latents, rd_pass
-from polish import polish
+from models import analyze, integer_latents, rd_pass
 from refinement.pace import Pace
+from refinement.polish import polish
 from train_flexible_inference import main, refine
 
 LMBDA = 0.01

@@ -17,39 +17,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from architectures import Latents
 from config import RefineConfig, load_config
 from conftest import ROOT, WEIGHTS, read_jsonl, to_x
 from experimental_inference_methods import (
     METHODS,
     Temperature,
     build_rounding,
+    hard_round,
     rounding_from_config,
 )
-from models import Latents, analyze, load_checkpoint, medians_of, prior_params
-from train_flexible_inference import evaluate, hard_round, main, refine
-
-NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
-
-
-def run(config_path, *overrides):
-    sets = [part for override in overrides for part in ("--set", override)]
-    return main(["--config", str(config_path), *sets])
-
-
-def results(config_values):
-    from pathlib import Path
-
-    return Path(config_values["output_dir"]) / config_values["save_name"]
-
-
-def numbers(folder):
-    """Every record less what a clock or the machine's load decides."""
-    clock = ("seconds", "seconds_per_step", "peak_memory_mb", "clock")
-    return [
-        {key: value for key, value in record.items() if key not in clock}
-        for record in read_jsonl(folder / "images.jsonl")
-    ]
-
+from models import analyze, load_checkpoint, medians_of, prior_params
+from runs import NAMES, numbers, results, run
+from train_flexible_inference import evaluate, refine
 
 # --- numbers --------------------------------------------------------------------------------------
 

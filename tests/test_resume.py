@@ -8,11 +8,16 @@ import signal
 import pytest
 import skimage
 from PIL import Image
-from test_refine import NAMES, numbers, results, run
 
+import common.records
+import refinement.run
+from common.records import append_record
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import rounding_from_config
+from objectives import Problem, RateDistortion
+from refinement.noise import ImageNoise
+from runs import NAMES, numbers, results, run
 from train_flexible_inference import refine
 
 
@@ -92,13 +97,9 @@ def test_a_line_that_is_no_record_is_no_matter(config_values, write_config, caps
 
 def test_records_are_added_line_by_line(config_values, write_config, monkeypatch):
     """Not written anew, all of them, for each image."""
-    import reporting
-
     whole = []
-    written = reporting.write_records
-    monkeypatch.setattr(
-        reporting, "write_records", lambda path, records: whole.append(written(path, records))
-    )
+    for module in (common.records, refinement.run):
+        monkeypatch.setattr(module, "write_records", lambda path, records: whole.append(path))
     assert run(write_config(config_values)) == 0
     assert len(numbers(results(config_values))) == 3
     assert len(whole) == 0
@@ -223,8 +224,6 @@ def test_a_home_is_a_home_everywhere(config_values, write_config, photos, tmp_pa
 
 def test_a_torn_line_takes_no_other_with_it(tmp_path, small_files):
     """A disk that was full for one record, and was not for the next."""
-    from reporting import append_record
-
     path = tmp_path / "images.jsonl"
     append_record(path, {"name": "one"})
     small_files(path.stat().st_size + 5)
@@ -277,6 +276,7 @@ def test_crops_of_an_older_run_are_not_mixed_with_others(
 
 def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, write_config):
     x = to_x(skimage.data.coffee()[100:164, 200:264])
+    problem = Problem(model, x, RateDistortion(0.01))
     for wanted, labels in (
         ("false", set()),
         ("true", {"base", "refined", "step_0001", "step_0008"}),
@@ -284,5 +284,8 @@ def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, writ
         config = load_config(
             write_config(config_values), RefineConfig, [f"dev_options.save_final={wanted}"]
         )
-        (result,) = refine(model, x, rounding_from_config(config), config, [0], lambda *_: None)
-        assert result.pictures.keys() == labels
+        noise = ImageNoise([0], model.device)
+        (trajectory,) = refine(
+            problem, rounding_from_config(config), config, noise, lambda *_: None
+        )
+        assert trajectory.pictures.keys() == labels

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polish
 import pytest
 import skimage
 import torch
 
-import polish
 import train_flexible_inference as refining
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import Rounding, rounding_from_config
 from refinement.pace import Pace
-from reporting import mean_trajectory
+from reports.run_tables import mean_trajectory
 from train_flexible_inference import main, refine
 
 

@@ -10,11 +10,13 @@ import skimage
 import torch
 from PIL import Image
 
+from architectures import Latents
 from common.errors import InputError
 from config import Channels
 from conftest import ROOT, WEIGHTS, read_jsonl
-from models import Latents, analyze, build_model, freeze, rd_pass, synthesize
-from tiles import TILES, MemoryBound, coding_tile, memory_bound, tiled_error, tiles_of
+from fast.memory import TILES, MemoryBound, memory_bound
+from fast.tiles import coding_tile, tiled_error, tiles_of
+from models import analyze, build_model, freeze, rd_pass, synthesize
 from train_flexible_inference import main
 
 
@@ -135,7 +137,7 @@ PEAK = """
 import sys, torch
 from fast_layers import keep_pages
 from models import Latents, analyze, freeze, load_checkpoint, rd_pass
-from reporting import Stopwatch
+from common.measuring import Stopwatch
 tile = int(sys.argv[2]) or None
 keep_pages()
 model = freeze(load_checkpoint(sys.argv[1]))

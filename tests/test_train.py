@@ -22,12 +22,13 @@ from common.processes import Ranks
 from config import PretrainConfig
 from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
 from experimental_inference_methods import hard_round
+from fast.memory import MemoryBound
 from metrics import picture_quality
-from models import TrainingPass, analyze, build_model, likelihood_z, load_checkpoint, rd_pass
+from models import analyze, build_model, likelihood_z, load_checkpoint, rd_pass
 from pretraining import validation
 from pretraining.step import TrainingState, build_optimizers, train_step
-from reporting import Window
-from tiles import MemoryBound
+from pretraining.training_pass import TrainingPass
+from pretraining.window import Window
 
 ALONE = Ranks(0, 1, 0)
 

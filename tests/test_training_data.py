@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from profiles import DISPLAY_P3, profile_of
 
 import datasets
 from common.errors import InputError
@@ -28,6 +27,7 @@ from pretraining.folder_crops import FolderCrops
 from pretraining.make_tfrecords import MANIFEST_NAME
 from pretraining.tfrecord_crops import TfrecordCrops
 from pretraining.tfrecord_index import INDEX_NAME, epoch_order, index_tfrecords
+from profiles import DISPLAY_P3, profile_of
 
 SIZE = 64
 
