@@ -37,11 +37,11 @@ from common.records import read_records
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from models import load_checkpoint
-from refinement.polish import cost_in_steps
+from refinement.descent import cost_in_steps
 from reports.compared_run import ComparedRun
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
-from train_flexible_inference import refine_images
+from train_flexible_inference import refine_images, report
 
 
 class PlannedRun(NamedTuple):
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.rank == 0:
             print(f"\n[{number} of {len(runs)}] {run.folder}", flush=True)
         on_image = partial(forecast.print_time_left, run) if ranks.rank == 0 else lambda cost: None
-        worst = max(worst, refine_images(run.config, on_image))
+        worst = max(worst, report(refine_images(run.config, on_image)))
     compared = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
     first = runs[0].config
     page = first_rank_does(ranks, lambda: write_report(config, compared, first, open_images(first)))

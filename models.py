@@ -4,7 +4,6 @@ A model is an `architectures.Architecture` around one of CompressAI's networks. 
 finds out by the weights which family it is of.
 """
 
-import hashlib
 import io
 import urllib.error
 from pathlib import Path
@@ -153,15 +152,6 @@ def _save(path: Path, checkpoint: dict[str, Any]) -> Path:
     buffer = io.BytesIO()  # torch.save itself tells of a full disk in another way than files do
     torch.save(checkpoint, buffer)
     return write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-
-
-def weights_hash(model: Architecture) -> str:
-    """16 hexadecimal digits that tell one set of trained weights from another."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.network.named_parameters()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # --- making ready ---------------------------------------------------------------------------------

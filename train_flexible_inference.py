@@ -18,17 +18,17 @@ from itertools import count, groupby, islice
 from typing import Any
 
 from common.errors import InputError, exits_with_one_line
-from config import Optimizer, RefineConfig, parse_command_line
+from config import RefineConfig, parse_command_line
 
 # isort: split
 import torch
 from torch import Tensor
 
-from architectures import Architecture, Latents
+from architectures import Architecture
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device
-from common.images import LoadedImage, seed_of
+from common.images import LoadedImage
 from common.measuring import Cost, Stopwatch, machine_facts
 from common.processes import first_rank_does, join_ranks
 from common.progress import Progress
@@ -37,31 +37,31 @@ from experimental_inference_methods import Rounding, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound
 from fast.pool import keep_pages
-from models import freeze, load_checkpoint, weights_hash
+from models import freeze, load_checkpoint
 from objectives import Problem, RateDistortion
-from refinement.noise import ImageNoise
-from refinement.pace import Pace
-from refinement.polish import LEAST_POLISH, cost_in_steps, polish_batch
-from refinement.recorder import Recorder
+from refinement.batch import ImageError, ImageNoise, Recorder, Trajectory
+from refinement.descent import (
+    LBFGS_HISTORY,
+    build_optimizer,
+    pace_of,
+)
+from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run
 from refinement.target import LambdaSearch, Start, refine_to_target
-from refinement.trajectory import ImageError, Trajectory
 from reports.run_report import write_run_report
-
-LBFGS_HISTORY = 100  # torch's own
 
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
-    return refine_images(parse_command_line(RefineConfig, __doc__, argv))
+    return report(refine_images(parse_command_line(RefineConfig, __doc__, argv)))
 
 
 def refine_images(
     config: RefineConfig, on_image: Callable[[Cost], None] = lambda cost: None
-) -> int:
-    """Refine every image of a config that is not done yet; 0, or 1 when an image failed.
+) -> Run:
+    """Refine every image of a config that is not done yet; the run, with what is on disk of it.
 
     Args:
         on_image: called with what each image took.
@@ -75,21 +75,38 @@ def refine_images(
     device = pick_device(config.device, ranks.local)
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
-    run = open_run(config, ranks, {
+    run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
-        "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
+        "weights": model.weights_hash, "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
     refiner = open_refiner(model, rounding, config, device)
 
-    loaded = images.load(run.pending(images), config.num_workers)
-    for batch in equal_sized(loaded, refiner.most_at_once):
-        for image in batch:
-            run.mention(image.name, image.notes)
-        refine_and_save(refiner, batch, run, on_image)
+    for batch in equal_sized(images.load(run.todo, config.num_workers), refiner.most_at_once):
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop(0)
+            try:
+                refine_and_save(refiner, part, run, on_image)
+            except BatchTooLargeError as error:
+                run.split(part, str(error))
+                waiting += [[image] for image in part]
+            except ImageError as error:
+                run.skip(part[0].name, str(error))
+    return run
+
+
+def report(run: Run) -> int:
+    """Write the tables and plots of a run that is over; 0, or 1 when an image failed.
+
+    Every rank must call this.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     failed = run.gather_failures()
     return first_rank_does(
-        ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
+        run.ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
     )
 
 
@@ -112,23 +129,14 @@ def open_refiner(
 def refine_and_save(
     refiner: "Refiner", batch: Sequence[LoadedImage], run: Run, on_image: Callable[[Cost], None]
 ) -> None:
-    """Refine images of one size together, or one by one where they do not fit; save each.
+    """Refine images of one size together; save each that has a result, skip the others.
 
     Raises:
-        OSError: the run's own folder cannot be written.
+        BatchTooLargeError, ImageError: see `Refiner.refine_batch`.
     """
-    watch = Stopwatch(refiner.model.device)
-    try:
-        with run.progress([image.name for image in batch]) as progress:
-            done = refiner.refine_batch(batch, progress, run.skip)
-    except BatchTooLargeError as error:
-        run.split(batch, str(error))
-        for image in batch:
-            refine_and_save(refiner, [image], run, on_image)
-        return
-    except ImageError as error:
-        run.skip(batch[0].name, str(error))
-        return
+    with run.begin(batch) as progress:
+        watch = Stopwatch(refiner.model.device)
+        done = refiner.refine_batch(batch, progress, run.skip)
     if not done:
         return
     seconds, peak = watch.read()
@@ -180,9 +188,8 @@ class Refiner:
         with self._named_failures(batch):
             problem = self._problem_of(batch)
             if self.config.target is None:
-                seeds = [seed_of(self.config.seed, image.name) for image in batch]
-                noise = ImageNoise(seeds, self.model.device)
-                outcomes = refine(problem, self.rounding, self.config, noise, progress)
+                names = [image.name for image in batch]
+                outcomes = refine(problem, self.rounding, self.config, names, progress)
                 targets = [None] * len(outcomes)
             else:
                 outcome, target = self._refine_to_target(problem, batch[0].name, progress)
@@ -226,13 +233,11 @@ class Refiner:
         self, problem: Problem, name: str, progress: Progress
     ) -> tuple[Trajectory, dict[str, Any]]:
         config = self.config
-        seeds = count(seed_of(config.seed, name))
 
         def refine_at(lmbda: float, start: Start) -> Trajectory:
-            noise = ImageNoise([next(seeds)], self.model.device)
             release_memory(self.model.network)
             own = problem.at(lmbda)
-            (trajectory,) = refine(own, self.rounding, config, noise, progress, start)
+            (trajectory,) = refine(own, self.rounding, config, [name], progress, start)
             return trajectory
 
         search = LambdaSearch(config.target, config.lmbda, config.train_lambda)
@@ -281,7 +286,7 @@ def refine(
     problem: Problem,
     rounding: Rounding,
     config: RefineConfig,
-    noise: ImageNoise,
+    names: Sequence[str],
     progress: Callable[[Tensor, Tensor | float], None],
     start: Start | None = None,
 ) -> list[Trajectory]:
@@ -291,12 +296,14 @@ def refine(
     Nothing waits for a GPU between evaluations. `max_seconds` and `early_stop` may leave steps out.
 
     Args:
+        names: of the images; each one's noise depends on its name and the config's seed alone.
         start: latents, and where in the schedule to begin; the encoder's and 0 without it.
     """
     pace = pace_of(config, len(problem.x), start.step if start else 0)
-    initial = start.latents if start else problem.model.analyze(problem.x)
-    latents = {name: v.clone().requires_grad_() for name, v in initial.items()}
+    start = start or Start(problem.model.analyze(problem.x))
+    latents = {name: v.clone().requires_grad_() for name, v in start.latents.items()}
     optimizer = build_optimizer(latents, config.optimizer)
+    noise = ImageNoise.of_images(config.seed, names, problem.x.device, start.trial)
     recorder = Recorder(problem, rounding, config, noise, pace)
     losses = torch.zeros(len(problem.x))
     # The augmented loss averages in the true loss, a constant: half the gradient.
@@ -324,23 +331,6 @@ def refine(
     if config.polish_passes:
         polish_batch(problem, recorder.trajectories, config, noise, pace, progress)
     return recorder.trajectories
-
-
-def pace_of(config: RefineConfig, images: int, first_step: int = 0) -> Pace:
-    """The schedule of a batch of so many images; its clock starts now."""
-    steps, polishing = config.tot_inference_iterations, cost_in_steps(config.polish_passes)
-    seconds = config.max_seconds * images if config.max_seconds else None
-    return Pace(first_step, steps, seconds, polishing / (steps + polishing), LEAST_POLISH)
-
-
-def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of the latents that a config names."""
-    moved = list(latents.values())
-    if options.name == "adam":
-        return torch.optim.Adam(moved, lr=options.lr, fused=True)
-    if options.name == "sgd":
-        return torch.optim.SGD(moved, lr=options.lr, momentum=options.momentum)
-    return torch.optim.LBFGS(moved, lr=options.lr, history_size=LBFGS_HISTORY)
 
 
 if __name__ == "__main__":

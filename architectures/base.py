@@ -6,6 +6,7 @@ x is [B, 3, H, W] in [0, 1]. The latents are a dictionary by name.
 """
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
@@ -100,6 +101,15 @@ class Architecture(ABC):
     def device(self) -> torch.device:
         """Where the model works."""
         return next(self.network.buffers()).device
+
+    @property
+    def weights_hash(self) -> str:
+        """16 hexadecimal digits that tell one set of trained weights from another."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.network.named_parameters()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def to(self, device: torch.device) -> Self:
         """The same model, moved there in place."""

@@ -15,7 +15,7 @@ from common.compressai import CompressionModel
 from experimental_inference_methods import build_rounding
 from models import freeze
 from objectives import Problem, RateDistortion
-from refinement.noise import ImageNoise
+from refinement.batch import ImageNoise
 
 
 def plain_loss(

@@ -39,7 +39,6 @@ from common.errors import InputError
 from fast.freezing import is_frozen
 from fast.tiles import coding_tile
 from metrics import picture_quality
-from models import weights_hash
 
 # Float32 counts that far; towards 2^31 CompressAI's coder never ends.
 MAX_SYMBOL = 2**24
@@ -90,7 +89,7 @@ def build_coder(model: Architecture) -> Coder:
     return Coder(
         model=model,
         exact=model.with_exact_scales(),
-        weights=bytes.fromhex(weights_hash(model))[:4],
+        weights=bytes.fromhex(model.weights_hash)[:4],
         tables=tables,
         z_bits=_fewest_bits(bottleneck),
     )

@@ -8,13 +8,29 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import InputError
+from common.files import printable
 from common.records import Record
-from config import InputError
 
 log = logging.getLogger("refine")
 
 # Sends rows of numbers, each with its `step`, under a name.
 Tracker = Callable[[str, Sequence[Record]], None]
+
+
+class _PrintableArguments(logging.Filter):
+    """Makes names in log lines printable: they may hold line ends, or bytes that are no text."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                printable(str(value)) if isinstance(value, str | Path) else value
+                for value in record.args
+            )
+        return True
+
+
+log.addFilter(_PrintableArguments())
 
 
 class _ThroughTqdm(logging.Handler):
@@ -79,7 +95,7 @@ def _open_tensorboard(folder: Path) -> Tracker:
         for row in rows:
             for key, value in row.items():
                 if key != "step" and value is not None:
-                    writer.add_scalar(f"{name}/{key}", value, row["step"])
+                    writer.add_scalar(f"{printable(name)}/{key}", value, row["step"])
         writer.flush()
 
     return track
@@ -96,6 +112,6 @@ def _open_wandb(name: str, folder: Path, config: Record) -> Tracker:
 
     def track(name: str, rows: Sequence[Record]) -> None:
         for row in rows:
-            session.log({f"{name}/{key}": value for key, value in row.items()})
+            session.log({f"{printable(name)}/{key}": value for key, value in row.items()})
 
     return track

@@ -48,7 +48,7 @@ def finite(value: Any) -> Any:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add one line, which is on the disk when this returns.
+    """Add one line, which is on the disk when this returns; NaN and infinity become null.
 
     Raises:
         OSError: it cannot be written; names `path`.
@@ -56,7 +56,7 @@ def append_record(path: Path, record: Record) -> None:
     before = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("ab", buffering=0) as file:
-            line = f"{json.dumps(record)}\n".encode()
+            line = f"{json.dumps(finite(record))}\n".encode()
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())

@@ -6,9 +6,38 @@ from torch import Tensor, nn
 
 from common.compressai import GDN, EntropyBottleneck
 from fast.decoder import FrozenDecoder, ToPicture
-from fast.gdn import FastGDN, FrozenGDN
+from fast.gdn import gdn
 from fast.pool import Pool
 from fast.upsampling import UpsamplingKernel
+
+
+class FastGDN(GDN):
+    """CompressAI's GDN, parameters, gradients and all; see `gdn`."""
+
+    def __init__(self, layer: GDN):
+        super().__init__(len(layer.beta), inverse=layer.inverse)
+        self.to(layer.beta).load_state_dict(layer.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, [B, C, H, W]."""
+        beta, gamma = self.beta_reparam(self.beta), self.gamma_reparam(self.gamma)
+        return gdn(x, beta, gamma, self.inverse)
+
+
+class FrozenGDN(nn.Module):
+    """CompressAI's GDN with fixed weights, re-parametrised once; see `gdn`."""
+
+    def __init__(self, layer: GDN, pool: Pool | None = None):
+        super().__init__()
+        self.pool = pool
+        gamma = layer.gamma_reparam(layer.gamma)
+        self.register_buffer("beta", layer.beta_reparam(layer.beta).detach())  # [C]
+        self.register_buffer("gamma", gamma.detach())  # [C, C]
+        self.inverse = layer.inverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, [B, C, H, W]."""
+        return gdn(x, self.beta, self.gamma, self.inverse, self.pool)
 
 
 class FrozenBottleneck(nn.Module):
@@ -65,6 +94,7 @@ def freeze_layers(network: nn.Module) -> None:
     """
     if is_frozen(network):
         raise ValueError("the model is frozen already")
+    network.entropy_bottleneck = FrozenBottleneck(network.entropy_bottleneck)
     pool = Pool()
     for part in (network.g_a, network.g_s, network.h_s):
         for index, layer in enumerate(part):
@@ -72,19 +102,11 @@ def freeze_layers(network: nn.Module) -> None:
                 part[index] = FrozenGDN(layer, pool)
             elif isinstance(layer, nn.ConvTranspose2d):
                 # h_s is too small to gain by a pool and another form.
-                part[index] = _frozen_upsampling(layer, None if part is network.h_s else pool)
+                part[index] = UpsamplingKernel.of(layer, None if part is network.h_s else pool)
     *layers, before, normalisation, last = network.g_s
     to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
     network.g_s = FrozenDecoder(*layers, to_picture)
-    network.entropy_bottleneck = FrozenBottleneck(network.entropy_bottleneck)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _frozen_upsampling(layer: nn.ConvTranspose2d, pool: Pool | None) -> UpsamplingKernel:
-    shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
-    if shape != ((5, 5), (2, 2), (2, 2), (1, 1)) or layer.bias is None:
-        raise ValueError(f"a kernel of 5, stride 2 and bias are wanted, not {layer}")
-    return UpsamplingKernel(layer.weight, layer.bias, pool)
 
 
 def release_memory(network: nn.Module) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.compressai import GDN
 from fast.layout import as_column, rows_in
 from fast.pool import Pool
 
@@ -135,32 +134,3 @@ def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _like(buffer: Tensor | None, rows: Tensor) -> Tensor:
     """A buffer shaped as `rows`: the part of the old one that is needed, or a new one."""
     return torch.empty_like(rows) if buffer is None else buffer[: len(rows)]
-
-
-class FastGDN(GDN):
-    """CompressAI's GDN, parameters, gradients and all; see `gdn`."""
-
-    def __init__(self, layer: GDN):
-        super().__init__(len(layer.beta), inverse=layer.inverse)
-        self.to(layer.beta).load_state_dict(layer.state_dict())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised x, [B, C, H, W]."""
-        beta, gamma = self.beta_reparam(self.beta), self.gamma_reparam(self.gamma)
-        return gdn(x, beta, gamma, self.inverse)
-
-
-class FrozenGDN(nn.Module):
-    """CompressAI's GDN with fixed weights, re-parametrised once; see `gdn`."""
-
-    def __init__(self, layer: GDN, pool: Pool | None = None):
-        super().__init__()
-        self.pool = pool
-        gamma = layer.gamma_reparam(layer.gamma)
-        self.register_buffer("beta", layer.beta_reparam(layer.beta).detach())  # [C]
-        self.register_buffer("gamma", gamma.detach())  # [C, C]
-        self.inverse = layer.inverse
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised x, [B, C, H, W]."""
-        return gdn(x, self.beta, self.gamma, self.inverse, self.pool)

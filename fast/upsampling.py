@@ -1,6 +1,7 @@
 """Transposed convolution with fixed weights, the decoder's upsampling; see `UpsamplingKernel`."""
 
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,18 @@ class UpsamplingKernel(nn.Module):
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", bias.detach())
         self.pool = pool
+
+    @classmethod
+    def of(cls, layer: nn.ConvTranspose2d, pool: Pool | None = None) -> Self:
+        """The kernel of a layer.
+
+        Raises:
+            ValueError: the layer is not CompressAI's `deconv`.
+        """
+        shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
+        if shape != ((5, 5), (2, 2), (2, 2), (1, 1)) or layer.bias is None:
+            raise ValueError(f"a kernel of 5, stride 2 and bias are wanted, not {layer}")
+        return cls(layer.weight, layer.bias, pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', 2 H, 2 W] for x [B, C, H, W]."""

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from architectures import Architecture
-from common.files import printable, write_whole
+from common.files import write_whole
 from common.logs import log, open_tracker, start_logging
 from common.numbers import rounded
 from common.processes import Ranks, first_rank_does, gather
@@ -189,7 +189,7 @@ class TrainingRun:
         kind = self.skipped[name] = reason.partition(":")[0]
         self._skips[kind] += 1
         if self._skips[kind] <= NAMED_SKIPS:
-            log.warning("%s: skipped: %s", printable(name), printable(reason))
+            log.warning("%s: skipped: %s", name, reason)
         if self._skips[kind] == NAMED_SKIPS:
             log.warning("more that are %s are only counted", kind)
 
@@ -236,7 +236,7 @@ class TrainingRun:
             name = record["name"]
             if "error" in record and name not in self._untested:
                 self._untested.add(name)
-                log.warning("%s: not tested: %s", printable(name), printable(record["error"]))
+                log.warning("%s: not tested: %s", name, record["error"])
 
     def _write(self, row: Record) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -302,6 +302,6 @@ class TrainingRun:
             if len(failed) < len(results):
                 means = means_of_tests(results)
                 write_json(self.folder / "test.json", {"mean": means, "images": list(results)})
-                log.info("\n%s\n", format_tests(results, means))
+                log.info(f"\n{format_tests(results, means)}\n")
                 log.info("results:  %s", self.folder / "test.json")
         return 1 if failed else 0

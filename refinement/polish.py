@@ -21,14 +21,12 @@ from torch import Generator, Tensor
 from architectures import Latents
 from config import RefineConfig
 from objectives import Problem
-from refinement.noise import ImageNoise
-from refinement.pace import Pace
-from refinement.trajectory import Trajectory, metrics_of, row_of
+from refinement.batch import ImageNoise, Trajectory, metrics_of, row_of
+from refinement.descent import LEAST_POLISH, PROBES, Pace
 from rounding.noise import gumbel_noise
 
 HOT, COLD = 0.5, 0.02  # bits
 REACH = 1  # positions of y around a move where no other is made in the same pass
-PROBES = 16
 # How far curvatures lie from the product of their channel's and their position's mean, relatively:
 # measured on the model of lambda 0.01.
 SPREAD = 0.18
@@ -43,14 +41,6 @@ class Point(NamedTuple):
     gradient: Tensor  # [B, M, h, w], of the distortion
     loss: Tensor  # [B]
     x_hat: Tensor
-
-
-def cost_in_steps(passes: int) -> int:
-    """About how many steps of refinement take as long as so many passes, probes and all."""
-    return PROBES + passes if passes else 0
-
-
-LEAST_POLISH = cost_in_steps(4)  # steps: with less time left than they take there is no polish
 
 
 @torch.no_grad()
@@ -188,13 +178,14 @@ def polish_batch(
             ):  # of a step of the whole batch
                 break
         passes = Pace(0, config.polish_passes, seconds)
+        generator = noise.of_image(index)
         lowest = fmean(trajectories[index].lowest for index in left)
 
         def on_pass(gain: Tensor, lowest: float = lowest) -> None:
             loss = lowest - gain.mean() / problem.pixels / len(left)
             progress(loss, loss)  # nothing is relaxed any more
 
-        latents = polish(own, trajectory.latents, passes, noise.of_image(index), on_pass)
+        latents = polish(own, trajectory.latents, passes, generator, on_pass)
         (metrics,), x_hat = metrics_of(own.true(latents), own.x)
         step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}

@@ -8,7 +8,7 @@ from coding.bitstream import BitstreamError
 from coding.coder import Coder, decode_picture, encode_latents, file_measures
 from metrics import to_8_bit
 from objectives import Problem
-from refinement.trajectory import ImageError, Trajectory
+from refinement.batch import ImageError, Trajectory
 
 
 @dataclass(frozen=True)

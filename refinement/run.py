@@ -22,7 +22,7 @@ from PIL import Image
 
 from coding.bitstream import SUFFIX, read_bitstream
 from common.errors import reason_of
-from common.files import printable, write_whole
+from common.files import write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.logs import log, open_tracker, start_logging
 from common.measuring import Cost
@@ -32,7 +32,6 @@ from common.progress import Progress
 from common.records import (
     Record,
     append_record,
-    finite,
     merge_records,
     rate_of,
     read_records,
@@ -52,10 +51,11 @@ FREE_KEYS = frozenset((
 ))  # fmt: skip
 
 
-def open_run(config: RefineConfig, ranks: Ranks, facts: Record) -> "Run":
+def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) -> "Run":
     """The run's folder, `output_dir/save_name`, new or to be resumed; logging goes there too.
 
     Args:
+        images: the data set of the config.
         facts: what is true of the run as a whole: method, params, overridden, lmbda, weights, N, M
             and `machine_facts`.
 
@@ -64,119 +64,71 @@ def open_run(config: RefineConfig, ranks: Ranks, facts: Record) -> "Run":
             config or other weights.
     """
     folder = Path(config.output_dir) / config.save_name
-    first_rank_does(ranks, lambda: _prepare_folder(folder, config, facts))
-    start_logging(folder / "log.txt")
-    return Run(folder, config, ranks, facts)
+    names = images.names[: config.image_count]
+
+    def prepare() -> list[str]:
+        _clear_folder(folder, config, facts)
+        start_logging(folder / "log.txt")
+        undone = _find_undone(folder, config, names)
+        write_json(folder / "config.json", resolved(config))
+        _announce(config, images, facts, len(names) - len(undone))
+        return undone
+
+    undone = first_rank_does(ranks, prepare)
+    if ranks.rank:
+        start_logging(folder / "log.txt")
+    run = Run(folder, config, ranks, facts, names)
+    run.todo = undone[ranks.rank :: ranks.world]
+    return run
 
 
 class Run:
-    """One run's folder as one process sees it; made by `open_run`."""
+    """One run's folder as one process sees it; made by `open_run`.
 
-    def __init__(self, folder: Path, config: RefineConfig, ranks: Ranks, facts: Record):
+    names: the images of the run. todo: those that this process has to refine.
+    """
+
+    def __init__(
+        self, folder: Path, config: RefineConfig, ranks: Ranks, facts: Record, names: list[str]
+    ):
         self.folder = folder
         self.config = config
         self.ranks = ranks
         self.facts = facts
+        self.names = names
+        self.todo: list[str] = []
         self.failed: dict[str, str] = {}
-        self.names: list[str] = []
         own = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
         self._own_path = folder / own
         self._mentioned: set[str] = set()
         self._track = open_tracker(config.tracker, config.save_name, folder, resolved(config))
 
-    # --- what is to be done
-
-    def pending(self, images: Images) -> list[str]:
-        """The names of the images that this process has to refine; the ranks share the work.
-
-        An image whose files are not whole is to be done again, and its record is dropped.
-        """
-        self.names = images.names[: self.config.image_count]
-        todo = first_rank_does(self.ranks, lambda: self._not_done(images))
-        return todo[self.ranks.rank :: self.ranks.world]
-
-    def _not_done(self, images: Images) -> list[str]:
-        path = self.folder / "images.jsonl"
-        found = read_records(path)
-        lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
-        if lines > len(found):
-            log.warning("%s: %d of its lines are no whole records, and dropped", path,
-                        lines - len(found))  # fmt: skip
-        broken = [
-            name for name in self.names
-            if name in found and not is_whole(self.folder, found[name], self.config)
-        ]  # fmt: skip
-        kept = [record for name, record in found.items() if name not in broken]
-        if path.is_file():
-            write_records(path, kept)
-        todo = [name for name in self.names if name not in found or name in broken]
-        self._announce(images, len(self.names) - len(todo))
-        for name in broken:
-            log.warning("%s: its results are not whole; it is done again", printable(name))
-        return todo
-
-    def _announce(self, images: Images, done: int) -> None:
-        """Log what is refined, how, and how much of it is done already."""
-        found, wanted = len(images.names), self.config.image_count
-        target, passes = self.config.target, self.config.polish_passes
-        if target:
-            goal = f"files of {target.in_words(target.wanted)}"
-        else:
-            goal = f"lambda {self.facts['lmbda']:g}"
-        log.info(
-            "%s (%s), %s, %d steps%s, N = %d, M = %d, %s", self.facts["method"],
-            self._hyper_parameters() or "no hyper-parameters", goal,
-            self.config.tot_inference_iterations,
-            f" and {passes} passes of polish" if passes else "", self.facts["N"], self.facts["M"],
-            self.facts["device"],
-        )  # fmt: skip
-        for name in self.config.overruled_methods:
-            log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
-        if images.passed_over:
-            log.info("%s", images.passed_over)
-        if found < wanted:
-            log.info("the data set has %d images, fewer than the config's %d: each is used once",
-                     found, wanted)  # fmt: skip
-        if found > wanted:
-            log.info("the first %d of %d images, as images or tot_batches * batch_size says",
-                     wanted, found)  # fmt: skip
-        if done:
-            log.info("%d of %d images are done already", done, len(self.names))
-
-    def _hyper_parameters(self) -> str:
-        """Their names and values; where the config replaced the method's own value, that too."""
-        own = self.facts["overridden"]
-        return ", ".join(
-            f"{key} {_short(value)}"
-            + (f" as the config says, not its own {_short(own[key])}" if key in own else "")
-            for key, value in self.facts["params"].items()
-        )
-
     # --- on the way
 
     def split(self, batch: Sequence[LoadedImage], reason: str) -> None:
         """Log that the images of a batch, which cannot be refined together, go one by one."""
-        log.warning("%s and %d more: %s; one by one now", printable(batch[0].name), len(batch) - 1,
+        log.warning("%s and %d more: %s; one by one now", batch[0].name, len(batch) - 1,
                     reason)  # fmt: skip
 
     def skip(self, name: str, reason: str) -> None:
         """Note an image that could not be refined; the run goes on and its exit code says so."""
-        log.warning("%s: skipped: %s", printable(name), printable(reason))
+        log.warning("%s: skipped: %s", name, reason)
         self.failed[name] = reason
 
-    def mention(self, name: str, notes: Sequence[str]) -> None:
-        """Log what was converted in an image, each kind of conversion once."""
-        for note in notes:
-            if note not in self._mentioned:
-                log.info("%s: %s (said once; images.jsonl has it of each image)", printable(name),
-                         note)  # fmt: skip
-        self._mentioned.update(notes)
+    def begin(self, batch: Sequence[LoadedImage]) -> Progress:
+        """A bar for a batch of images on a terminal, lines elsewhere.
 
-    def progress(self, names: Sequence[str]) -> Progress:
-        """A bar for a batch of images on a terminal, lines elsewhere."""
+        What was converted in the images is logged, each kind of conversion once.
+        """
+        for image in batch:
+            for note in image.notes:
+                if note not in self._mentioned:
+                    log.info("%s: %s (said once; images.jsonl has it of each image)", image.name,
+                             note)  # fmt: skip
+            self._mentioned.update(image.notes)
         open_ended = self.config.target or self.config.max_seconds
-        steps = self.config.tot_inference_iterations + len(names) * self.config.polish_passes
-        name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        steps = self.config.tot_inference_iterations + len(batch) * self.config.polish_passes
+        name = batch[0].name if len(batch) == 1 else f"{batch[0].name} and {len(batch) - 1} more"
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
     def save(self, image: LoadedImage, result: Refined, cost: Cost) -> bool:
@@ -194,22 +146,25 @@ class Run:
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
             return False
-        shown = printable(name)
         try:
-            self._track(shown, result.trajectory.rows)
+            self._track(name, result.trajectory.rows)
         except OSError as error:
-            log.warning("%s: not sent to the tracker: %s", shown, printable(reason_of(error)))
+            log.warning("%s: not sent to the tracker: %s", name, reason_of(error))
         if stopped := result.trajectory.stopped:
-            log.warning("%s: stopped, %s; kept step %d", shown, stopped, record["best_step"])
+            log.warning("%s: stopped, %s; kept step %d", name, stopped, record["best_step"])
         if result.target and not result.target["met"]:
             words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
-            log.warning("%s: the target, %s, was not met; the closest, %s, is kept", shown, *words)
-        log.info("%s: %s, best step %d, %.1f s", shown, _in_words(record), record["best_step"],
+            log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
+        log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  cost.seconds)  # fmt: skip
         return True
 
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
+        if self.config.dev_options.save_final:
+            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
+            for label, x in {"original": image.x, **pictures}.items():
+                save_picture(self._file("reconstructions", name) / f"{label}.png", x)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
         )
@@ -222,15 +177,11 @@ class Run:
                 self._file("bitstreams", name, SUFFIX),
                 lambda file: file.write_bytes(result.coded.bitstream),
             )
-        if self.config.dev_options.save_final:
-            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
-            for label, x in {"original": image.x, **pictures}.items():
-                save_picture(self._file("reconstructions", name) / f"{label}.png", x)
 
     def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
         trajectory = result.trajectory
         files = result.coded.measures if result.coded else {}
-        return finite({
+        return {
             "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
@@ -240,7 +191,7 @@ class Run:
             "best_step": trajectory.best["step"], "steps": trajectory.rows[-1]["step"],
             "stopped": trajectory.stopped, "settled": trajectory.settled, **cost._asdict(),
             "clock": [round(seconds, 3) for seconds in trajectory.clock],
-        })  # fmt: skip
+        }  # fmt: skip
 
     def _file(self, kind: str, name: str, suffix: str = "") -> Path:
         return result_file(self.folder, kind, name, suffix)
@@ -267,10 +218,73 @@ class Run:
         return [records[name] for name in self.names if name in records]
 
 
+# --- what is to be done ---------------------------------------------------------------------------
+
+
+def _find_undone(folder: Path, config: RefineConfig, names: Sequence[str]) -> list[str]:
+    """Those of these images that are to be refined; what is wrong with earlier results is logged.
+
+    An image whose files are not whole is to be done again, and its record is dropped.
+    """
+    path = folder / "images.jsonl"
+    found = read_records(path)
+    lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    if lines > len(found):
+        log.warning("%s: %d of its lines are no whole records, and dropped", path,
+                    lines - len(found))  # fmt: skip
+    broken = [name for name in names if name in found and not is_whole(folder, found[name], config)]
+    kept = [record for name, record in found.items() if name not in broken]
+    if path.is_file():
+        write_records(path, kept)
+    for name in broken:
+        log.warning("%s: its results are not whole; it is done again", name)
+    return [name for name in names if name not in found or name in broken]
+
+
+def _announce(config: RefineConfig, images: Images, facts: Record, done: int) -> None:
+    """Log what is refined, how, and how much of it is done already."""
+    found, wanted = len(images.names), config.image_count
+    target, passes = config.target, config.polish_passes
+    goal = (
+        f"lambda {facts['lmbda']:g}"
+        if target is None
+        else (f"files of {target.in_words(target.wanted)}")
+    )
+    log.info(
+        "%s (%s), %s, %d steps%s, N = %d, M = %d, %s", facts["method"],
+        _hyper_parameters(facts) or "no hyper-parameters", goal, config.tot_inference_iterations,
+        f" and {passes} passes of polish" if passes else "", facts["N"], facts["M"],
+        facts["device"],
+    )  # fmt: skip
+    for name in config.overruled_methods:
+        log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
+    if images.passed_over:
+        log.info("%s", images.passed_over)
+    if found < wanted and not config.takes_all_images:
+        log.info("the data set has %d images, fewer than the config's %d: each is used once",
+                 found, wanted)  # fmt: skip
+    if found > wanted:
+        log.info("the first %d of %d images, as images or tot_batches * batch_size says",
+                 wanted, found)  # fmt: skip
+    if done:
+        log.info("%d of %d images are done already", done, min(found, wanted))
+
+
+def _hyper_parameters(facts: Record) -> str:
+    """Their names and values; where the config replaced the method's own value, that too."""
+    own = facts["overridden"]
+    return ", ".join(
+        f"{key} {_short(value)}"
+        + (f" as the config says, not its own {_short(own[key])}" if key in own else "")
+        for key, value in facts["params"].items()
+    )
+
+
 # --- resumption -----------------------------------------------------------------------------------
 
 
-def _prepare_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
+def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
+    """Make the folder, or see that this run may go on in it, and drop what a killed run left."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for file in folder.glob("images*.jsonl") if file.stat().st_size]
     if files and not config.resume:
@@ -287,7 +301,6 @@ def _prepare_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
         _refuse_other_facts(folder, next(iter(records.values())), facts)
     kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
-    write_json(folder / "config.json", resolved(config))
 
 
 def _stored_config(path: Path, config: RefineConfig) -> Record:

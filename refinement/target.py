@@ -11,14 +11,15 @@ from coding.coder import Coder, decode_picture, encode_latents
 from config import Target
 from metrics import mean_squared_error, psnr, to_8_bit
 from objectives import Problem, RateDistortion
-from refinement.trajectory import Trajectory
+from refinement.batch import Trajectory
 
 
 class Start(NamedTuple):
-    """Where a refinement begins: latents, and the step of the schedule."""
+    """Where a refinement begins: latents, the step of the schedule, and which noise it has."""
 
     latents: Latents
     step: int = 0
+    trial: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def refine_to_target(
         if trajectory.stopped:
             break
         search.add(measured)
-        begin = Start(latents, steps // 2)
+        begin = Start(latents, steps // 2, len(trials))
     chosen = min(trials, key=lambda trial: target.miss(trial.measured))
     if target.miss(unrefined) < target.miss(chosen.measured) and target.miss(chosen.measured) > 1:
         first = trials[0].trajectory

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.files import printable, write_whole
+from common.files import write_whole
 from common.logs import log
 from common.records import Record, result_file, write_json
 from reports.run_plots import plot_comparison, plot_rate_distortion, plot_trajectory
@@ -48,7 +48,7 @@ def write_run_report(
     write_whole(folder / "trajectory.csv", partial(trajectory.to_csv, index=False))
     summary = summarize(records, failed) | facts
     write_json(folder / "summary.json", summary)
-    log.info("\n%s\n", format_table(records, summary))
+    log.info(f"\n{format_table(records, summary)}\n")
     plots = [
         write_whole(folder / "trajectory.png", plot_trajectory(trajectory).savefig),
         write_whole(folder / "before_after.png", plot_rate_distortion(records).savefig),
@@ -65,5 +65,5 @@ def write_run_report(
     if pictured:
         log.info("%-9s %s", "images:", folder / "reconstructions")
     if failed:
-        log.error("failed: %s", printable(", ".join(sorted(failed))))
+        log.error("failed: %s", ", ".join(sorted(failed)))
     return 1 if failed else 0

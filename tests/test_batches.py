@@ -14,7 +14,7 @@ from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import METHODS, Temperature, build_rounding
 from models import analyze, rd_pass
-from refinement.noise import image_by_image
+from refinement.batch import image_by_image
 from train_flexible_inference import equal_sized, main, refine
 
 

@@ -16,7 +16,8 @@ from config import Channels
 from conftest import ROOT
 from experimental_inference_methods import METHODS, Temperature, build_rounding, hard_round
 from fast.decoder import ToPicture
-from fast.gdn import FastGDN, gdn
+from fast.freezing import FastGDN
+from fast.gdn import gdn
 from fast.layout import interleave
 from fast.pool import Pool
 from fast.upsampling import UpsamplingKernel

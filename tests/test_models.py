@@ -13,7 +13,7 @@ from common.errors import InputError
 from config import Channels
 from conftest import WEIGHTS, to_x
 from experimental_inference_methods import hard_round
-from fast.gdn import FrozenGDN
+from fast.freezing import FrozenGDN
 from models import (
     analyze,
     build_model,

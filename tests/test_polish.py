@@ -14,7 +14,7 @@ from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
 from experimental_inference_methods import hard_round, rounding_from_config
 from models import analyze, integer_latents, rd_pass
-from refinement.pace import Pace
+from refinement.descent import Pace
 from refinement.polish import polish
 from train_flexible_inference import main, refine
 

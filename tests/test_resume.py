@@ -16,7 +16,7 @@ from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import rounding_from_config
 from objectives import Problem, RateDistortion
-from refinement.noise import ImageNoise
+from refinement.batch import ImageNoise
 from runs import NAMES, numbers, results, run
 from train_flexible_inference import refine
 

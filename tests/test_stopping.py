@@ -16,7 +16,7 @@ import train_flexible_inference as refining
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import Rounding, rounding_from_config
-from refinement.pace import Pace
+from refinement.descent import Pace
 from reports.run_tables import mean_trajectory
 from train_flexible_inference import main, refine
 

@@ -1,8 +1,41 @@
-"""How fast a run moves through its schedule, so that the schedule ends with the time."""
+"""How latents descend: the optimizer, and how fast a run moves through its schedule."""
 
 import math
 import time
 from collections.abc import Callable
+
+import torch
+
+from architectures import Latents
+from config import Optimizer, RefineConfig
+
+LBFGS_HISTORY = 100  # torch's own
+PROBES = 16  # of the curvature, before the first pass of polish
+
+
+def cost_in_steps(passes: int) -> int:
+    """About how many steps of refinement take as long as so many passes of polish, and probes."""
+    return PROBES + passes if passes else 0
+
+
+LEAST_POLISH = cost_in_steps(4)  # steps: with less time left than they take there is no polish
+
+
+def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of the latents that a config names."""
+    moved = list(latents.values())
+    if options.name == "adam":
+        return torch.optim.Adam(moved, lr=options.lr, fused=True)
+    if options.name == "sgd":
+        return torch.optim.SGD(moved, lr=options.lr, momentum=options.momentum)
+    return torch.optim.LBFGS(moved, lr=options.lr, history_size=LBFGS_HISTORY)
+
+
+def pace_of(config: RefineConfig, images: int, first_step: int = 0) -> "Pace":
+    """The schedule of a batch of so many images; its clock starts now."""
+    steps, polishing = config.tot_inference_iterations, cost_in_steps(config.polish_passes)
+    seconds = config.max_seconds * images if config.max_seconds else None
+    return Pace(first_step, steps, seconds, polishing / (steps + polishing), LEAST_POLISH)
 
 
 class Pace:
