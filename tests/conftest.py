@@ -67,6 +67,16 @@ def coder():
     return build_coder(load_checkpoint(str(WEIGHTS)))
 
 
+@pytest.fixture(scope="session")
+def small_file(coder):
+    """A file of a 70x50 picture, about 900 bytes, and its symbols."""
+    from coding.coder import encode_latents
+
+    x = to_x(skimage.data.chelsea()[60:110, 100:170])
+    symbols = coder.model.symbols(coder.model.analyze(x), (50, 70))
+    return encode_latents(coder, symbols, (50, 70)), symbols
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Writes something with torch.save and gives the path."""
