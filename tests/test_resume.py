@@ -8,12 +8,11 @@ import signal
 import pytest
 import skimage
 from PIL import Image
-from test_refine import NAMES, numbers, results, run
 
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import rounding_from_config
-from train_flexible_inference import refine
+from passes import problem_of, refined
+from runs import NAMES, numbers, results, run
 
 
 def _emptied(path):
@@ -284,5 +283,5 @@ def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, writ
         config = load_config(
             write_config(config_values), RefineConfig, [f"dev_options.save_final={wanted}"]
         )
-        (result,) = refine(model, x, rounding_from_config(config), config, [0], lambda *_: None)
+        (result,) = refined(problem_of(model, x), config, [0])
         assert result.pictures.keys() == labels
