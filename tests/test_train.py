@@ -529,11 +529,14 @@ def test_two_processes_train_one_model(values, write_config, tmp_path):
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch, train
-        checkpoint = train.TrainingState.checkpoint
+        wrap, checkpoint, trained = train.wrap, train.TrainingState.checkpoint, []
+        def keeping(network, ranks):
+            trained.append(network.model.network)
+            return wrap(network, ranks)
         def spying(self, ranks):
-            torch.save(self.model.state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
+            torch.save(trained[0].state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
             return checkpoint(self, ranks)
-        train.TrainingState.checkpoint = spying
+        train.wrap, train.TrainingState.checkpoint = keeping, spying
         sys.exit(train.main())
     """)
     )
