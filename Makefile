@@ -1,38 +1,45 @@
-# make demo: refine the sample photos; make train-demo: train on them; make test: run the tests;
-# make report: compare methods on the sample photos, a page with plots; make bench: speed and memory.
-# All install first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# make demo: refine the sample photos; make report: compare methods on them, a page with plots;
+# make train-demo: train on them; make bench: speed and memory; make test, make lint: the checks.
+# Each installs what it needs into .venv first, see requirements/.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
 BIN := .venv/bin
 
 .PHONY: demo train-demo report test bench lint install clean
 
-demo: install
+demo: .venv/installed-refine
 	$(BIN)/python train_flexible_inference.py --config example_files/demo.json
 
-train-demo: install
-	$(BIN)/python train.py --config example_files/train_demo.json
-
-report: install
+report: .venv/installed-refine
 	$(BIN)/python compare.py --config example_files/compare/demo.json --quick
 
-test: install
-	$(BIN)/python -m pytest
+train-demo: .venv/installed-train_folder
+	$(BIN)/python train.py --config example_files/train_demo.json
 
-bench: install
+bench: .venv/installed-training
 	$(BIN)/python benchmark.py
 
-lint: install
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-install: .venv/installed
+# everything
+install: .venv/installed-dev
 
-.venv/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+# A part adds to what is installed already. The parts include each other: each depends on all files.
+.venv/installed-%: requirements/%.txt $(wildcard requirements/*.txt) | .venv/created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv/created:
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || \
 		{ echo "error: Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 clean:
-	rm -rf .venv results .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv results .pytest_cache .ruff_cache .hypothesis .mypy_cache

@@ -1,22 +1,29 @@
-"""Integer latents become files, and files become pictures; no refinement in here.
+"""Pictures become files, and files become pictures.
 
-python codec.py compress photo.png photos/ --checkpoint WEIGHTS -o coded
-python codec.py decompress coded/*.olc --checkpoint WEIGHTS -o decoded
-python codec.py info coded/*.olc
+python codec.py compress PHOTOS -o coded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py compress PHOTOS -o coded --refine fast \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py decompress coded -o decoded \
+--checkpoint example_files/weights/mean_scale_n64_lambda0.01.pth.tar
+python codec.py info coded
 
 The layout of a file is in coding/bitstream.py; coding/coder.py says why any machine can decode it.
 """
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
-from config import InputError, exits_with_one_line, reason_of
+from common.errors import InputError, exits_with_one_line, reason_of
+from config import RefineConfig, load_config
 
 # isort: split
 import torch
@@ -30,14 +37,19 @@ from coding.coder import (
     encode_latents,
     file_measures,
 )
-from common.device import is_out_of_memory
+from common.command_line import script_parser
+from common.device import is_out_of_memory, pick_device
 from common.files import fitting, label_of, printable, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
-from datasets import ImageFiles, save_picture
+from common.images import ImageFiles, LoadedImage, save_picture
+from common.progress import Progress
 from fast.pool import keep_pages
 from fast.tiles import coding_tile
 from models import load_checkpoint
 from objectives import Problem, RateDistortion
+
+Measures = dict[str, Any]  # of a file, see `compress_picture`
+Code = Callable[[LoadedImage], tuple[bytes, Measures]]
 
 
 class Job(NamedTuple):
@@ -47,12 +59,11 @@ class Job(NamedTuple):
     target: str
 
 
-@exits_with_one_line
-def main(argv: Sequence[str] | None = None) -> int:
-    """compress, decompress, info; exit code 0, 2 if anything was wrong with any file."""
-    parser = argparse.ArgumentParser(description="Pictures become files and files pictures.")
+def command_line() -> argparse.ArgumentParser:
+    """The three commands and their options."""
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    compress = commands.add_parser("compress", help="code images, without refinement")
+    compress = commands.add_parser("compress", help="code images")
     decompress = commands.add_parser("decompress", help="decode files to PNG")
     info = commands.add_parser("info", help="print what the headers of files say")
     compress.add_argument(
@@ -63,21 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             "paths", nargs="+", type=user_path, metavar="FILE", help=f"a {SUFFIX} file or a folder"
         )
     for command in (compress, decompress):
-        command.add_argument(
-            "--checkpoint", required=True, type=user_path, metavar="WEIGHTS", help="of the model"
-        )
-        command.add_argument(
-            "-o",
-            "--output",
-            required=True,
-            type=user_path,
-            metavar="FOLDER",
-            help="made if need be",
-        )
-        command.add_argument(
-            "--overwrite", action="store_true", help="replace files that are there already"
-        )
-    arguments = parser.parse_args(argv)
+        add = command.add_argument
+        add("--checkpoint", required=True, type=user_path, metavar="WEIGHTS", help="of the model")
+        add("-o", "--output", required=True, type=user_path, metavar="FOLDER", help="made if new")
+        add("--overwrite", action="store_true", help="replace files that are there already")
+    compress.add_argument(
+        "--refine", type=user_path, metavar="RECIPE",
+        help="refine the latents first: fast, best, or a refinement config",
+    )  # fmt: skip
+    compress.add_argument(
+        "--lmbda", type=float, metavar="LAMBDA",
+        help="with --refine: the lambda that the model was trained for",
+    )  # fmt: skip
+    return parser
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """compress, decompress, info; exit code 0, 2 if anything was wrong with any file."""
+    arguments = command_line().parse_args(argv)
     keep_pages()
     if arguments.command == "info":
         return for_each(find_jobs(arguments.paths, find_coded), print_header)
@@ -91,24 +106,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     taken = [job.target for job in jobs if (folder / job.target).exists()]
     if taken and not arguments.overwrite:
         raise InputError(f"{folder / taken[0]} is there already: see --overwrite")
-    coder = open_coder(arguments.checkpoint)
+    with named_checkpoint():
+        if arguments.command == "decompress":
+            act = partial(decompress_file, build_coder(load_checkpoint(arguments.checkpoint)))
+        elif arguments.refine is None:
+            act = partial(compress_image, build_coder(load_checkpoint(arguments.checkpoint)))
+        else:
+            act = refining(arguments.refine, arguments.checkpoint, arguments.lmbda)
     write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()  # it can be
     if arguments.command == "compress":
-        return compress_images(jobs, coder, folder)
-    return for_each(jobs, partial(decompress_file, coder, folder))
+        return compress_images(jobs, act, folder)
+    return for_each(jobs, partial(act, folder))
 
 
-def open_coder(checkpoint: str) -> Coder:
-    """The coder of a checkpoint's model.
-
-    Raises:
-        InputError: see `load_checkpoint` and `build_coder`; it names --checkpoint.
-    """
+@contextmanager
+def named_checkpoint() -> Iterator[None]:
+    """Let an InputError on a checkpoint name --checkpoint."""
     try:
-        return build_coder(load_checkpoint(checkpoint))
+        yield
     except InputError as error:
-        message = str(error).removeprefix("pretrain ")
-        raise InputError(f"--checkpoint {message}") from None
+        if not str(error).startswith("pretrain "):
+            raise
+        raise InputError(f"--checkpoint {str(error).removeprefix('pretrain ')}") from None
 
 
 def picture_name(name: str) -> str:
@@ -198,12 +217,12 @@ def _failure(job: Job, error: Exception) -> str:
     return f"{job.source}: no memory for a picture of this size"
 
 
-def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
+def compress_images(jobs: Sequence[Job], code: Code, folder: Path) -> int:
     """Write a file for each image into `folder`, and print its rate beside the estimated one."""
     width = max(4, *(len(label_of(job.target)) for job in jobs))
-    rows: list[dict[str, float]] = []
+    rows: list[Measures] = []
 
-    def line(name: str, size: str, row: dict[str, float]) -> str:
+    def line(name: str, size: str, row: Measures) -> str:
         return (
             f"{name:{width}} {size:>11} {row['file_bytes']:9.0f} {row['file_bpp']:8.4f} "
             f"{row['estimate']:8.4f} {100 * (row['file_bpp'] / row['estimate'] - 1):+6.2f}% "
@@ -214,11 +233,10 @@ def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
         image = ImageFiles(find_images(job.source))[0]
         if image.x is None:
             raise InputError(image.error)
-        x = image.x[None]  # [1, 3, H, W]
-        data, row = compress_picture(coder, x)
+        data, row = code(image)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
-        print(line(label_of(job.target), f"{x.size(3)}x{x.size(2)}", row))
+        print(line(label_of(job.target), f"{image.x.size(2)}x{image.x.size(1)}", row))
         for note in image.notes:
             print(f"{printable(str(job.source))}: {note}", file=sys.stderr)
 
@@ -232,7 +250,12 @@ def compress_images(jobs: Sequence[Job], coder: Coder, folder: Path) -> int:
     return code
 
 
-def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
+def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
+    """The file of an image's unrefined latents; see `compress_picture`."""
+    return compress_picture(coder, image.x[None])
+
+
+def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
     """The file of x [1, 3, H, W] in [0, 1], as the encoder's latents have it, and its measures.
 
     Returns:
@@ -253,6 +276,65 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, dict[str, float]]:
         estimate = problem.true(latents).bpp.item()
     times = {"coding": coded - start, "decoding": decoded - coded}
     return data, {**file_measures(data, x_hat, x), "estimate": estimate, **times}
+
+
+def refining(recipe: str, checkpoint: str, lmbda: float | None) -> Code:
+    """What refines an image's latents, as a recipe says, before it codes them.
+
+    Args:
+        recipe: `fast` or `best` of example_files, or the path of a refinement config, of which the
+            model and the images do not count.
+        lmbda: that the model was trained for; may be left out where it is the recipe's own model.
+
+    Raises:
+        InputError: the recipe or the checkpoint is missing or wrong, or lmbda is not known.
+    """
+    # Imported late: coding alone needs nothing of refinement.
+    from experimental_inference_methods import rounding_from_config
+    from train_flexible_inference import open_refiner
+
+    model = load_checkpoint(checkpoint)
+    config = recipe_config(recipe, checkpoint, lmbda)
+    rounding = rounding_from_config(config)
+    print(
+        f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
+        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish"
+    )
+    refiner = open_refiner(model, rounding, config, pick_device(config.device))
+
+    def code(image: LoadedImage) -> tuple[bytes, Measures]:
+        start, steps = time.perf_counter(), config.tot_inference_iterations
+        with Progress(image.name, steps + config.polish_passes, config.print_freq) as progress:
+            result = refiner.refine_image(image, progress)
+        coded = time.perf_counter()
+        decode_picture(refiner.coder, result.coded.bitstream)
+        times = {"coding": coded - start, "decoding": time.perf_counter() - coded}
+        estimate = {"estimate": result.trajectory.best["true_bpp"]}
+        return result.coded.bitstream, {**result.coded.measures["refined"], **estimate, **times}
+
+    return code
+
+
+def recipe_config(recipe: str, checkpoint: str, lmbda: float | None) -> RefineConfig:
+    """The refinement config of a recipe for this checkpoint; see `refining`."""
+    shipped = Path(__file__).parent / "example_files" / f"{recipe}.json"
+    path = shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
+    if not path.is_file():
+        raise InputError(f"--refine {recipe}: no such recipe; fast, best, or a config's path")
+    config = load_config(path, RefineConfig, source=f"--refine {recipe}")
+    own = [place / config.pretrain for place in (Path(), Path(__file__).parent)]
+    given = Path(checkpoint)
+    is_own = given.is_file() and any(file.is_file() and file.samefile(given) for file in own)
+    if lmbda is None and not is_own:
+        raise InputError(
+            f"--lmbda is missing: which lambda was {checkpoint} trained for? "
+            f"--refine {recipe} has {config.train_lambda:g} for {config.pretrain}"
+        )
+    values: dict[str, Any] = {"pretrain": checkpoint, "channels": None, "save_bitstreams": True}
+    if lmbda is not None:
+        values |= {"train_lambda": lmbda, "dev_options.inference_lambda": None}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return load_config(path, RefineConfig, overrides, f"--refine {recipe} --lmbda {lmbda}")
 
 
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:

@@ -1,13 +1,13 @@
 """Refine one image set by several methods, and say which is better and by how much.
 
 python compare.py --config example_files/compare/recipes_sample.json
-python compare.py --config example_files/compare/recipes_kodak.json --set path=KODAK
+python compare.py --config example_files/compare/recipes_sample.json --images PHOTOS --set images=0
 torchrun --nproc_per_node=2 compare.py --config example_files/compare/recipes_sample.json --quick
 
 Every method of the config meets every model and every seed. What is done is reused, so a stopped
 comparison goes on where it was, and a method can be added later. `--quick` takes a few sample
 photos and short schedules instead. In results/<save_name>/ each run has its folder,
-runs/<method>/<model>/; report.py says what lies beside them.
+runs/<method>/<model>/; reports/comparison.py says what lies beside them.
 """
 
 import json
@@ -18,13 +18,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import InputError, exits_with_one_line
 from config import (
     DATA_SETS,
     CompareConfig,
     ComparedModel,
-    InputError,
     RefineConfig,
-    exits_with_one_line,
     folder_name,
     load_config,
     parse_command_line,
@@ -32,15 +31,16 @@ from config import (
 
 # isort: split
 from common.device import pick_device
+from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks
+from common.records import read_records
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
-from figures import ComparedRun
 from models import load_checkpoint
 from refinement.polish import cost_in_steps
-from report import write_report
-from reporting import Cost, read_records
-from tables import published_curves
+from reports.compared_run import ComparedRun
+from reports.comparison import write_report
+from reports.comparison_tables import published_curves
 from train_flexible_inference import refine_images
 
 
@@ -59,10 +59,10 @@ class PlannedRun(NamedTuple):
 
 
 @exits_with_one_line
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then report; exit code 0, 1 where images failed, 2 for bad input."""
     flags = {"quick": "a few sample photos and short schedules"}
-    config = parse_command_line(CompareConfig, "Compare ways to refine an image set.", argv, flags)
+    config = parse_command_line(CompareConfig, __doc__, argv, flags)
     runs = plan_runs(config)
     refuse_what_is_missing(config)
     ranks = join_ranks()
@@ -73,15 +73,16 @@ def main(argv=None) -> int:
     for number, run in enumerate(runs, start=1):
         if ranks.rank == 0:
             print(f"\n[{number} of {len(runs)}] {run.folder}", flush=True)
-        told = partial(forecast.tell, run) if ranks.rank == 0 else lambda cost: None
-        worst = max(worst, refine_images(run.config, told))
+        on_image = partial(forecast.print_time_left, run) if ranks.rank == 0 else lambda cost: None
+        worst = max(worst, refine_images(run.config, on_image))
     compared = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
-    page = first_rank_does(ranks, lambda: write_report(config, compared, runs[0].config))
+    first = runs[0].config
+    page = first_rank_does(ranks, lambda: write_report(config, compared, first, open_images(first)))
     return worst if page else 1
 
 
 def refuse_what_is_missing(config: CompareConfig) -> None:
-    """Look at all that would be wanted hours later.
+    """Check all that is needed only hours later.
 
     Raises:
         InputError: a checkpoint, a published curve or the device is missing or wrong.
@@ -97,7 +98,7 @@ class Forecast:
 
     def __init__(self, runs: Sequence[PlannedRun], processes: int):
         self.processes = processes
-        self.told = False
+        self.has_printed_time = False
         self.passes, self.images = 0, 0
         for run in runs:
             done = len(set().union(*map(read_records, run.folder.glob("images*.jsonl"))))
@@ -107,13 +108,13 @@ class Forecast:
             self.images += left
 
     def in_words(self) -> str:
-        """What is to be done."""
+        """How much there is to do."""
         return f"{self.images} refinements to do, {self.passes:,} decoder passes"
 
-    def tell(self, run: PlannedRun, cost: Cost) -> None:
-        """Print a forecast from the first image that is done."""
-        if not self.told:
-            self.told = True
+    def print_time_left(self, run: PlannedRun, cost: Cost) -> None:
+        """Print a forecast from what the first image took; of later images do nothing."""
+        if not self.has_printed_time:
+            self.has_printed_time = True
             left = (self.passes - passes_of(run.config)) / self.processes
             minutes = left * cost.seconds / passes_of(run.config) / 60
             print(f"roughly {minutes:.0f} minutes more here, if images are as large", flush=True)

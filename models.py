@@ -16,9 +16,10 @@ from torch import Tensor
 from architectures import ARCHITECTURES, Architecture, MeanScale
 from architectures.distributions import use_coder_scales
 from common.compressai import rename_old_weights
+from common.errors import InputError
 from common.files import write_whole
 from common.weights import find_state_dict, read_checkpoint
-from config import Channels, InputError
+from config import Channels
 from fast.freezing import freeze_layers, use_fast_layers
 
 CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")

@@ -1,7 +1,7 @@
 """Refine the latents of images under a frozen model.
 
 python train_flexible_inference.py --config example_files/flexible_inference.json
-python train_flexible_inference.py --config example_files/baselines/sga.json --set save_name=mine
+python train_flexible_inference.py --config example_files/fast.json --images PHOTOS
 torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/two_class_ssl.json
 
 For every image: encode it to latents once, then move these by gradient descent on
@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from typing import Any
 
-from config import (
-    InputError,
-    Optimizer,
-    RefineConfig,
-    exits_with_one_line,
-    parse_command_line,
-)
+from common.errors import InputError, exits_with_one_line
+from config import Optimizer, RefineConfig, parse_command_line
 
 # isort: split
 import torch
@@ -33,8 +28,11 @@ from architectures import Architecture, Latents
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device
-from common.processes import join_ranks
-from datasets import LoadedImage, open_images, seed_of
+from common.images import LoadedImage, seed_of
+from common.measuring import Cost, Stopwatch, machine_facts
+from common.processes import first_rank_does, join_ranks
+from common.progress import Progress
+from datasets import open_images
 from experimental_inference_methods import Rounding, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound
@@ -46,9 +44,10 @@ from refinement.pace import Pace
 from refinement.polish import LEAST_POLISH, cost_in_steps, polish_batch
 from refinement.recorder import Recorder
 from refinement.result import Refined, result_of
+from refinement.run import Run, open_run
 from refinement.target import LambdaSearch, Start, refine_to_target
 from refinement.trajectory import ImageError, Trajectory
-from reporting import Cost, Progress, Run, Stopwatch, machine_facts, open_run
+from reports.run_report import write_run_report
 
 LBFGS_HISTORY = 100  # torch's own
 
@@ -56,7 +55,7 @@ LBFGS_HISTORY = 100  # torch's own
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Refine every image of a config; exit code 0, 1 when an image failed, 2 for bad input."""
-    return refine_images(parse_command_line(RefineConfig, "Refine the latents of images.", argv))
+    return refine_images(parse_command_line(RefineConfig, __doc__, argv))
 
 
 def refine_images(
@@ -81,19 +80,33 @@ def refine_images(
         "lmbda": None if config.target else config.lmbda,
         "weights": weights_hash(model), "N": model.N, "M": model.M, **machine_facts(device),
     })  # fmt: skip
-    bound = memory_bound(
-        model.N, model.M, config.max_memory_gb, device, ":" in config.device,
-        2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
-    )  # fmt: skip
-    coder = build_coder(model) if config.writes_files else None
-    refiner = Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
+    refiner = open_refiner(model, rounding, config, device)
 
     loaded = images.load(run.pending(images), config.num_workers)
     for batch in equal_sized(loaded, refiner.most_at_once):
         for image in batch:
             run.mention(image.name, image.notes)
         refine_and_save(refiner, batch, run, on_image)
-    return run.finish()
+    failed = run.gather_failures()
+    return first_rank_does(
+        ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
+    )
+
+
+def open_refiner(
+    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
+) -> "Refiner":
+    """What refines images as a config says; the model, as it was loaded, is frozen in place.
+
+    Raises:
+        InputError: the checkpoint's coding tables are broken.
+    """
+    bound = memory_bound(
+        model.N, model.M, config.max_memory_gb, device, ":" in config.device,
+        2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
+    )  # fmt: skip
+    coder = build_coder(model) if config.writes_files else None
+    return Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
 
 
 def refine_and_save(
@@ -183,6 +196,19 @@ class Refiner:
                     skip(image.name, str(error))
         return done
 
+    def refine_image(self, image: LoadedImage, progress: Progress) -> Refined:
+        """One image's result, its file included where there is a coder.
+
+        Raises:
+            ImageError: it has none; says why.
+        """
+
+        def fail(name: str, reason: str) -> None:
+            raise ImageError(reason)
+
+        ((_, result),) = self.refine_batch([image], progress, fail)
+        return result
+
     def _problem_of(self, batch: Sequence[LoadedImage]) -> Problem:
         if batch[0].x is None:
             raise ImageError(batch[0].error)
@@ -218,6 +244,8 @@ class Refiner:
         """Make a `BatchTooLargeError`, or an `ImageError` of one image, of what is raised."""
         try:
             yield
+        except ImageError:
+            raise
         except BitstreamError as error:  # while a target was searched, which takes one image
             raise ImageError(f"cannot be coded: {error}") from None
         except (InputError, RuntimeError, MemoryError) as error:

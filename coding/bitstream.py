@@ -6,8 +6,8 @@ from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import InputError
 from common.limits import MAX_PIXELS
-from config import InputError
 
 MAGIC, VERSION, SUFFIX = b"OLC", 1, ".olc"
 # name, type as in Python's struct (little-endian), meaning

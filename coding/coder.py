@@ -35,7 +35,7 @@ from coding.bitstream import (
 from coding.strings import apply_exceptions, decode, encode, list_exceptions
 from common.compressai import EntropyModel
 from common.device import is_out_of_memory
-from config import InputError
+from common.errors import InputError
 from fast.freezing import is_frozen
 from fast.tiles import coding_tile
 from metrics import picture_quality

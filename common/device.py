@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from config import InputError
+from common.errors import InputError
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from common.errors import InputError
 from common.pictures import RAW_SUFFIXES
-from config import InputError
 
 # What Pillow opens and photos come as.
 IMAGE_SUFFIXES = frozenset((

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from config import InputError
+from common.errors import InputError
 
 # How long a process waits for the others to start. torchrun has started them all: some may only be
 # slow to import. Without it WORLD_SIZE may be what another job left behind.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from config import InputError
+from common.errors import InputError
 
 # isort: split
 import safetensors.torch

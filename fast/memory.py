@@ -7,8 +7,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from common.errors import InputError
 from common.processes import processes_here
-from config import InputError
 from fast.tiles import HALO, STRIDE
 
 TILES = (256, 128, 64, 32, 16)  # sides of tiles, positions of y

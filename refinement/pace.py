@@ -1,4 +1,4 @@
-"""How steps are spread over a schedule when there is a time limit."""
+"""How fast a run moves through its schedule, so that the schedule ends with the time."""
 
 import math
 import time
@@ -8,14 +8,18 @@ from collections.abc import Callable
 class Pace:
     """Where in its schedule each step of a run stands: at its own number.
 
-    With a time limit steps move on by more than one where the speed so far asks for it, so that the
-    schedule ends with the time, however long it is.
+    With a time limit a step moves on by more than one position where the measured speed asks for
+    it, so that the schedule ends with the time, however long it is.
 
     Args:
         first, last: the schedule's first position and its end.
         seconds: the time limit, from now on.
         reserve: the fraction of `seconds` that is left to what comes after this schedule.
         least_steps: where the reserve is shorter than so many steps, none is kept.
+        clock: a time in seconds.
+
+    `steps_taken` counts the calls of `advance`; with a time limit `step_seconds` is the mean time
+    of a step, the first one left out, and 0 before the second.
     """
 
     def __init__(
@@ -30,8 +34,9 @@ class Pace:
         self.position: float = first
         self.last, self.seconds, self.clock = last, seconds, clock
         self.reserve, self.least_steps = reserve, least_steps
-        self.taken, self.start, self.first_taken = 0, clock(), 0.0
-        self.each = 0.0  # seconds a step, as far as known
+        self.start = clock()
+        self.steps_taken, self._first_step_seconds = 0, 0.0
+        self.step_seconds = 0.0
 
     @property
     def over(self) -> bool:
@@ -49,21 +54,23 @@ class Pace:
             self.seconds -= seconds
 
     def advance(self) -> None:
-        """A step was taken. The first one's time says little of the others'."""
-        self.taken += 1
+        """Move on after a step. The first step's time says little about the others' time."""
+        self.steps_taken += 1
         stride = 1
         if self.seconds is not None:
-            elapsed, left = self.elapsed, math.inf
-            if self.taken == 1:
-                self.first_taken = elapsed
+            elapsed, steps_left = self.elapsed, math.inf
+            if self.steps_taken == 1:
+                self._first_step_seconds = elapsed
             else:
-                self.each = (elapsed - self.first_taken) / (self.taken - 1)
-                left = round((self.seconds - self._reserved() - elapsed) / self.each)
-            over = left <= 1 or elapsed >= self.seconds
-            stride = self.last if over else max(1, (self.last - self.position) / left)
+                others = self.steps_taken - 1
+                self.step_seconds = (elapsed - self._first_step_seconds) / others
+                left = self.seconds - self._reserved_seconds() - elapsed
+                steps_left = round(left / self.step_seconds)
+            out_of_time = steps_left <= 1 or elapsed >= self.seconds
+            stride = self.last if out_of_time else max(1, (self.last - self.position) / steps_left)
         self.position = min(self.position + stride, self.last)
 
-    def _reserved(self) -> float:
-        """Seconds for what comes after."""
+    def _reserved_seconds(self) -> float:
+        """The time that is kept for what comes after."""
         reserved = self.reserve * self.seconds
-        return reserved if reserved >= self.least_steps * self.each else 0.0
+        return reserved if reserved >= self.least_steps * self.step_seconds else 0.0

@@ -20,11 +20,11 @@ from torch import Generator, Tensor
 
 from architectures import Latents
 from config import RefineConfig
-from experimental_inference_methods import gumbel_noise
 from objectives import Problem
 from refinement.noise import ImageNoise
 from refinement.pace import Pace
 from refinement.trajectory import Trajectory, metrics_of, row_of
+from rounding.noise import gumbel_noise
 
 HOT, COLD = 0.5, 0.02  # bits
 REACH = 1  # positions of y around a move where no other is made in the same pass
@@ -183,7 +183,9 @@ def polish_batch(
         if config.max_seconds:
             seconds = _share_of_time(config.max_seconds * len(problems), pace, len(problems),
                                      len(left) - nth)  # fmt: skip
-            if seconds < LEAST_POLISH * pace.each / len(problems):  # of a step of the whole batch
+            if seconds < LEAST_POLISH * pace.step_seconds / len(
+                problems
+            ):  # of a step of the whole batch
                 break
         passes = Pace(0, config.polish_passes, seconds)
         lowest = fmean(trajectories[index].lowest for index in left)
@@ -194,7 +196,7 @@ def polish_batch(
 
         latents = polish(own, trajectory.latents, passes, noise.of_image(index), on_pass)
         (metrics,), x_hat = metrics_of(own.true(latents), own.x)
-        step = trajectory.rows[-1]["step"] + passes.taken
+        step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
         row = row_of(at, metrics, metrics)
         trajectory.add(row, latents, x_hat, trajectory.clock[-1] + passes.elapsed)

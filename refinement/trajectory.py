@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from architectures import Latents
+from common.errors import InputError
 from metrics import picture_quality, psnr, to_8_bit
 from objectives import Terms
 
 Metrics = dict[str, float | None]
 
 
-class ImageError(Exception):
+class ImageError(InputError):
     """One image cannot be refined or coded; says why. The others go on."""
 
 

@@ -170,7 +170,7 @@ def assert_loads(source, network):
 
 def refusal_of(source):
     """The one line in which the file at `source` is refused."""
-    from config import InputError
+    from common.errors import InputError
     from models import load_checkpoint
 
     with pytest.raises(InputError) as refused:

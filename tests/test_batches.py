@@ -8,9 +8,9 @@ from PIL import Image
 
 from architectures import MeanScale
 from common.finding import find_images
+from common.images import ImageFiles, LoadedImage
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from datasets import ImageFiles, LoadedImage
 from experimental_inference_methods import METHODS, Temperature, build_rounding
 from passes import problem_of, refined
 from refinement.noise import image_by_image

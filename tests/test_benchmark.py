@@ -7,7 +7,9 @@ import skimage
 import torch
 from PIL import Image
 
-from benchmark import REFINEMENTS, SCHEDULE, main, plain_round, summed_up
+from benchmark import main, summed_up
+from benchmarks.refinement_loops import REFINEMENTS, plain_round
+from benchmarks.variant import SCHEDULE
 from experimental_inference_methods import build_rounding, gumbel_softmax, rounding_logits
 
 

@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from common.errors import InputError
 from common.weights import find_state_dict, read_checkpoint
-from config import Channels, InputError
+from config import Channels
 from conftest import TORCH_FORMATS, WEIGHTS, assert_loads, refusal_of
 from models import build_model, load_checkpoint, weights_hash
 

@@ -19,7 +19,8 @@ from architectures.distributions import Gaussians
 from codec import compress_picture
 from coding.bitstream import LAYOUT, BitstreamError, read_bitstream
 from coding.coder import build_coder, decode_latents, decode_picture, encode_latents
-from config import Channels, InputError
+from common.errors import InputError
+from config import Channels
 from conftest import ROOT, WEIGHTS, to_x
 from models import build_model, freeze, load_checkpoint, save_weights
 

@@ -17,10 +17,10 @@ from compare import main, plan_runs
 from config import CompareConfig, load_config
 from conftest import WEIGHTS, read_jsonl
 from datasets import open_images
-from figures import ComparedRun, colors_of, plot_loss
-from tables import half_interval
-
-NAMES = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
+from reports.compared_run import ComparedRun
+from reports.comparison_plots import colors_of, plot_loss
+from reports.comparison_tables import half_interval
+from runs import NAMES
 
 
 @pytest.fixture
@@ -189,6 +189,11 @@ WRONG = {
         {"methods": {"slow": {"config": "method.json",
                               "set": {"dev_options.improving_methods": {"sgaa": True}}}}},
         "improving_methods.sgaa: no such method",
+    ),
+    "no schedule": (
+        {"methods": {"slow": {"config": "method.json",
+                              "set": {"dev_options.temp_schedule": "cosine"}}}},
+        "dev_options.temp_schedule = 'cosine': there are exp, exp0, exp_of_run, linear",
     ),
     "same folder": (
         {"methods": {"slow": {"config": "method.json"}, "slow!": {"config": "method.json"}}},

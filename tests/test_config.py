@@ -1,14 +1,16 @@
 """Configs: published files load, wrong ones are refused by name."""
 
+import importlib
 import json
+import shlex
 
 import pytest
 
+from common.errors import InputError
 from compare import plan_runs
 from config import (
     CompareConfig,
     CustomLr,
-    InputError,
     PretrainConfig,
     RefineConfig,
     channels_of_lambda,
@@ -17,7 +19,9 @@ from config import (
     resolved,
 )
 from conftest import ROOT
+from datasets import open_images
 from experimental_inference_methods import rounding_from_config
+from schemas.reference import keys_of, reference
 
 EXAMPLES = sorted((ROOT / "example_files").rglob("*.json"))
 PRETRAIN_EXAMPLES = [path for path in EXAMPLES if "train" in f"{path.parent.name}{path.stem}"]
@@ -92,8 +96,8 @@ WRONG = {
     ),
     "number as text": (['train_lambda="0.01"'], 'train_lambda = "0.01": should be a valid number'),
     "not a choice": (
-        ["dev_options.temp_schedule=cosine"],
-        "dev_options.temp_schedule = \"cosine\": should be 'exp', 'exp0', 'exp_of_run' or 'linear'",
+        ["precision=float16"],
+        "precision = \"float16\": should be 'float32' or 'bfloat16'",
     ),
     "optimizer": (["optimizer.name=Adam"], "optimizer.name = \"Adam\": should be 'adam', 'sgd'"),
     "negative": (["eval_freq=0"], "eval_freq = 0: should be greater than or equal to 1"),
@@ -195,12 +199,17 @@ def test_channels_stand_in_for_the_rule(config_values, write_config):
     assert (config.channels.N, config.channels.M) == (192, 320)
 
 
+EXAMPLE = "A script.\n\npython script.py --config example.json\n"
+
+
 def test_the_published_command_line_is_accepted(config_values, write_config):
     path = str(write_config(config_values))
-    config = parse_command_line(RefineConfig, "", ["--load_json", "true", "--config", path])
+    config = parse_command_line(RefineConfig, EXAMPLE, ["--load_json", "true", "--config", path])
     assert config.save_name == "run"
     config = parse_command_line(
-        RefineConfig, "", ["--config", path, "--set", "seed=7", "--set", "dev_options.3c_power=2"]
+        RefineConfig,
+        EXAMPLE,
+        ["--config", path, "--set", "seed=7", "--set", "dev_options.3c_power=2"],
     )
     assert config.seed == 7
     assert config.dev_options.published_hyper_parameters == {"3c_power": 2.0}
@@ -251,3 +260,192 @@ def test_no_path_has_a_null_character(config_values, write_config):
     config_values["dev_options"]["path_test"]["folder"] = "a\0b"
     with pytest.raises(InputError, match="null character"):
         load_config(write_config(config_values), RefineConfig)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def _parsed(schema, path, *arguments):
+    return parse_command_line(schema, EXAMPLE, ["--config", str(path), *map(str, arguments)])
+
+
+def _refine_values(config_values):
+    """A config of the sample photos that takes fewer images than there are."""
+    del config_values["dev_options"]["path_test"]
+    config_values["dev_options"] |= {"folder": False, "sample": True}
+    return config_values | {"tot_batches": 1}
+
+
+def test_images_are_the_whole_data_set_of_a_refinement(config_values, write_config, photos):
+    path = write_config(_refine_values(config_values))
+    config = _parsed(RefineConfig, path, "--images", photos)
+    assert config.dev_options.data_set == "folder"
+    names = ["a_chelsea.png", "b_coffee.png", "c_rocket.png"]
+    assert open_images(config).names[: config.image_count] == names
+    one = _parsed(RefineConfig, path, "--images", photos / "b_coffee.png")
+    assert open_images(one).names == ["b_coffee.png"]
+
+
+def test_a_number_of_images_is_kept(config_values, write_config, photos):
+    values = _refine_values(config_values)
+    path = write_config(values)
+    assert _parsed(RefineConfig, path, "--images", photos, "--set", "images=2").image_count == 2
+    path = write_config(values | {"images": 1})
+    assert _parsed(RefineConfig, path, "--images", photos).image_count == 1
+    path = write_config(values | {"images": None})  # as a run's own config.json has it
+    assert _parsed(RefineConfig, path, "--images", photos).takes_all_images
+
+
+def test_images_are_the_whole_data_set_of_a_comparison(photos, write_config):
+    values = json.loads((ROOT / "example_files/compare/best_sample.json").read_text())
+    path = write_config({key: value for key, value in values.items() if key != "images"})
+    config = _parsed(CompareConfig, path, "--images", photos)
+    assert (config.data_set, config.path, config.images) == ("folder", str(photos), 0)
+    assert _parsed(CompareConfig, path, "--images", photos, "--set", "images=2").images == 2
+    assert _parsed(CompareConfig, path).images == 24
+    path = write_config(values | {"images": 4})
+    assert _parsed(CompareConfig, path, "--images", photos).images == 4
+
+
+def test_every_run_of_a_comparison_takes_all_of_these_images(photos, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "example_files/compare/best_sample.json"
+    runs = plan_runs(_parsed(CompareConfig, path, "--images", photos, "--set", "images=0"))
+    assert runs
+    for run in runs:
+        assert run.config.takes_all_images
+        assert len(open_images(run.config).names[: run.config.image_count]) == 3
+
+
+def test_images_are_what_is_trained_on(photos):
+    config = _parsed(PretrainConfig, ROOT / "example_files/pretrain.json", "--images", photos)
+    assert config.train_folder == str(photos)
+
+
+def test_a_folder_called_sample_is_no_word_for_the_sample_photos(photos, monkeypatch):
+    photos.rename(photos.with_name("sample"))
+    monkeypatch.chdir(photos.parent)
+    path = ROOT / "example_files/fast.json"
+    assert len(open_images(_parsed(RefineConfig, path, "--images", "sample")).names) == 3
+    path = ROOT / "example_files/train_demo.json"
+    assert _parsed(PretrainConfig, path, "--images", "sample").train_folder == "./sample"
+
+
+CONFIG_SCRIPTS = {
+    "train_flexible_inference": "example_files/fast.json",
+    "train": "example_files/train_demo.json",
+    "compare": "example_files/compare/demo.json",
+}
+
+
+@pytest.mark.parametrize("script", CONFIG_SCRIPTS)
+def test_images_that_do_not_exist_are_one_line(script, capsys):
+    main = importlib.import_module(script).main
+    assert main(["--config", str(ROOT / CONFIG_SCRIPTS[script]), "--images", "no/where"]) == 2
+    assert capsys.readouterr().err == "error: --images no/where: no such file or folder\n"
+
+
+def test_a_wrong_key_beside_images_is_named_with_what_was_given(photos):
+    arguments = ["--images", photos, "--set", "sed=1"]
+    with pytest.raises(InputError) as refused:
+        _parsed(RefineConfig, "example_files/fast.json", *arguments)
+    start = f"example_files/fast.json with --images {photos} with --set sed=1: unknown key 'sed'"
+    assert str(refused.value).startswith(start)
+
+
+def test_quick_takes_no_images_of_ones_own(photos, capsys):
+    main = importlib.import_module("compare").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", CONFIG_SCRIPTS["compare"], "--images", str(photos), "--quick"])
+    assert ended.value.code == 2
+    assert "not allowed with argument --images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [*CONFIG_SCRIPTS, "codec", "benchmark", "datasets"])
+def test_help_ends_with_examples_whose_files_exist(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main(["--help"])
+    assert ended.value.code == 0
+    _, _, end = capsys.readouterr().out.partition("\nexamples:\n")
+    examples = end.splitlines()
+    assert len(examples) >= 3
+    for example in examples:
+        words = shlex.split(example, comments=True)
+        assert words[0] in ("python", "torchrun")
+        assert f"{script}.py" in words
+        for word in words:
+            assert not word.startswith("example_files/") or (ROOT / word).is_file(), word
+        if "--config" in words:
+            assert words[words.index("--config") + 1].startswith("example_files/")
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+SCHEMAS = (RefineConfig, PretrainConfig, CompareConfig)
+
+
+def test_the_reference_is_current():
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python config.py > docs/config.md"
+    assert "python config.py > docs/config.md" in page
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_every_key_is_described(schema):
+    keys = keys_of(schema)
+    assert [key.name for key in keys if len(key.description) < 10] == []
+    assert len({key.name for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_the_reference_has_every_key_that_the_example_files_have(schema):
+    paths = {
+        RefineConfig: REFINE_EXAMPLES,
+        PretrainConfig: PRETRAIN_EXAMPLES,
+        CompareConfig: COMPARE_EXAMPLES,
+    }[schema]
+    known = {key.name for key in keys_of(schema)}
+    free = {"improving_methods", "rounding_params", "set", "groups", "published"}
+
+    def names(values, prefix=""):
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            yield name
+            if isinstance(value, dict) and key not in free:
+                inner = value.values() if key == "methods" else [value]
+                place = ".NAME" if key == "methods" else ""
+                for entry in inner:
+                    yield from names(entry, f"{name}{place}.")
+            if isinstance(value, list):
+                for entry in value:
+                    yield from names(entry, f"{name}[].") if isinstance(entry, dict) else ()
+
+    for path in paths:
+        assert {*names(json.loads(path.read_text()))} <= known, path
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "default"),
+    [
+        ("images", "whole number from 0 or null", "`null`"),
+        ("optimizer.name", "`adam`, `sgd` or `LBFGS`", '`"adam"`'),
+        ("optimizer.momentum", "number from 0 below 1", "`0.0`"),
+        ("dev_options.3c_power", "number above 0 or null", "`null`"),
+        ("dev_options.path_test.folder", "path or null", "`null`"),
+        ("early_stop.evaluations", "whole number from 2", "`5`"),
+        ("dev_options.improving_methods", "{NAME: true or false}", "`{}`"),
+        ("save_name", "text", "required"),
+    ],
+)
+def test_the_reference_says_values_and_defaults_in_words(name, values, default):
+    (key,) = (key for key in keys_of(RefineConfig) if key.name == name)
+    assert (key.values, key.default) == (values, default)
+
+
+def test_keys_without_effect_say_so():
+    idle = {
+        "cycle_length", "path_train", "path_train.train_imagenet", "lr.curl_lr",
+    }  # fmt: skip
+    both = [*keys_of(RefineConfig), *keys_of(PretrainConfig)]
+    found = {key.name for key in both if key.description.startswith("No effect")}
+    assert found == idle

@@ -8,11 +8,13 @@ import skimage
 import tifffile
 import torch
 from PIL import Image
-from profiles import ADOBE_RGB, srgb_of
 
+from common.errors import InputError
 from common.finding import IMAGE_SUFFIXES, find_images
-from config import InputError, RefineConfig, load_config
-from datasets import ImageFiles, clic, open_images, seed_of
+from common.images import ImageFiles, seed_of
+from config import RefineConfig, load_config
+from datasets import clic_tfrecords, open_images
+from profiles import ADOBE_RGB, srgb_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]
 
@@ -347,7 +349,7 @@ def test_a_path_to_clic_is_searched_or_refused_never_downloaded_into(
         "pictures",
     ]
     with pytest.raises(InputError, match=r"train_clic_imagenet: no clic that tensorflow-datasets"):
-        clic(str(tmp_path / "pictures"))
+        clic_tfrecords(str(tmp_path / "pictures"))
 
 
 def test_crops_do_not_change_with_the_seed_of_the_noise(config_values, write_config, tmp_path):

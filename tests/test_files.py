@@ -257,7 +257,7 @@ def _trajectory(folder):
 
 
 def test_only_one_target(config_values, write_config):
-    from config import InputError
+    from common.errors import InputError
 
     path = write_config(config_values)
     with pytest.raises(InputError, match="give only one"):

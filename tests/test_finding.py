@@ -6,9 +6,9 @@ import pytest
 import skimage
 from PIL import Image
 
+from common.errors import InputError
 from common.files import fitting, printable, user_path, write_whole
 from common.finding import find_by_suffix, find_images
-from config import InputError
 
 PHOTO = Image.fromarray(skimage.data.chelsea()[:40, :60])
 

@@ -11,7 +11,8 @@ from architectures import Group
 from architectures.distributions import FactorizedPrior
 from architectures.walk import rounded
 from common.device import pick_device
-from config import Channels, InputError
+from common.errors import InputError
+from config import Channels
 from conftest import WEIGHTS, to_x
 from fast.gdn import FrozenGDN
 from models import build_model, freeze, load_checkpoint

@@ -11,10 +11,11 @@ import pytest
 import skimage
 import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
-from profiles import ADOBE_RGB, DISPLAY_P3, SRGB, profile_of, srgb_of
 
 from common.limits import MAX_PIXELS
-from common.pictures import FIRST_FRAME, read_picture
+from common.pictures import read_picture
+from common.tiff import FIRST_FRAME
+from profiles import ADOBE_RGB, DISPLAY_P3, SRGB, profile_of, srgb_of
 
 PHOTO = skimage.data.chelsea()[60:100, 100:160]  # [40, 60, 3]
 GREY = np.array(Image.fromarray(PHOTO).convert("L"))

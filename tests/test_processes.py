@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from common.errors import InputError
 from common.processes import Ranks, StopSignal, first_rank_does, join_ranks, processes_here
-from config import InputError
 from conftest import ends_of, free_port, launch
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
@@ -100,7 +100,7 @@ def test_a_process_whose_others_never_come_says_so_and_ends():
     script = """
         import sys
         from common import processes
-        from config import exits_with_one_line
+        from common.errors import exits_with_one_line
         sys.exit(exits_with_one_line(lambda argv: processes.join_ranks(patience=2))())
     """
     with socket.create_server(("", 0)) as stranger:  # it takes connections, and never answers
@@ -133,7 +133,7 @@ def test_whatever_the_first_rank_raises_reaches_all():
     script = """
         import time
         from common.processes import first_rank_does, join_ranks
-        from config import InputError
+        from common.errors import InputError
 
         class Needs(Exception):
             def __init__(self, one, two):
@@ -179,7 +179,7 @@ def test_where_one_process_fails_alone_the_others_end_soon(waits_in):
     script = f"""
         import sys, time
         from common.processes import StopSignal, first_rank_does, gather, join_ranks
-        from config import exits_with_one_line
+        from common.errors import exits_with_one_line
 
         @exits_with_one_line
         def main(argv):

@@ -18,20 +18,23 @@ import torch
 from compressai.utils.plot import __main__ as compressai_plot
 from PIL import Image
 
+from common.errors import InputError
 from compare import main, plan_runs
-from config import CompareConfig, InputError, load_config
+from config import CompareConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
-from figures import ComparedRun, Detail, candidate_probabilities, plot_details
+from datasets import open_images
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
-from report import details_of
-from tables import (
+from reports.classical_codecs import coded_by
+from reports.compared_run import ComparedRun
+from reports.comparison_plots import candidate_probabilities, plot_details
+from reports.comparison_tables import (
     bd_table,
-    coded_by,
     curve_points,
     image_table,
     mean_points,
     published_curves,
 )
+from reports.details import Detail, details_of
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -200,7 +203,7 @@ def test_details_are_what_the_run_decoded(compared):
     config, _ = compared
     run = next(run for run in plan_runs(config) if run.method == "not polished")
     done = ComparedRun(run.method, run.model.label, run.seed, run.folder)
-    original, base, refined = details_of([done], run.config, "cat.png")
+    original, base, refined = details_of([done], run.config, open_images(run.config), "cat.png")
     record = read_jsonl(run.folder / "images.jsonl")[0]
     pixels = [(detail.x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
               for detail in (original, base, refined)]  # fmt: skip

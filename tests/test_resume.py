@@ -9,6 +9,9 @@ import pytest
 import skimage
 from PIL import Image
 
+import common.records
+import refinement.run
+from common.records import append_record
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from passes import problem_of, refined
@@ -91,13 +94,9 @@ def test_a_line_that_is_no_record_is_no_matter(config_values, write_config, caps
 
 def test_records_are_added_line_by_line(config_values, write_config, monkeypatch):
     """Not written anew, all of them, for each image."""
-    import reporting
-
     whole = []
-    written = reporting.write_records
-    monkeypatch.setattr(
-        reporting, "write_records", lambda path, records: whole.append(written(path, records))
-    )
+    for module in (common.records, refinement.run):
+        monkeypatch.setattr(module, "write_records", lambda path, records: whole.append(path))
     assert run(write_config(config_values)) == 0
     assert len(numbers(results(config_values))) == 3
     assert len(whole) == 0
@@ -222,8 +221,6 @@ def test_a_home_is_a_home_everywhere(config_values, write_config, photos, tmp_pa
 
 def test_a_torn_line_takes_no_other_with_it(tmp_path, small_files):
     """A disk that was full for one record, and was not for the next."""
-    from reporting import append_record
-
     path = tmp_path / "images.jsonl"
     append_record(path, {"name": "one"})
     small_files(path.stat().st_size + 5)

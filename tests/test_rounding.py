@@ -4,12 +4,16 @@ import inspect
 import json
 import math
 import re
+import subprocess
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from config import InputError, RefineConfig, load_config
+from common.errors import InputError
+from config import RefineConfig, load_config
 from conftest import ROOT
 from experimental_inference_methods import (
     BASELINE_TEMPERATURE,
@@ -23,7 +27,9 @@ from experimental_inference_methods import (
     rounding_logits,
     rounding_method,
     soft_round,
+    temperature_schedule,
 )
+from rounding.temperature import SCHEDULES
 
 TABLES = json.loads((ROOT / "tests/reference/rounding_logits.json").read_text())
 FLAT = Temperature(rate=0.0, ub=1.0)
@@ -225,10 +231,18 @@ def test_temp_uste_rounds_on_a_lattice_of_width_w():
     assert (on_lattice * 0.5 - v).abs().max() <= 0.25 + 0.25
 
 
-def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config, monkeypatch):
-    monkeypatch.setattr("experimental_inference_methods.METHODS", dict(METHODS))
-    monkeypatch.setitem(rounding_method.__globals__, "METHODS", dict(METHODS))
+@pytest.fixture
+def restored_registries():
+    """What a test registers is known to the project during the test, and to no test after it."""
+    before = [*METHODS], [*SCHEDULES]
+    with patch.dict(METHODS), patch.dict(SCHEDULES):
+        yield
+        assert ([*METHODS], [*SCHEDULES]) != before, "the test registered nothing"
+    assert ([*METHODS], [*SCHEDULES]) == before
 
+
+@pytest.mark.usefixtures("restored_registries")
+def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config):
     @rounding_method("sga_logits_3c", logits="gaussian", candidates=nearest_three)
     def gaussian(s, *, width):
         return -((s / width) ** 2)
@@ -246,6 +260,50 @@ def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config, 
     rounding = rounding_from_config(load_config(write_config(config_values), RefineConfig))
     assert rounding.params == {"width": 0.5}
     assert rounding(torch.tensor([0.1, 1.8]), 1e-8).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.usefixtures("restored_registries")
+def test_a_researcher_adds_a_temperature_schedule_in_a_few_lines(config_values, write_config):
+    @temperature_schedule("halved")
+    def halved(step, rate, ub, steps):
+        return ub * 0.5 ** (rate * step / steps)
+
+    assert len(inspect.getsource(halved).splitlines()) < 10
+    options = config_values["dev_options"]
+    options |= {"temp_schedule": "halved", "temp_rate": 3}
+    options["sga_logits_params"]["ub"] = 0.8
+    config_values["tot_inference_iterations"] = 30
+    rounding = rounding_from_config(load_config(write_config(config_values), RefineConfig))
+    marks = [rounding.temperature(step) for step in (0, 10, 20, 30, -10)]
+    assert marks == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.8])  # the last is clipped to ub
+
+
+def test_unknown_temperature_schedules_are_refused_by_name(config_values, write_config):
+    config_values["dev_options"]["temp_schedule"] = "cosine"
+    message = "dev_options.temp_schedule = 'cosine': there are exp, exp0, exp_of_run, linear"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+
+
+@pytest.mark.parametrize("method", ["sga", "ste"])
+def test_methods_that_ignore_the_schedule_refuse_an_unknown_one_too(
+    config_values, write_config, method
+):
+    options = config_values["dev_options"]
+    options |= {"temp_schedule": "cosine", "improving_methods": {method: True}}
+    with pytest.raises(InputError, match="temp_schedule = 'cosine'"):
+        rounding_from_config(load_config(write_config(config_values), RefineConfig))
+
+
+def test_the_registry_needs_nothing_of_what_it_registers():
+    """The registries are filled by the front door alone; nothing under `rounding` needs it."""
+    script = (
+        "import sys; import rounding.chosen; from rounding.registry import METHODS; "
+        "assert 'experimental_inference_methods' not in sys.modules; assert not METHODS; "
+        "import experimental_inference_methods as front; assert front.METHODS is METHODS; "
+        "assert METHODS"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from experimental_inference_methods import Rounding
 from objectives import Problem
 from passes import problem_of, refined
 from refinement.pace import Pace
-from reporting import mean_trajectory
+from reports.run_tables import mean_trajectory
 from train_flexible_inference import main
 
 
@@ -45,7 +45,7 @@ def test_the_schedule_ends_with_the_time(seconds, steps, slower):
     while not pace.over:
         positions.append(pace.position)
         halfway = slower if pace.elapsed > seconds / 2 else 1
-        clock.now += 0.3 if pace.taken == 0 else 0.1 * halfway
+        clock.now += 0.3 if pace.steps_taken == 0 else 0.1 * halfway
         pace.advance()
     strides = np.diff([*positions, 500])
     assert strides.min() >= 1
@@ -225,9 +225,9 @@ def test_a_slow_first_step_is_no_measure_of_the_others():
     clock = Clock()
     pace = Pace(0, 500, 10, clock=clock)
     while not pace.over:
-        clock.now += 0.1 if pace.taken else 3.0
+        clock.now += 0.1 if pace.steps_taken else 3.0
         pace.advance()
-    assert pace.taken == pytest.approx(71, abs=2)
+    assert pace.steps_taken == pytest.approx(71, abs=2)
 
 
 def test_what_comes_after_the_schedule_has_its_share_of_the_time():

@@ -10,7 +10,8 @@ import skimage
 import torch
 from PIL import Image
 
-from config import Channels, InputError
+from common.errors import InputError
+from config import Channels
 from conftest import ROOT, WEIGHTS, read_jsonl
 from fast.memory import TILES, MemoryBound, memory_bound
 from fast.tiles import coding_tile, tiled_error, tiles_of
@@ -140,7 +141,7 @@ import sys, torch
 from fast.pool import keep_pages
 from models import freeze, load_checkpoint
 from objectives import Problem, RateDistortion
-from reporting import Stopwatch
+from common.measuring import Stopwatch
 tile = int(sys.argv[2]) or None
 keep_pages()
 model = freeze(load_checkpoint(sys.argv[1]))

@@ -15,6 +15,7 @@ import skimage
 import torch
 from PIL import Image
 
+import datasets
 import train
 from architectures import MeanScale
 from architectures.distributions import FactorizedPrior
@@ -26,9 +27,10 @@ from metrics import picture_quality
 from models import build_model, load_checkpoint
 from objectives import RateDistortion
 from passes import true_terms
+from pretraining import validation
+from pretraining.step import TrainingState, build_optimizers, train_step
 from pretraining.training_pass import TrainingPass
-from reporting import Window
-from train import TrainingState, build_optimizers, train_step
+from pretraining.window import Window
 
 ALONE = Ranks(0, 1, 0)
 
@@ -368,7 +370,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
 
     if trouble == "too large":
         limits = MemoryBound(8, 12, limit=1.3e9, base=1.3e9)
-        monkeypatch.setattr(train, "memory_bound", lambda *_: limits)
+        monkeypatch.setattr(validation, "memory_bound", lambda *_: limits)
     else:
         monkeypatch.setattr(MeanScale, "analyze", fail)
         if trouble == "another":
@@ -413,8 +415,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run, values, optimizer):
 
 
 def test_tfrecords_resume_to_the_bit_too(run, values, tmp_path):
-    import datasets
-
     folder = str(tmp_path / "records")
     assert datasets.main(["make-tfrecords", "--images", values["train_folder"], "--out", folder,
                           "--shards", "2", "--workers", "1"]) == 0  # fmt: skip
@@ -529,14 +529,14 @@ def test_two_processes_train_one_model(values, write_config, tmp_path):
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch, train
-        wrap, checkpoint, trained = train.wrap, train.TrainingState.checkpoint, []
+        distribute, checkpoint, trained = train.distribute, train.TrainingState.checkpoint, []
         def keeping(network, ranks):
             trained.append(network.model.network)
-            return wrap(network, ranks)
+            return distribute(network, ranks)
         def spying(self, ranks):
             torch.save(trained[0].state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
             return checkpoint(self, ranks)
-        train.wrap, train.TrainingState.checkpoint = keeping, spying
+        train.distribute, train.TrainingState.checkpoint = keeping, spying
         sys.exit(train.main())
     """)
     )

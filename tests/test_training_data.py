@@ -13,25 +13,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from profiles import DISPLAY_P3, profile_of
 
 import datasets
-from config import InputError, PretrainConfig
+from common.errors import InputError
+from common.finding import find_images
+from common.images import ImageFiles
+from common.optional_packages import import_tensorflow, import_tensorflow_datasets
+from config import PretrainConfig
 from conftest import ROOT
-from datasets import (
-    INDEX_NAME,
-    READ_FAILED,
-    TOO_SMALL,
-    Draws,
-    FolderCrops,
-    ImageFiles,
-    RecordCrops,
-    clic,
-    epoch_order,
-    imagenet_tfrecords,
-    import_tensorflow,
-    open_training_data,
-)
+from datasets import clic_tfrecords, open_training_data
+from pretraining.draws import READ_FAILED, TOO_SMALL, Draws
+from pretraining.folder_crops import FolderCrops
+from pretraining.make_tfrecords import MANIFEST_NAME
+from pretraining.tfrecord_crops import TfrecordCrops
+from pretraining.tfrecord_index import INDEX_NAME, epoch_order, index_tfrecords
+from profiles import DISPLAY_P3, profile_of
 
 SIZE = 64
 
@@ -50,7 +46,7 @@ def encode(pixels, form="PNG", **options):
     return buffer.getvalue()
 
 
-def write_records(path, images):
+def write_tfrecord(path, images):
     """A tfrecord of the published features, written by tensorflow itself."""
     tf = import_tensorflow()
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -65,12 +61,12 @@ def write_records(path, images):
 
 
 @pytest.fixture
-def records(tmp_path):
+def tfrecords(tmp_path):
     """Twenty pictures of distinct numbers in three files."""
     folder = tmp_path / "records"
     folder.mkdir()
     for shard, numbers in enumerate(np.array_split(np.arange(20), 3)):
-        write_records(
+        write_tfrecord(
             folder / f"train-{shard}.tfrecord", [encode(picture(number)) for number in numbers]
         )
     return folder
@@ -79,7 +75,7 @@ def records(tmp_path):
 def draw(folder, count, *, seed=0, rank=0, world=1, position=0, batch_size=1, size=SIZE, **options):
     """`count` batches, and what was skipped."""
     skipped = {}
-    data = RecordCrops(imagenet_tfrecords(folder), size, batch_size, 2, **options)
+    data = TfrecordCrops(index_tfrecords(folder), size, batch_size, 2, **options)
     batches = data.batches(Draws(seed, rank, world, position), skipped.__setitem__)
     drawn = [next(batches) for _ in range(count)]
     batches.close()
@@ -100,8 +96,8 @@ def is_crop(x, number, size=SIZE):
     return np.array_equal(pixels, whole[top : top + size, left : left + size])
 
 
-def test_an_epoch_has_every_record_once_as_a_crop_of_it(records):
-    drawn, skipped = draw(records, 10, batch_size=2)
+def test_an_epoch_has_every_example_once_as_a_crop_of_it(tfrecords):
+    drawn, skipped = draw(tfrecords, 10, batch_size=2)
     assert drawn[0].x.shape == (2, 3, SIZE, SIZE)
     assert drawn[0].x.dtype == torch.uint8
     assert drawn[0].x.is_contiguous(memory_format=torch.channels_last)
@@ -111,8 +107,8 @@ def test_an_epoch_has_every_record_once_as_a_crop_of_it(records):
     assert not skipped
 
 
-def test_crops_lie_everywhere_and_half_are_mirrored(records):
-    drawn, _ = draw(records, 200)
+def test_crops_lie_everywhere_and_half_are_mirrored(tfrecords):
+    drawn, _ = draw(tfrecords, 200)
     crops = [batch.x[0] for batch in drawn]
     mirrored = sum(bool(x[0, 0, 0] > x[0, 0, -1]) for x in crops)
     assert 70 < mirrored < 130
@@ -123,39 +119,39 @@ def test_crops_lie_everywhere_and_half_are_mirrored(records):
     assert {0, 36} <= set(lefts) and {0, 26} <= set(tops)
 
 
-def test_the_seed_decides_order_and_crops(records):
-    first, _ = draw(records, 20)
-    again, _ = draw(records, 20, num_workers=1)
-    other, _ = draw(records, 20, seed=1)
+def test_the_seed_decides_order_and_crops(tfrecords):
+    first, _ = draw(tfrecords, 20)
+    again, _ = draw(tfrecords, 20, num_workers=1)
+    other, _ = draw(tfrecords, 20, seed=1)
     assert all(torch.equal(a.x, b.x) for a, b in zip(first, again, strict=True))
     assert numbers_of(first) != numbers_of(other)
-    later, _ = draw(records, 40)
+    later, _ = draw(tfrecords, 40)
     assert numbers_of(later)[20:] != numbers_of(later)[:20]
 
 
 @pytest.mark.parametrize("start", [3, 7, 15])
-def test_a_resumed_reading_goes_on_with_the_same_crops(records, start):
-    unbroken, _ = draw(records, 20, batch_size=3)
-    resumed, _ = draw(records, 20 - start, batch_size=3, position=unbroken[start - 1].position)
+def test_a_resumed_reading_goes_on_with_the_same_crops(tfrecords, start):
+    unbroken, _ = draw(tfrecords, 20, batch_size=3)
+    resumed, _ = draw(tfrecords, 20 - start, batch_size=3, position=unbroken[start - 1].position)
     for a, b in zip(unbroken[start:], resumed, strict=True):
         assert torch.equal(a.x, b.x)
         assert a.position == b.position
 
 
-def test_ranks_share_an_epoch(records):
-    parts = [numbers_of(draw(records, 10, rank=rank, world=2)[0]) for rank in (0, 1)]
+def test_ranks_share_an_epoch(tfrecords):
+    parts = [numbers_of(draw(tfrecords, 10, rank=rank, world=2)[0]) for rank in (0, 1)]
     assert sorted(parts[0] + parts[1]) == list(range(20))
-    alone = numbers_of(draw(records, 20)[0])
+    alone = numbers_of(draw(tfrecords, 20)[0])
     assert alone[0::2] == parts[0]
     assert alone[1::2] == parts[1]
 
 
-def test_cycle_length_files_are_open_at_a_time(records):
-    places = imagenet_tfrecords(records)
-    order = epoch_order(places, 0, 0, cycle_length=1)
-    files = places.file[order]
+def test_cycle_length_files_are_open_at_a_time(tfrecords):
+    index = index_tfrecords(tfrecords)
+    order = epoch_order(index, 0, 0, cycle_length=1)
+    files = index.file[order]
     assert sum(np.diff(files) != 0) == 2  # one file after the other
-    assert sum(np.diff(places.file[epoch_order(places, 0, 0, cycle_length=3)]) != 0) > 4
+    assert sum(np.diff(index.file[epoch_order(index, 0, 0, cycle_length=3)]) != 0) > 4
     assert sorted(order) == list(range(20))
 
 
@@ -163,7 +159,7 @@ def test_cycle_length_files_are_open_at_a_time(records):
     ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"),
                        ("PNG", "L"), ("PNG", "P"), ("PNG", "I;16"), ("BMP", "RGB")]
 )  # fmt: skip
-def test_every_form_of_record_looks_as_in_pillow(tmp_path, form, mode):
+def test_every_form_of_example_looks_as_in_pillow(tmp_path, form, mode):
     base = np.add.outer(np.arange(SIZE), np.arange(SIZE)).astype(np.uint8)
     if mode == "I;16":
         image = Image.fromarray(base.astype(np.uint16) * 257 + np.uint16(100))
@@ -175,7 +171,7 @@ def test_every_form_of_record_looks_as_in_pillow(tmp_path, form, mode):
     data = encode(image, form)
     if expected is None:
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    write_records(tmp_path / "a.tfrecord", [data])
+    write_tfrecord(tmp_path / "a.tfrecord", [data])
     ((batch,), skipped) = draw(tmp_path / "a.tfrecord", 1)
     pixels = batch.x[0].permute(1, 2, 0).numpy().astype(int)
     error = min(np.abs(pixels - expected).max(), np.abs(pixels[:, ::-1] - expected).max())
@@ -184,17 +180,17 @@ def test_every_form_of_record_looks_as_in_pillow(tmp_path, form, mode):
     assert not skipped
 
 
-def test_damaged_and_small_records_are_named_and_all_others_used(tmp_path):
+def test_damaged_and_small_examples_are_named_and_all_others_used(tmp_path):
     jpeg = encode(picture(0), "JPEG")
     images = [encode(picture(number)) for number in range(8)]
     images[2] = jpeg[: len(jpeg) // 3]
     images[3] = b"no picture"
     images[4] = encode(picture(4, width=SIZE - 1))
     path = tmp_path / "bad.tfrecord"
-    write_records(path, images)
-    places = imagenet_tfrecords(path)
+    write_tfrecord(path, images)
+    index = index_tfrecords(path)
     data = bytearray(path.read_bytes())
-    data[int(places.offset[6]) + 200] ^= 4  # breaks record 6's checksum alone
+    data[int(index.offset[6]) + 200] ^= 4  # breaks example 6's checksum alone
     path.write_bytes(data)
     drawn, skipped = draw(path, 9)
     assert set(numbers_of(drawn)) == {0, 1, 5, 7}
@@ -208,7 +204,7 @@ def test_damaged_and_small_records_are_named_and_all_others_used(tmp_path):
 
 def test_a_truncated_file_is_used_up_to_its_break(tmp_path):
     path = tmp_path / "cut.tfrecord"
-    write_records(path, [encode(picture(number)) for number in range(4)])
+    write_tfrecord(path, [encode(picture(number)) for number in range(4)])
     path.write_bytes(path.read_bytes()[:-40])
     drawn, skipped = draw(path, 6)
     assert sorted(numbers_of(drawn)[:3]) == [0, 1, 2]
@@ -218,52 +214,52 @@ def test_a_truncated_file_is_used_up_to_its_break(tmp_path):
 
 
 @pytest.mark.parametrize("images", [[picture(1, width=30)] * 3, [b"x"] * 3])
-def test_data_without_one_usable_record_are_refused(tmp_path, images):
+def test_data_without_one_usable_example_are_refused(tmp_path, images):
     encoded = [image if isinstance(image, bytes) else encode(image) for image in images]
-    write_records(tmp_path / "a.tfrecord", encoded)
+    write_tfrecord(tmp_path / "a.tfrecord", encoded)
     with pytest.raises(InputError, match=r"not one image gives a crop of 64x64"):
         draw(tmp_path, 1)
 
 
-def test_places_are_kept_until_a_file_changes(records):
-    first = imagenet_tfrecords(records)
-    stamp = (records / INDEX_NAME).stat().st_mtime_ns
-    again = imagenet_tfrecords(records)
-    assert (records / INDEX_NAME).stat().st_mtime_ns == stamp
+def test_places_are_kept_until_a_file_changes(tfrecords):
+    first = index_tfrecords(tfrecords)
+    stamp = (tfrecords / INDEX_NAME).stat().st_mtime_ns
+    again = index_tfrecords(tfrecords)
+    assert (tfrecords / INDEX_NAME).stat().st_mtime_ns == stamp
     assert np.array_equal(first.offset, again.offset)
-    write_records(records / "train-1.tfrecord", [encode(picture(50))])
-    assert len(imagenet_tfrecords(records).file) == len(first.file) - 6
-    whole = (records / INDEX_NAME).read_bytes()
+    write_tfrecord(tfrecords / "train-1.tfrecord", [encode(picture(50))])
+    assert len(index_tfrecords(tfrecords).file) == len(first.file) - 6
+    whole = (tfrecords / INDEX_NAME).read_bytes()
     for damaged in (b"", b"damaged", whole[:-30]):
-        (records / INDEX_NAME).write_bytes(damaged)
-        assert len(imagenet_tfrecords(records).file) == len(first.file) - 6
+        (tfrecords / INDEX_NAME).write_bytes(damaged)
+        assert len(index_tfrecords(tfrecords).file) == len(first.file) - 6
 
 
-def test_zeros_after_the_records_are_no_records(records):
-    path = records / "train-0.tfrecord"
+def test_zeros_after_the_examples_are_no_examples(tfrecords):
+    path = tfrecords / "train-0.tfrecord"
     path.write_bytes(path.read_bytes() + bytes(1600))
-    places = imagenet_tfrecords(records)
-    assert len(places.file) == 20
-    assert "1600 bytes left out" in places.damaged[str(path)]
+    index = index_tfrecords(tfrecords)
+    assert len(index.file) == 20
+    assert "1600 bytes left out" in index.damaged[str(path)]
 
 
-def test_a_file_that_vanishes_is_skipped_and_all_of_them_end_the_data(records):
-    data = RecordCrops(imagenet_tfrecords(records), SIZE, 1, 2)
-    (records / "train-2.tfrecord").unlink()
+def test_a_file_that_vanishes_is_skipped_and_all_of_them_end_the_data(tfrecords):
+    data = TfrecordCrops(index_tfrecords(tfrecords), SIZE, 1, 2)
+    (tfrecords / "train-2.tfrecord").unlink()
     skipped = {}
     batches = data.batches(Draws(0), skipped.__setitem__)
     assert max(numbers_of([next(batches) for _ in range(40)])) < 14
     assert set(skipped.values()) == {READ_FAILED}
     assert len(skipped) == 6
-    for file in records.glob("*.tfrecord"):
+    for file in tfrecords.glob("*.tfrecord"):
         file.unlink()
     with pytest.raises(InputError, match="not readable"):
         for _ in range(1000):
             next(batches)
 
 
-def test_every_rank_finds_the_only_usable_record(tmp_path):
-    write_records(tmp_path / "a.tfrecord", [encode(picture(1))])
+def test_every_rank_finds_the_only_usable_example(tmp_path):
+    write_tfrecord(tmp_path / "a.tfrecord", [encode(picture(1))])
     for rank in (0, 1, 2):
         drawn, _ = draw(tmp_path, 2, rank=rank, world=3)
         assert numbers_of(drawn) == [1, 1]
@@ -280,7 +276,7 @@ def test_every_rank_finds_the_only_usable_record(tmp_path):
 def test_what_is_no_tfrecord_is_refused(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(InputError, match=message):
-        imagenet_tfrecords(tmp_path / "data")
+        index_tfrecords(tmp_path / "data")
 
 
 # --- CLIC -----------------------------------------------------------------------------------------
@@ -289,7 +285,7 @@ def test_what_is_no_tfrecord_is_refused(tmp_path, make, message):
 @pytest.fixture
 def prepared_clic(tmp_path):
     """tensorflow-datasets' folder of a small `clic`: pictures 200 to 204 of 250x40 pixels."""
-    tfds = datasets.import_tensorflow_datasets()
+    tfds = import_tensorflow_datasets()
     builder = tfds.builder("clic", data_dir=tmp_path / "tfds")
     splits = {
         name: [{"image": picture(200 + number, 250, 40)} for number in range(count)]
@@ -317,9 +313,9 @@ def pretrain_config(**values):
     })  # fmt: skip
 
 
-def test_clic_and_imagenet_are_mixed_by_their_sizes(records, prepared_clic):
+def test_clic_and_imagenet_are_mixed_by_their_sizes(tfrecords, prepared_clic):
     config = pretrain_config(
-        path_train={"train_imagenet": str(records), "train_clic": str(prepared_clic)}
+        path_train={"train_imagenet": str(tfrecords), "train_clic": str(prepared_clic)}
     )
     data = open_training_data(config)
     assert data.count == 25
@@ -336,7 +332,7 @@ def test_clic_and_imagenet_are_mixed_by_their_sizes(records, prepared_clic):
 
 def test_clic_crops_are_random_resized_ones(prepared_clic):
     """8 to 100 % of the area, aspect 3/4 to 4/3, enlarged to the crop's size."""
-    data = RecordCrops(clic(str(prepared_clic)), SIZE, 1, 2)
+    data = TfrecordCrops(clic_tfrecords(str(prepared_clic)), SIZE, 1, 2)
     batches = data.batches(Draws(0), lambda *_: None)
     spans = []
     for _ in range(60):
@@ -351,14 +347,14 @@ def test_clic_crops_are_random_resized_ones(prepared_clic):
     assert len(set(spans)) > 15
 
 
-def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, records):
-    tfds = datasets.import_tensorflow_datasets()
+def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, tfrecords):
+    tfds = import_tensorflow_datasets()
 
     def no_network(*_, **__):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tfds, "builder", no_network)
-    config = pretrain_config(path_train={"train_imagenet": str(records)})
+    config = pretrain_config(path_train={"train_imagenet": str(tfrecords)})
     with pytest.raises(InputError, match=r"train_clic_imagenet: .*no route.*train_clic, or set"):
         open_training_data(config)
 
@@ -378,7 +374,7 @@ def folder(tmp_path):
 
 def draw_files(root, count, *, position=0, rank=0, world=1, **options):
     skipped = {}
-    images = ImageFiles(datasets.find_images(root))
+    images = ImageFiles(find_images(root))
     data = FolderCrops(images, SIZE, 1, **options)
     batches = data.batches(Draws(0, rank, world, position), skipped.__setitem__)
     return [next(batches) for _ in range(count)], skipped
@@ -423,8 +419,8 @@ def convert(images, out, shards=2):
     ])  # fmt: skip
 
 
-def read_records(folder):
-    """Every record's features, read by tensorflow itself."""
+def read_examples(folder):
+    """Every example's features, read by tensorflow itself."""
     tf = import_tensorflow()
     files = [str(file) for file in sorted(folder.glob("*.tfrecord"))]
     found = []
@@ -442,23 +438,23 @@ def test_converted_images_are_the_files_themselves(folder, tmp_path, capsys):
     assert convert(folder, out, shards=3) == 1
     assert "could not read broken.jpg" in capsys.readouterr().err
     assert len(list(out.glob("*.tfrecord"))) == 3
-    found = read_records(out)
+    found = read_examples(out)
     originals = {file.read_bytes() for file in folder.rglob("*.*") if "broken" not in file.name}
     webp = (folder / "photo.webp").read_bytes()
-    assert originals - {record["image"] for record in found} == {webp}
+    assert originals - {example["image"] for example in found} == {webp}
     assert len(found) == 8
-    for record in found:
-        pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
-        sizes = [int(record[key]) for key in ("height", "width", "channels")]
+    for example in found:
+        pixels = np.asarray(Image.open(io.BytesIO(example["image"])))
+        sizes = [int(example[key]) for key in ("height", "width", "channels")]
         assert sizes == list(pixels.shape)
-        if record["image"] not in originals:
+        if example["image"] not in originals:
             assert np.array_equal(pixels, picture(8))
     drawn, skipped = draw(out, 8)
     assert sorted(numbers_of(drawn))[:6] == list(range(6))
     assert not skipped
 
 
-def test_records_hold_the_pixels_that_folders_give(tmp_path):
+def test_tfrecords_hold_the_pixels_that_folders_give(tmp_path):
     """Transparency, orientation, colour profile, inks, depth: what a decoder alone gets wrong."""
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -481,11 +477,11 @@ def test_records_hold_the_pixels_that_folders_give(tmp_path):
     for name, image in plain.items():
         image.save(images / name)
     assert convert(images, out, shards=1) == 0
-    found = [record["image"] for record in read_records(out)]
+    found = [example["image"] for example in read_examples(out)]
     assert {(images / name).read_bytes() for name in plain} <= {*found}
     tf = import_tensorflow()
     decoded = {tf.io.decode_image(data, 3).numpy().tobytes() for data in found}
-    files = ImageFiles(datasets.find_images(images))
+    files = ImageFiles(find_images(images))
     for index, name in enumerate(files.names):
         if name != "plain.jpg" and name != "grey.jpg":  # two decoders of JPEG
             assert np.asarray(files.picture(index).image).tobytes() in decoded, name
@@ -494,28 +490,28 @@ def test_records_hold_the_pixels_that_folders_give(tmp_path):
 def test_a_conversion_goes_on_where_it_was(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert(folder, out) == 0
-    before = sorted(record["image"] for record in read_records(out))
+    before = sorted(example["image"] for example in read_examples(out))
     first, second = sorted(out.glob("*.tfrecord"))
     stamp = second.stat().st_mtime_ns
     first.unlink()
     assert convert(folder, out) == 0
     assert second.stat().st_mtime_ns == stamp
-    assert sorted(record["image"] for record in read_records(out)) == before
+    assert sorted(example["image"] for example in read_examples(out)) == before
     assert convert(folder, out, shards=3) == 2
     assert "choose another folder" in capsys.readouterr().err
 
 
-def test_a_conversion_stopped_before_its_first_record_goes_on(folder, tmp_path):
+def test_a_conversion_stopped_before_its_first_example_goes_on(folder, tmp_path):
     """What a kill within the first shard leaves: a list of nothing and a torn temporary file."""
     out = tmp_path / "out"
     assert convert(folder, out) == 0
     for file in out.glob("*.tfrecord"):
         file.unlink()
     (out / ".0123.tmp.tfrecord").write_bytes(b"torn")
-    manifest = json.loads((out / datasets.MANIFEST_NAME).read_text())
-    (out / datasets.MANIFEST_NAME).write_text(json.dumps({**manifest, "done": {}}))
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps({**manifest, "done": {}}))
     assert convert(folder, out) == 0
-    assert len(read_records(out)) == 6
+    assert len(read_examples(out)) == 6
     assert not list(out.glob(".*"))
 
 
@@ -544,8 +540,8 @@ def test_a_killed_conversion_leaves_whole_shards_only(tmp_path):
     process.wait()
     assert len(list(out.glob("*.tfrecord"))) >= 2
     assert convert(images, out, shards=30) == 0
-    assert len({record["image"] for record in read_records(out)}) == 60
-    assert len(json.loads((out / datasets.MANIFEST_NAME).read_text())["done"]) == 30
+    assert len({example["image"] for example in read_examples(out)}) == 60
+    assert len(json.loads((out / MANIFEST_NAME).read_text())["done"]) == 30
 
 
 @pytest.mark.parametrize(
@@ -557,8 +553,8 @@ def test_a_killed_conversion_leaves_whole_shards_only(tmp_path):
         (("--images", "IMAGES", "--out", "RECORDS", "--shards", "1"), "holds tfrecords already"),
     ],
 )
-def test_a_wrong_conversion_is_one_line(folder, records, tmp_path, capsys, options, message):
-    known = {"IMAGES": str(folder), "RECORDS": str(records), "out": str(tmp_path / "out")}
+def test_a_wrong_conversion_is_one_line(folder, tfrecords, tmp_path, capsys, options, message):
+    known = {"IMAGES": str(folder), "RECORDS": str(tfrecords), "out": str(tmp_path / "out")}
     assert datasets.main(["make-tfrecords", *(known.get(part, part) for part in options)]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

@@ -6,28 +6,21 @@ others' curves apart from the methods'.
 
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from torch import Tensor
 
 from common.files import printable
-from datasets import to_pixels
+from common.images import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
-from reporting import mean_trajectory, most_improved, read_records, result_file
-
-
-class ComparedRun(NamedTuple):
-    """One run of a comparison, and where its results lie."""
-
-    method: str
-    model: str
-    seed: int
-    folder: Path
+from reports.compared_run import ComparedRun, first_seeds
+from reports.comparison_tables import mean_curve
+from reports.details import Detail
+from reports.run_plots import most_improved
 
 
 def colors_of(names: Sequence[str]) -> dict[str, str]:
@@ -72,22 +65,10 @@ def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
     return figure
 
 
-def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
-    """A run's trajectory over steps and `seconds`, mean over images; one that is done counts on."""
-    tables = []
-    records = read_records(run.folder / "images.jsonl")
-    for name, record in ((name, records[name]) for name in names if name in records):
-        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
-        # Records of older runs have no clock.
-        clock = record.get("clock") or table["step"] * record["seconds_per_step"]
-        tables.append(table.assign(seconds=clock))
-    return mean_trajectory(tables) if tables else pd.DataFrame()
-
-
 def plot_loss(
     runs: Sequence[ComparedRun], names: dict[str, Sequence[str]], colors: dict[str, str]
 ) -> Figure:
-    """True loss over steps and over seconds, every method; a row of panels for each model.
+    """True loss of every method over steps and over seconds; a row of panels for each model.
 
     Args:
         names: the images that count, by model.
@@ -119,15 +100,6 @@ def plot_loss(
                 axis.set_ylim(lowest, base + 0.1 * (base - lowest))
         axes[0].legend(fontsize=8)
     return figure
-
-
-def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:
-    """The first run of each method with a model."""
-    found: dict[str, ComparedRun] = {}
-    for run in runs:
-        if run.model == model:
-            found.setdefault(run.method, run)
-    return list(found.values())
 
 
 def plot_trajectories(
@@ -198,16 +170,6 @@ def candidate_probabilities(
     return v.numpy(), torch.softmax(logits, dim=-1).movedim(-1, 0).numpy(), names
 
 
-class Detail(NamedTuple):
-    """One version of an image: x [3, H, W] in [0, 1], and the bits of y per position [h, w]."""
-
-    label: str
-    x: torch.Tensor
-    bpp: float | None
-    psnr: float | None
-    bits: torch.Tensor | None
-
-
 def plot_details(name: str, details: Sequence[Detail]) -> Figure:
     """A detail of an image in every version, the original first, then the base and the methods."""
     pixels = [to_pixels(detail.x) for detail in details]
@@ -229,9 +191,9 @@ def plot_details(name: str, details: Sequence[Detail]) -> Figure:
 
 
 def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
-    """Where the bits of y are: before, after by each method, and what the last one changed."""
+    """Where the bits of y are: in base, with each method, and what the last method changed."""
     coded = [detail for detail in details if detail.bits is not None]
-    maps: list[tuple[str, Any, dict]] = []
+    maps: list[tuple[str, Tensor, dict[str, float | str]]] = []
     highest = max(detail.bits.max().item() for detail in coded) / 256
     for detail in coded:
         maps.append((detail.label, detail.bits / 256, {"vmin": 0, "vmax": highest}))

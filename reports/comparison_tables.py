@@ -3,42 +3,28 @@
 Every function maps tables, or the records of runs, to a table (pandas).
 """
 
-import io
 import math
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
 from scipy import stats
 
-from common.files import printable
-from config import CompareConfig, InputError, RefineConfig
-from datasets import open_images, to_pixels, to_tensor
-from figures import ComparedRun
-from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap, picture_quality
-from reporting import read_records
+from common.records import Record, read_records, result_file
+from config import CompareConfig, InputError
+from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
+from reports.compared_run import ComparedRun
+from reports.run_tables import mean_trajectory
 
 CONFIDENCE = 0.95
 QUALITIES = ("bpp", "psnr", "ms_ssim_db")
-# Pillow's name of a format, the option that sets its quality, the values of it, and the others.
-CODECS = {
-    "JPEG": ("JPEG", "quality", (5, 10, 20, 35, 50, 70, 85), {"optimize": True}),
-    "JPEG 2000": ("JPEG2000", "quality_layers", (200, 120, 80, 50, 30, 20, 12),
-                  {"quality_mode": "rates"}),
-    "WebP": ("WEBP", "quality", (1, 10, 25, 45, 65, 80, 90), {"method": 6}),
-    "AVIF": ("AVIF", "quality", (5, 20, 30, 40, 50, 65, 75), {"speed": 6}),
-}  # fmt: skip
 
 
 def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFrame:
     """One row an image, run and seed; unrefined images are the method `base`.
 
-    `rate` says whether bpp is of files, which it is where all refined images are files, or an
-    estimate.
+    `rate` says what bpp is: of the "file" where every refined image was written as a file, else an
+    "estimate".
 
     Args:
         names: the images that count.
@@ -69,8 +55,15 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     return pd.concat([base, table[~is_base]], ignore_index=True)
 
 
-def comparable(images: pd.DataFrame) -> pd.DataFrame:
-    """The rows of images that every method has which has any, model by model."""
+def rows_of_shared_images(images: pd.DataFrame) -> pd.DataFrame:
+    """The rows of those images that all methods refined, so that their means compare.
+
+    Each model counts for itself: an image may stay for one model and go for another. A method that
+    refined no image at all with a model does not count there.
+
+    Args:
+        images: of `image_table`.
+    """
     parts = [images.iloc[:0]]
     for _, own in images.groupby("model", sort=False) if len(images) else ():
         counts = own.groupby("image")["method"].nunique()
@@ -81,14 +74,16 @@ def comparable(images: pd.DataFrame) -> pd.DataFrame:
 def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """One row a model and method: means over the images, and the difference to the anchor.
 
-    Seeds of an image are averaged first; `seed_spread_percent` is their standard deviation, mean
-    over images. `change_percent` is the mean over images of loss / anchor's loss - 1, with the half
-    width of its Student confidence interval, `least_change` and `most_change` its range;
-    `change_of_mean_percent` compares the mean losses, `group: <name> (n)` is `change_percent` over
-    the n images of a group that are there.
+    The seeds of an image are averaged first. Columns beside the means:
+    seed_spread_percent: the standard deviation over the seeds, mean over images.
+    change_percent: the mean over images of loss / anchor's loss - 1.
+    half_interval: half the width of the confidence interval of change_percent (Student's).
+    least_change, most_change: the range of the change over images.
+    change_of_mean_percent: the change of the mean loss.
+    group: <name> (n): change_percent over the n images of a group that are there.
 
     Args:
-        images: `comparable` ones.
+        images: `rows_of_shared_images`.
     """
     rows = []
     for model, of_model in images.groupby("model", sort=False):
@@ -108,7 +103,7 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 
 
 def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) -> dict[str, float]:
-    """What losses by image are beside the anchor's, as `method_table` names it."""
+    """How losses by image differ from the anchor's, under the names of `method_table`."""
     own, anchor = own.align(anchor, join="inner")
     change = 100 * (own / anchor - 1)
     return {
@@ -138,8 +133,8 @@ def half_interval(values: Sequence[float]) -> float:
 def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """Points of rate-distortion curves, one row an image, curve and point.
 
-    A method is one curve over the models; where a checkpoint has several inference lambdas, one
-    curve over these for each `checkpoint`, which is "" otherwise and for the base.
+    A method is one curve over the models. Where a checkpoint has several inference lambdas, a
+    method has a curve over these for each `checkpoint`. That column is "" otherwise, and for base.
     """
     checkpoints = {model.label: model.checkpoint for model in config.models}
     points = images.assign(curve=images["method"], checkpoint="")
@@ -184,9 +179,9 @@ def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> dict[str, object]:
+def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> Record:
     sides = [Curve(list(side["bpp"]), list(side["psnr"])) for side in (anchor, test)]
-    row: dict[str, object] = {"points": f"{len(anchor)} and {len(test)}"}
+    row: Record = {"points": f"{len(anchor)} and {len(test)}"}
     if len(anchor) and len(test):
         row["overlap"] = overlap(sides[0].db, sides[1].db) if len(anchor) + len(test) > 2 else 0.0
     try:
@@ -196,48 +191,6 @@ def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> dict[str, object]:
     except CurvesDoNotCompareError as error:
         row["reason"] = str(error)
     return row
-
-
-def codec_table(config: RefineConfig, names: Sequence[str], codecs: Sequence[str],
-                known: Path) -> pd.DataFrame:  # fmt: skip
-    """Classical codecs through Pillow on the same images: one row an image, codec and quality.
-
-    Rows that the file `known` has are not computed again.
-    """
-    done = pd.DataFrame(columns=["image", "method"])
-    with suppress(OSError, ValueError, KeyError):  # what is not whole is done again
-        done = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
-    raw = {printable(name): name for name in names}  # as the file names them
-    done["image"] = done["image"].map(lambda name: raw.get(name, name))
-    have = set(zip(done["image"], done["method"], strict=True))
-    missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
-    rows = []
-    for image in open_images(config).load(missing, 0):
-        if image.x is None:
-            continue
-        for codec in codecs:
-            if (image.name, codec) not in have:
-                rows += coded_by(codec, image.name, image.x)
-    table = pd.concat([done, pd.DataFrame(rows)]) if rows else done
-    return table[table["image"].isin(names) & table["method"].isin(codecs)].reset_index(drop=True)
-
-
-def coded_by(codec: str, name: str, x: torch.Tensor) -> list[dict[str, object]]:
-    """x [3, H, W] in [0, 1] coded by a classical codec: rate of the whole file, and quality."""
-    picture, rows = Image.fromarray(to_pixels(x)), []
-    kind, option, values, others = CODECS[codec]
-    for value in values:
-        file = io.BytesIO()
-        given = [value] if option == "quality_layers" else value
-        picture.save(file, kind, **{option: given}, **others)
-        decoded = to_tensor(Image.open(file).convert("RGB"))[None]
-        quality = picture_quality(decoded, x[None])
-        bpp = 8 * file.getbuffer().nbytes / (x.size(1) * x.size(2))
-        row = {"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp}
-        # A picture that comes back as it was has no finite quality, and no place on a curve.
-        row |= {key: quality[key] for key in ("psnr", "ms_ssim_db")}
-        rows.append({key: None if value == math.inf else value for key, value in row.items()})
-    return rows
 
 
 def published_curves(files: dict[str, str]) -> pd.DataFrame:
@@ -264,9 +217,28 @@ def published_curves(files: dict[str, str]) -> pd.DataFrame:
 
 
 def codec_curves(codecs: pd.DataFrame) -> pd.DataFrame:
-    """The points of each codec's curve as means over the images, shaped as `mean_points`."""
+    """The points of each codec's curve as means over the images, in the form of `mean_points`.
+
+    Args:
+        codecs: of `classical_codecs.codec_table`.
+    """
     return pd.concat([pd.DataFrame(), *(
         own.groupby("model", sort=False)[list(QUALITIES)].mean().reset_index()
         .assign(curve=codec, images=own["image"].nunique(), dashed=True)
         for codec, own in codecs.groupby("method", sort=False)
     )])  # fmt: skip
+
+
+def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
+    """A run's trajectory over steps and `seconds`, mean over the images of these names.
+
+    An image that ended early counts on with its last row.
+    """
+    tables = []
+    records = read_records(run.folder / "images.jsonl")
+    for name, record in ((name, records[name]) for name in names if name in records):
+        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
+        # Records of older runs have no clock.
+        clock = record.get("clock") or table["step"] * record["seconds_per_step"]
+        tables.append(table.assign(seconds=clock))
+    return mean_trajectory(tables) if tables else pd.DataFrame()

@@ -1,0 +1,130 @@
+"""The loops of refinement: the plain published one, ours, and torch's convolutions alone."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from architectures import Architecture, Latents
+from benchmarks.variant import LMBDA, METHOD, SCHEDULE, Variant
+from common.compressai import CompressionModel
+from experimental_inference_methods import build_rounding
+from models import freeze
+from objectives import Problem, RateDistortion
+from refinement.noise import ImageNoise
+
+
+def plain_loss(
+    network: CompressionModel,
+    x: Tensor,
+    latents: Latents,
+    round_y: Callable[[Tensor], Tensor],
+    round_z: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules.
+
+    Written again on purpose, from the paper: it shares nothing with `objectives`.
+    """
+    medians = network.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
+    z_hat = round_z(latents["z"] - medians) + medians
+    scales, means = network.h_s(z_hat).chunk(2, 1)
+    y_hat = round_y(latents["y"] - means) + means
+    z_by_channel = z_hat.transpose(0, 1).reshape(network.N, 1, -1)
+    bottleneck, conditional = network.entropy_bottleneck, network.gaussian_conditional
+    p_z = bottleneck.likelihood_lower_bound(bottleneck._likelihood(z_by_channel)[0])
+    p_y = conditional.likelihood_lower_bound(conditional._likelihood(y_hat, scales, means))
+    bits = -p_z.log2().sum() - p_y.log2().sum()
+    mse = F.mse_loss(network.g_s(y_hat), x)
+    return bits / (x.numel() / 3) + LMBDA * 255**2 * mse
+
+
+def plain_round(v: Tensor, tau: float) -> Tensor:
+    """Three-class SSL at its published settings: candidates and logits stacked, then torch's own
+    relaxed categorical distribution."""
+    nearest = v.round().detach()
+    candidates = torch.stack((nearest - 1, nearest, nearest + 1), dim=-1)
+    u = (0.98 * (v.unsqueeze(-1) - candidates).abs() / 1.5).clamp(1e-6, 1 - 1e-6)
+    p = torch.sigmoid(-1.4 * torch.logit(u)).clamp_min(1e-6)
+    logits = 1.4 * p.log()
+    sampler = torch.distributions.RelaxedOneHotCategorical(tau, logits=logits / tau)
+    return (sampler.rsample() * candidates).sum(dim=-1)
+
+
+def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+    """The published loop, written simply: the decoder's weights collect gradients that nobody uses,
+    and every step ends with a whole evaluation."""
+    network = model.network
+    with torch.no_grad():
+        y = network.g_a(x)
+        z = network.h_a(y)
+    latents = {"y": y.requires_grad_(), "z": z.requires_grad_()}
+    optimizer = torch.optim.Adam(latents.values(), lr=0.005)
+
+    def step() -> tuple[float, float]:
+        optimizer.zero_grad()
+        relaxed = partial(plain_round, tau=SCHEDULE(100))
+        loss = plain_loss(network, x, latents, relaxed, relaxed)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            true_loss = plain_loss(network, x, latents, torch.round, torch.round)
+        return loss.item(), true_loss.item()
+
+    return step
+
+
+def our_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+    """The step of `train_flexible_inference.refine`; its evaluations come every 50 steps."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    problem = Problem(freeze(model), x, RateDistortion(LMBDA))
+    latents = {name: v.clone().requires_grad_() for name, v in problem.model.analyze(x).items()}
+    optimizer = torch.optim.Adam(latents.values(), lr=0.005, fused=True)
+    rounding = build_rounding(*METHOD, temperature=SCHEDULE)
+    noise = ImageNoise([0] * len(x), x.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        terms = problem.relaxed(latents, noise.rounding(rounding, 0, 100))
+        terms.loss.sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def floor_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+    """The convolutions of g_s and h_s alone, torch's own, forward and backward to their input."""
+    network = model.network.requires_grad_(False).to(memory_format=torch.channels_last)
+    latents = model.analyze(x.contiguous(memory_format=torch.channels_last))
+    chains = []
+    for part, v in ((network.g_s, latents["y"]), (network.h_s, latents["z"])):
+        kinds = (nn.Conv2d, nn.ConvTranspose2d)
+        layers = nn.Sequential(*(layer for layer in part if isinstance(layer, kinds)))
+        chains.append((layers, v.requires_grad_(), torch.randn_like(layers(v))))
+
+    def step() -> None:
+        for layers, v, gradient in chains:
+            v.grad = None
+            layers(v).backward(gradient)
+
+    return step
+
+
+def compiled_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+    """Ours with the decoder's layers as CompressAI writes them, through torch.compile."""
+    plain = copy.deepcopy(model.network.g_s).requires_grad_(False)
+    step = our_step(model, x)
+    model.network.g_s = torch.compile(plain.to(memory_format=torch.channels_last))
+    return step
+
+
+REFINEMENTS = {
+    "plain": Variant("plain published loop, as its users have it", False, plain_step),
+    "plain, pages kept": Variant("plain published loop, pages kept", True, plain_step),
+    "ours": Variant("this project's loop", True, our_step),
+    "floor": Variant("floor: torch's convolutions alone, pages kept", True, floor_step),
+    "compiled": Variant("this loop, torch.compile of CompressAI's g_s", True, compiled_step),
+}

@@ -1,0 +1,17 @@
+"""One loop to be timed, and the setting that all have in common."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experimental_inference_methods import Temperature
+
+LMBDA, SCHEDULE = 0.01, Temperature(rate=1e-3, ub=1.0)
+METHOD = "sga_logits_3c", "log_ssl_a_factor_pow"
+
+
+class Variant(NamedTuple):
+    """A loop to be timed: its name, whether pages are kept, and what makes its step."""
+
+    name: str
+    keeps_pages: bool
+    make_step: Callable[..., Callable[[], Any]]

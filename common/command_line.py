@@ -1,0 +1,21 @@
+"""The command line of a script, whose module docstring says what it does and shows examples."""
+
+import argparse
+from textwrap import dedent
+
+
+def script_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` begins with the docstring's first line and ends with its examples."""
+    summary = docstring.strip().partition("\n")[0]
+    examples = "\n".join(f"  {line}" for line in examples_in(docstring))
+    return argparse.ArgumentParser(
+        description=summary,
+        epilog=f"examples:\n{examples}".replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def examples_in(docstring: str) -> list[str]:
+    """The lines of a docstring that are commands: those that run python or torchrun."""
+    lines = dedent(docstring).splitlines()
+    return [line for line in lines if line.startswith(("python ", "torchrun "))]

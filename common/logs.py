@@ -1,0 +1,101 @@
+"""The log of a run: on the console, in a file, and its numbers in a tracker."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.records import Record
+from config import InputError
+
+log = logging.getLogger("refine")
+
+# Sends rows of numbers, each with its `step`, under a name.
+Tracker = Callable[[str, Sequence[Record]], None]
+
+
+class _ThroughTqdm(logging.Handler):
+    """Prints lines above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        encoding = sys.stdout.encoding or "utf-8"
+        line = self.format(record).encode(encoding, errors="backslashreplace").decode(encoding)
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk makes incomplete; the run goes on, and the console has it all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        """Do nothing."""
+
+
+def start_logging(path: Path) -> None:
+    """Send every line to the console, and with its time to the file at `path`.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+    to_file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(to_file)
+    log.addHandler(_ThroughTqdm())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def open_tracker(kind: str | None, name: str, folder: Path, config: Record) -> Tracker:
+    """The tracker of a run; without one, a function that does nothing.
+
+    Args:
+        kind: "tensorboard", "wandb" or None.
+        name, folder, config: the run's name, its folder, and its config as JSON values.
+
+    Raises:
+        InputError: wandb is asked for and not installed.
+    """
+    if kind == "tensorboard":
+        return _open_tensorboard(folder)
+    if kind == "wandb":
+        return _open_wandb(name, folder, config)
+    return lambda name, rows: None
+
+
+def _open_tensorboard(folder: Path) -> Tracker:
+    # tensorboard imports tensorflow where it is installed, which is loud.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(name: str, rows: Sequence[Record]) -> None:
+        for row in rows:
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    writer.add_scalar(f"{name}/{key}", value, row["step"])
+        writer.flush()
+
+    return track
+
+
+def _open_wandb(name: str, folder: Path, config: Record) -> Tracker:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError('tracker = "wandb": not installed; pip install wandb') from None
+    session = wandb.init(
+        project="overfitting-latents", name=name, group=name, dir=str(folder), config=config
+    )
+
+    def track(name: str, rows: Sequence[Record]) -> None:
+        for row in rows:
+            session.log({f"{name}/{key}": value for key, value in row.items()})
+
+    return track

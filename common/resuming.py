@@ -1,0 +1,60 @@
+"""What every run checks before it goes on in a folder with results of an earlier start."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.records import Record
+from config import InputError
+
+ANOTHER_RUN = "choose another save_name, or delete the folder"
+
+
+def refuse_another_config(
+    folder: Path, config: Record, read_stored: Callable[[Path], Record], free_keys: frozenset[str]
+) -> None:
+    """Refuse to resume a run with another config than the one that made its results.
+
+    Args:
+        config: this run's, as JSON values with every default filled in.
+        read_stored: reads the folder's config.json in the same form, so that keys which came into
+            the schema later have their defaults.
+        free_keys: the keys that may differ.
+
+    Raises:
+        InputError: there is no config.json, it cannot be read, or another key differs.
+    """
+    stored = folder / "config.json"
+    if not stored.is_file():
+        raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
+    try:
+        before = read_stored(stored)
+    except InputError as error:
+        raise InputError(f"{error}; {ANOTHER_RUN}") from None
+    changed = _differences(
+        {key: value for key, value in before.items() if key not in free_keys},
+        {key: value for key, value in config.items() if key not in free_keys},
+    )
+    if changed:
+        raise InputError(
+            f"{folder}: cannot resume, its config differs in {', '.join(changed)}; {ANOTHER_RUN}"
+        )
+
+
+def _differences(before: Record, now: Record, prefix: str = "") -> list[str]:
+    """The keys, those within objects too, whose values differ, with both values."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} ({old!r} then, {new!r} now)")
+    return found
+
+
+def remove_leftovers(folder: Path, patterns: Sequence[str] = ("*",)) -> None:
+    """Delete the temporary files that a killed `write_whole` left where these patterns match."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.name.startswith(".") and ".tmp" in path.suffixes:
+                path.unlink()

@@ -1,0 +1,95 @@
+"""Random crops of image files, read by torch's data loader."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from common.errors import InputError
+from common.images import ImageFiles, UnreadableError, as_it_is
+from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, nothing_usable
+from pretraining.workers import leave_signals_to_the_main_process
+
+
+class FolderCrops:
+    """Random crops of image files, decoded by torch's data loader; needs no tensorflow."""
+
+    def __init__(self, images: ImageFiles, size: int, batch_size: int, num_workers: int = 0):
+        self.images = images
+        self.size = size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.count = len(images)
+        self.name = "image files"
+        self.passed_over = images.passed_over
+
+    def batches(self, draws: Draws, on_skip: OnSkip) -> Iterator[Batch]:
+        """Batches without end, see `TrainingData`.
+
+        Raises:
+            InputError: no image gives a crop.
+        """
+        loader = DataLoader(
+            _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
+            sampler=_EndlessSampler(draws), num_workers=self.num_workers,
+            collate_fn=as_it_is, worker_init_fn=leave_signals_to_the_main_process,
+            # Its own: a loader draws from the global one, which a resumed run must find untouched.
+            generator=torch.Generator(),
+        )  # fmt: skip
+        crops, failures = [], 0
+        for g, name, crop, problem in loader:
+            if problem:
+                on_skip(name, problem)
+                failures += 1
+                if failures > 20 * self.count:  # even one usable image would have come up
+                    raise InputError(nothing_usable("train_folder", self.size, problem))
+                continue
+            failures = 0
+            crops.append(crop)
+            if len(crops) == self.batch_size:
+                x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # [B, 3, S, S]
+                yield Batch(x, draws.position_after(g))
+                crops = []
+
+
+class _EndlessSampler:
+    def __init__(self, draws: Draws):
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[int]:
+        return self.draws.numbers()
+
+
+class _DrawnCrops(Dataset):
+    """Item g: (g, the image's name, its uint8 crop [S, S, 3] or None, what is wrong)."""
+
+    def __init__(self, images: ImageFiles, size: int, seed: int):
+        self.images = images
+        self.size = size
+        self.seed = seed
+
+    def __getitem__(self, g: int) -> tuple[int, str, np.ndarray | None, str | None]:
+        epoch, place = divmod(g, len(self.images))
+        index = _permutation(len(self.images), self.seed, epoch)[place]
+        name = self.images.names[index]
+        try:
+            picture = self.images.picture(int(index)).image
+        except UnreadableError as error:
+            return g, name, None, f"{READ_FAILED}: {error}"
+        if min(picture.size) < self.size:
+            return g, name, None, TOO_SMALL
+        rng = np.random.default_rng((self.seed, g))
+        left = int(rng.integers(picture.width - self.size + 1))
+        top = int(rng.integers(picture.height - self.size + 1))
+        crop = picture.crop((left, top, left + self.size, top + self.size))
+        if rng.random() < 0.5:
+            crop = ImageOps.mirror(crop)
+        return g, name, np.array(crop), None
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)

@@ -1,0 +1,118 @@
+"""A step of pre-training: its state, its optimizers and its update."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_value_, get_total_norm
+
+from common.optional_packages import import_package
+from common.processes import Ranks, gather
+from config import PretrainConfig
+from pretraining.training_pass import TrainingPass
+
+
+@dataclass
+class TrainingState:
+    """All that changes during training, as a checkpoint keeps it.
+
+    `data_position`: how many draws of the training data this rank has consumed. `bad_steps`: how
+    many steps changed nothing, for a gradient was not finite.
+    """
+
+    optimizer: torch.optim.Optimizer
+    aux_optimizer: torch.optim.Optimizer
+    step: int = 0
+    data_position: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+    def count(self, data_position: int, finite: bool) -> None:
+        """Count a step; `finite` is False where it changed nothing."""
+        self.step += 1
+        self.data_position = data_position
+        self.bad_steps += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+
+    def checkpoint(self, ranks: Ranks) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, of all ranks; every rank must call this."""
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "iter": self.step,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "aux_optimizer_state_dict": self.aux_optimizer.state_dict(),
+            "rng": gather(ranks, rng),
+            "data_position": gather(ranks, self.data_position),
+            "bad_steps": self.bad_steps,
+        }
+
+    def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
+        """Take over the state of a checkpoint; the model has its weights already."""
+        self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer_state_dict"])
+        self.step, self.bad_steps = checkpoint["iter"], checkpoint["bad_steps"]
+        positions, world = checkpoint["data_position"], len(checkpoint["data_position"])
+        if world != ranks.world:  # the same images, shared out anew
+            self.data_position = max(positions) * world // ranks.world
+            return
+        self.data_position = positions[ranks.rank]
+        torch.set_rng_state(checkpoint["rng"][ranks.rank]["cpu"])
+        if torch.cuda.is_available() and "cuda" in checkpoint["rng"][ranks.rank]:
+            torch.cuda.set_rng_state(checkpoint["rng"][ranks.rank]["cuda"])
+
+
+def build_optimizers(
+    model: nn.Module, config: PretrainConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """The optimizer of all weights but the quantiles, and the quantiles' own.
+
+    The first is Adam or SOAP (arXiv 2409.11321), the second is Adam.
+
+    Raises:
+        InputError: SOAP is asked for, and pytorch_optimizer is not installed.
+    """
+    named = dict(model.named_parameters())
+    weights = [p for name, p in named.items() if not name.endswith(".quantiles")]
+    quantiles = [p for name, p in named.items() if name.endswith(".quantiles")]
+    if config.optimizer == "soap":
+        soap = import_package("pytorch_optimizer", 'optimizer = "soap"').SOAP
+        main_optimizer = soap(weights, lr=config.lr.base, weight_decay=0.0)
+    else:
+        main_optimizer = torch.optim.Adam(weights, lr=config.lr.base)
+    return main_optimizer, torch.optim.Adam(quantiles, lr=config.aux_lr)
+
+
+def distribute(network: TrainingPass, ranks: Ranks) -> nn.Module:
+    """DistributedDataParallel where there are several ranks; it starts them from equal weights."""
+    if ranks.world == 1:
+        return network
+    return DistributedDataParallel(network)
+
+
+def train_step(
+    network: nn.Module, state: TrainingState, x: Tensor, lr: float, clip_grad: float
+) -> dict[str, Tensor] | None:
+    """One update on x [B, 3, S, S] in [0, 1].
+
+    Returns:
+        The terms that `TrainingPass` gave before the update, detached. None, and nothing changed,
+        where a gradient is not finite: on every rank at once, for DistributedDataParallel has
+        averaged the gradients.
+    """
+    network.zero_grad()
+    terms = network(x)
+    # The two losses have no parameter in common, so one backward serves both optimizers.
+    (terms["loss"] + terms["aux_loss"]).backward()
+    if not get_total_norm([p.grad for p in network.parameters()]).isfinite():
+        return None
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+        if clip_grad:
+            clip_grad_value_(group["params"], clip_grad)
+    state.optimizer.step()
+    state.aux_optimizer.step()
+    return {key: value.detach() for key, value in terms.items()}

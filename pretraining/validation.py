@@ -1,0 +1,80 @@
+"""Tests of the network on whole images during and after pre-training."""
+
+from typing import Any
+
+import torch
+
+from architectures import Architecture
+from common.device import is_out_of_memory
+from common.errors import InputError
+from common.images import ImageFiles
+from common.processes import Ranks, gather
+from fast.memory import MemoryBound, memory_bound
+from fast.tiles import coding_tile
+from metrics import picture_quality
+from objectives import Problem, RateDistortion
+
+# Bytes that testing keeps per element of y, where no optimizer has its own: y twice and its prior.
+TESTED_LATENT = 40
+
+
+def validate(
+    model: Architecture, images: ImageFiles | None, lmbda: float, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """What `measure` gives of every image, in order; an empty list without images.
+
+    The ranks share the images; every rank must call this.
+    """
+    if images is None:
+        return []
+    bound = memory_bound(model.N, model.M, None, model.device)._replace(per_latent=TESTED_LATENT)
+    was_training = model.network.training
+    model.network.eval()
+    own = images.names[ranks.rank :: ranks.world]
+    results = [measure(model, images, name, lmbda, bound) for name in own]
+    model.network.train(was_training)
+    by_name = {result["name"]: result for part in gather(ranks, results) for result in part}
+    return [by_name[name] for name in images.names]
+
+
+@torch.no_grad()
+def measure(
+    model: Architecture, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
+) -> dict[str, Any]:
+    """Rate and quality of a whole image whose latents are truly rounded.
+
+    Returns:
+        name, loss, bpp, bpp_y, bpp_z and those of `picture_quality`. Only name and error where the
+        image cannot be read, does not fit into memory or fails otherwise: the other images and the
+        training go on.
+    """
+    try:
+        (image,) = images.load([name])
+        if image.x is None:
+            return {"name": name, "error": image.error}
+        tile = tested_tile(image.x.shape[1:], bound)
+        x = image.x[None].to(model.device)  # [1, 3, H, W]
+        terms = Problem(model, x, RateDistortion(lmbda), tile).true(model.analyze(x))
+        rates = {f"bpp_{latent}": rate.item() for latent, rate in sorted(terms.rates.items())}
+        values = {"loss": terms.loss.item(), "bpp": terms.bpp.item(), **rates}
+        return {"name": name, **values, **picture_quality(terms.x_hat, x)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            return {"name": name, "error": f"does not fit into the memory of {model.device}"}
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"name": name, "error": reason}
+
+
+def tested_tile(size: tuple[int, int], bound: MemoryBound) -> int | None:
+    """The side of the tiles in which a picture of H, W is tested; None where it stays whole.
+
+    Raises:
+        MemoryError: it does not fit into memory even in the smallest tiles.
+    """
+    side = coding_tile(size)
+    if side is None:
+        return None
+    try:
+        return min(side, bound.tile(size) or side)
+    except InputError:
+        raise MemoryError from None

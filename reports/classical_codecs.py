@@ -1,0 +1,72 @@
+"""Classical codecs through Pillow on the images of a comparison."""
+
+import io
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+
+from common.files import printable
+from common.images import Images, to_pixels, to_tensor
+from common.records import Record
+from metrics import picture_quality
+from reports.comparison_tables import QUALITIES
+
+# Pillow's name of the format, the option that sets the quality, its values, and other options.
+CODECS = {
+    "JPEG": ("JPEG", "quality", (5, 10, 20, 35, 50, 70, 85), {"optimize": True}),
+    "JPEG 2000": ("JPEG2000", "quality_layers", (200, 120, 80, 50, 30, 20, 12),
+                  {"quality_mode": "rates"}),
+    "WebP": ("WEBP", "quality", (1, 10, 25, 45, 65, 80, 90), {"method": 6}),
+    "AVIF": ("AVIF", "quality", (5, 20, 30, 40, 50, 65, 75), {"speed": 6}),
+}  # fmt: skip
+
+
+def codec_table(
+    images: Images, names: Sequence[str], codecs: Sequence[str], known: Path
+) -> pd.DataFrame:
+    """Rate and quality of classical codecs: one row an image, codec and quality setting.
+
+    Args:
+        names: of the images to code.
+        codecs: keys of `CODECS`.
+        known: the table of an earlier comparison, if any; its rows are not computed again.
+    """
+    done = pd.DataFrame(columns=["image", "method"])
+    with suppress(OSError, ValueError, KeyError):  # what is not whole is done again
+        done = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
+    raw = {printable(name): name for name in names}  # as the file names them
+    done["image"] = done["image"].map(lambda name: raw.get(name, name))
+    have = set(zip(done["image"], done["method"], strict=True))
+    missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
+    rows = []
+    for image in images.load(missing, 0):
+        if image.x is None:
+            continue
+        for codec in codecs:
+            if (image.name, codec) not in have:
+                rows += coded_by(codec, image.name, image.x)
+    table = pd.concat([done, pd.DataFrame(rows)]) if rows else done
+    return table[table["image"].isin(names) & table["method"].isin(codecs)].reset_index(drop=True)
+
+
+def coded_by(codec: str, name: str, x: Tensor) -> list[Record]:
+    """A codec on x [3, H, W] in [0, 1]: for each quality setting the file's bpp, and quality."""
+    picture, rows = Image.fromarray(to_pixels(x)), []
+    kind, option, values, others = CODECS[codec]
+    for value in values:
+        file = io.BytesIO()
+        given = [value] if option == "quality_layers" else value
+        picture.save(file, kind, **{option: given}, **others)
+        decoded = to_tensor(Image.open(file).convert("RGB"))[None]
+        quality = picture_quality(decoded, x[None])
+        bpp = 8 * file.getbuffer().nbytes / (x.size(1) * x.size(2))
+        row = {"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp}
+        # A picture that comes back as it was has no finite quality, and no place on a curve.
+        row |= {key: quality[key] for key in ("psnr", "ms_ssim_db")}
+        rows.append({key: None if value == math.inf else value for key, value in row.items()})
+    return rows

@@ -1,0 +1,167 @@
+"""What a comparison leaves behind: tables, plots, and the page that shows them.
+
+results/<save_name>/
+    report.html              all of it in one file that needs no network
+    table.csv, table.md      means, and paired differences to the anchor with confidence intervals
+    bd.csv                   Bjontegaard deltas to the anchor, per image and of the mean curve
+    images.csv, codecs.csv   every image of every run; the classical codecs
+    curves.csv               the points of the rate-distortion curves
+    compressai/              the same points in the layout that CompressAI's plot tool reads
+    *.png, *.svg             the plots
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from common.files import fitting, printable, write_whole
+from common.images import Images
+from common.records import write_json
+from config import CompareConfig, RefineConfig, folder_name
+from reports.classical_codecs import codec_table
+from reports.compared_run import ComparedRun, first_seeds
+from reports.comparison_plots import (
+    colors_of,
+    plot_bits,
+    plot_curves,
+    plot_details,
+    plot_loss,
+    plot_probabilities,
+    plot_trajectories,
+)
+from reports.comparison_tables import (
+    bd_table,
+    codec_curves,
+    curve_points,
+    image_table,
+    mean_points,
+    method_table,
+    published_curves,
+    rows_of_shared_images,
+)
+from reports.details import details_of
+from reports.page import markdown, write_page
+
+
+def write_report(
+    config: CompareConfig, runs: Sequence[ComparedRun], refine_config: RefineConfig, images: Images
+) -> Path | None:
+    """Write every table, plot and the page; print the main table.
+
+    Args:
+        refine_config: of any run with the first model.
+        images: the image set that was refined.
+
+    Returns:
+        The page's path, or None where no image was refined by every method.
+
+    Raises:
+        InputError: a published curve cannot be read. OSError: a file cannot be written.
+    """
+    folder = Path(config.output_dir) / config.name
+    rows = image_table(runs, images.names[: refine_config.image_count])
+    shared = rows_of_shared_images(rows)
+    if shared.empty:
+        print(f"error: {folder}: no image was refined by every method", file=sys.stderr)
+        return None
+    dropped = sorted({*rows["image"]} - {*shared["image"]})
+    if dropped:
+        lost = printable(", ".join(dropped))
+        print(f"not compared, for some method lacks them: {lost}")
+    table, points = method_table(shared, config), curve_points(shared, config)
+    bd = bd_table(points, config)
+    codecs = codec_table(images, _names_of_all_models(shared), config.codecs, folder / "codecs.csv")
+    curves = pd.concat([
+        mean_points(points), codec_curves(codecs), published_curves(config.published)
+    ])  # fmt: skip
+    tables = {"images": rows, "table": table, "bd": bd, "curves": curves}
+    _write_tables(folder, tables | ({"codecs": codecs} if len(codecs) else {}))
+    text = markdown(table)
+    write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
+    write_for_compressai(folder, points)
+    names = {model: list(own["image"].unique()) for model, own in shared.groupby("model")}
+    plots = all_plots(config, runs, refine_config, images, curves, names)
+    pictures = _write_plots(folder, plots)
+    page = write_page(folder / "report.html", config, shared, table, bd, pictures)
+    print(f"\n{text}\ntables:   {folder}\nreport:   {page}")
+    return page
+
+
+def _names_of_all_models(shared: pd.DataFrame) -> list[str]:
+    """The images that are compared with every model."""
+    counts = shared.groupby("image")["model"].nunique()
+    return [name for name in counts.index if counts[name] == shared["model"].nunique()]
+
+
+def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+    for key, values in tables.items():
+        if "image" in values:
+            values = values.assign(image=values["image"].map(printable))
+        write_whole(folder / f"{key}.csv", partial(values.to_csv, index=False))
+
+
+def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
+    """Write the curves of each image and of the means as CompressAI's plot tool reads them.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    # An earlier comparison may have left files of methods that the config has no more.
+    shutil.rmtree(folder / "compressai", ignore_errors=True)
+    every = pd.concat([points, mean_points(points).assign(image="mean")])
+    for (image, curve), own in every.groupby(["image", "curve"], sort=False):
+        own = own.sort_values("bpp")
+        results = {"bpp": list(own["bpp"]), "psnr-rgb": list(own["psnr"])}
+        if own["ms_ssim_db"].notna().all():
+            # The tool turns similarities into dB itself.
+            results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
+        path = folder / "compressai" / fitting(str(image)) / f"{folder_name(curve)}.json"
+        write_json(path, {"name": curve, "description": str(image), "results": results})
+
+
+def all_plots(
+    config: CompareConfig,
+    runs: Sequence[ComparedRun],
+    refine_config: RefineConfig,
+    images: Images,
+    curves: pd.DataFrame,
+    names: dict[str, Sequence[str]],
+) -> dict[str, Figure]:
+    """Every plot of a report by its file's name.
+
+    Args:
+        refine_config, images: see `write_report`.
+        names: the images that are compared, by model.
+    """
+    model = runs[0].model
+    own = names.get(model, [])
+    colors = colors_of([*config.methods, *curves.loc[~curves["dashed"].astype(bool), "curve"]])
+    of_model = first_seeds(runs, model)
+    plots = {
+        "rate_distortion": plot_curves(curves, colors),
+        "loss": plot_loss(runs, names, colors),
+        "trajectories": plot_trajectories(runs, model, own, colors),
+    }
+    for number, name in enumerate(own[: config.shown], start=1):
+        details = details_of(of_model, refine_config, images, name)
+        if details is not None:
+            plots[f"detail_{number}"] = plot_details(name, details)
+            plots[f"bits_{number}"] = plot_bits(name, details)
+    return plots | {"probabilities": plot_probabilities()}
+
+
+def _write_plots(folder: Path, plots: dict[str, Figure]) -> dict[str, bytes]:
+    """Write each plot as PNG and SVG; the PNGs' bytes by name."""
+    for plot in [*folder.glob("detail_*"), *folder.glob("bits_*")]:
+        plot.unlink()  # an earlier comparison may have shown more images
+    pictures = {}
+    for key, figure in plots.items():
+        for suffix in ("png", "svg"):
+            write_whole(folder / f"{key}.{suffix}", figure.savefig)
+        pictures[key] = (folder / f"{key}.png").read_bytes()
+    return pictures

@@ -1,0 +1,69 @@
+"""Versions of one image, decoded again from the latents that runs kept, for plots of details."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from architectures import Architecture, Latents
+from common.files import printable
+from common.images import Images
+from common.records import Record, rate_of, read_records, result_file
+from config import RefineConfig
+from models import freeze, load_checkpoint
+from reports.compared_run import ComparedRun
+
+LARGEST_SHOWN = 4_000_000  # pixels; larger images are in the tables alone
+
+
+class Detail(NamedTuple):
+    """One version of an image: x [3, H, W] in [0, 1], and the bits of y at each position [h, w].
+
+    bpp and psnr, in dB, are of the whole image; the original has neither, and no bits.
+    """
+
+    label: str
+    x: Tensor
+    bpp: float | None
+    psnr: float | None
+    bits: Tensor | None
+
+
+@torch.no_grad()
+def details_of(
+    runs: Sequence[ComparedRun], config: RefineConfig, images: Images, name: str
+) -> list[Detail] | None:
+    """An image as it is, coded without refinement, and as each run coded it, in this order.
+
+    None, and a line on the console, where a run lacks the image or where it is too large.
+
+    Args:
+        runs: of one model. config: of any of them.
+    """
+    records = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
+    (image,) = images.load([name], 0)
+    if image.x is None or not all(records) or image.x[0].numel() > LARGEST_SHOWN:
+        print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
+        return None
+    model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
+    x = image.x[None]  # [1, 3, H, W]
+    details = [Detail("original", image.x, None, None, None)]
+    base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
+    details.append(_detail(model, "base", base, records[0]["base"], x))
+    for run, record in zip(runs, records, strict=True):
+        with np.load(result_file(run.folder, "latents", name, ".npz")) as arrays:
+            symbols = {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
+        details.append(_detail(model, run.method, symbols, record["refined"], x))
+    return details
+
+
+def _detail(model: Architecture, label: str, symbols: Latents, side: Record, x: Tensor) -> Detail:
+    """Decode the integer latents of x [1, 3, H, W]; rate and PSNR are those of the record."""
+    size = x.size(2), x.size(3)
+    walk = model.place(symbols, size)
+    x_hat = model.synthesize(walk.y_hat, size).clamp(0, 1)[0]
+    likelihoods = walk.likelihoods[walk.groups[-1].name]
+    bits = -likelihoods.log2().sum(1)[0]  # [h, w]
+    return Detail(label, x_hat, rate_of(side), side["psnr"], bits)

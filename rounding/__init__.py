@@ -1,0 +1,1 @@
+"""How the functions of `experimental_inference_methods` are registered, found and called."""

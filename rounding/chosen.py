@@ -1,0 +1,101 @@
+"""The rounding that a config, or a caller, chooses: a method with all that it needs."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Generator, Tensor
+
+from rounding.registry import METHODS, PYTHON_NAMES, bind_params, find_method
+from rounding.temperature import Temperature
+from schemas.refine import RefineConfig
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A method with its hyper-parameters and its temperature schedule, ready to be called.
+
+    overridden: the method's own values of hyper-parameters for which a published key has another.
+    """
+
+    method: str
+    logits: str | None
+    params: dict[str, Any]
+    temperature: Temperature
+    sample: Callable[..., Tensor]
+    overridden: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method as a reader names it, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
+        return self.method if self.logits is None else f"{self.method}/{self.logits}"
+
+    def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
+        """Relaxed rounding of centred latents v, any shape, at temperature tau."""
+        return self.sample(v, tau, generator, **self.params)
+
+    def at(self, step: float, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
+        """The rounding of one optimisation step, as `models.rd_pass` takes it: v -> v_hat."""
+        return partial(self, tau=self.temperature(step), generator=generator)
+
+
+def build_rounding(
+    method: str, logits: str | None = None, *, temperature: Temperature, **params: Any
+) -> Rounding:
+    """A rounding by its JSON names, with `params` as its hyper-parameters.
+
+    `temperature` holds unless the method has a schedule of its own (sga, danneal).
+
+    Raises:
+        InputError: see `find_method` and `bind_params`.
+    """
+    return _with_params(method, logits, temperature, params)
+
+
+def _with_params(
+    method: str, logits: str | None, temperature: Temperature, params: dict[str, Any]
+) -> Rounding:
+    found = find_method(method, logits)
+    logits = logits if (method, logits) in METHODS else None
+    name = method if logits is None else f"{method}/{logits}"
+    bound = bind_params(found, name, params)
+    return Rounding(method, logits, bound, found.temperature or temperature, found.sample)
+
+
+def rounding_from_config(config: RefineConfig) -> Rounding:
+    """The one rounding that a refinement config switches on.
+
+    Published hyper-parameters (scale_factor, 3c_power, ...) stand in every published JSON and
+    reach the methods that have them; those in `rounding_params` must all be the method's own.
+
+    Raises:
+        InputError: an unknown method, function or temperature schedule, or a wrong hyper-parameter.
+    """
+    options = config.dev_options
+    for key in (*config.improving_methods, *options.improving_methods):
+        if key not in {name for name, _ in METHODS}:
+            find_method(key)
+    params, family = options.sga_logits_params, config.method
+    method = find_method(family, params.logits)
+    published = {
+        key: value
+        for key, value in options.published_hyper_parameters.items()
+        if PYTHON_NAMES.get(key, key) in method.defaults
+    }
+    temperature = Temperature(
+        options.temp_rate,
+        params.ub,
+        options.temp_schedule,
+        steps=config.tot_inference_iterations,
+    )
+    chosen = {**published, **options.rounding_params}
+    rounding = _with_params(family, params.logits, temperature, chosen)
+    names = {PYTHON_NAMES.get(key, key) for key in published}
+    overridden = {
+        name: method.defaults[name]
+        for name in sorted(names)
+        if method.defaults[name] not in (rounding.params[name], inspect.Parameter.empty)
+    }
+    return replace(rounding, overridden=overridden)

@@ -1,0 +1,81 @@
+"""What all schemas share: the kinds of their values, and the network that both scripts name."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from common.files import user_path
+
+
+class Section(BaseModel):
+    """A JSON object whose keys and types are all known.
+
+    The string below a key describes it: docs/config.md is made of these. It starts with "+ " where
+    the published repository's files do not have the key. Ranges and defaults are not repeated
+    there, for the reference takes them from the types.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+TorchSeed = Annotated[int, Field(ge=0, lt=2**31)]
+Tracker = Literal["tensorboard", "wandb"]
+Precision = Literal["float32", "bfloat16"]
+UserPath = Annotated[str, AfterValidator(user_path), Field(json_schema_extra={"format": "path"})]
+SAVE_NAME = r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$"
+
+
+class Channels(Section):
+    """Channels of the networks."""
+
+    N: Count
+    """+ Channels inside the networks, and of z."""
+    M: Count
+    """+ Channels of y."""
+
+
+def channels_of_lambda(train_lambda: float) -> Channels:
+    """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 above (arXiv 2401.17789).
+
+    Lambdas between the published seven follow the same steps, up to 0.1, where we draw the line.
+
+    Raises:
+        ValueError: no rule for this lambda.
+    """
+    if not 0 < train_lambda < 0.1:
+        raise ValueError(
+            f"train_lambda = {train_lambda:g} has no channel rule: "
+            "give a lambda in (0, 0.1), or channels {N, M}"
+        )
+    width = 128 if train_lambda <= 0.001 else 192 if train_lambda < 0.04 else 256
+    return Channels(N=width, M=width)
+
+
+class ModelOfLambda(Section):
+    """The network: the lambda that it is trained for, and its size."""
+
+    train_lambda: float
+    """The lambda that the model is trained for: the loss is bpp + lambda * 255^2 * MSE. In (0, 0.1)
+    unless `channels` is given. The published rule derives the size of a new network from it:
+    N = M = 128 up to 0.001, 192 below 0.04, 256 above."""
+    channels: Channels | None = None
+    """+ The channels {N, M} of the network. null: refinement takes them from the weights,
+    pre-training from `train_lambda`."""
+
+    @model_validator(mode="after")
+    def _has_channels(self) -> "ModelOfLambda":
+        if self.channels is None:
+            channels_of_lambda(self.train_lambda)
+        elif self.train_lambda <= 0:
+            raise ValueError(f"train_lambda = {self.train_lambda:g} must be greater than 0")
+        return self
