@@ -32,6 +32,7 @@ TORCH_FORMATS = {
 
 @pytest.fixture(scope="session")
 def model():
+    """The bundled weights, made ready for refinement."""
     from models import freeze, load_checkpoint
 
     return freeze(load_checkpoint(str(WEIGHTS)))
@@ -39,15 +40,41 @@ def model():
 
 @pytest.fixture(scope="module")
 def small():
-    """A tiny network whose medians are not zero, as after training."""
+    """A tiny model whose medians are not zero, as after training."""
     from config import Channels
     from models import build_model
 
     torch.manual_seed(0)
-    net = build_model(Channels(N=8, M=12))
+    model = build_model(Channels(N=8, M=12))
     with torch.no_grad():
-        net.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
-    return net.eval().requires_grad_(False)
+        model.network.entropy_bottleneck.quantiles[:, 0, 1] = torch.linspace(-1.3, 1.4, 8)
+    model.network.eval().requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def network(small):
+    """The network of `small`: CompressAI's own module."""
+    return small.network
+
+
+@pytest.fixture(scope="session")
+def coder():
+    """The coder of the bundled weights."""
+    from coding.coder import build_coder
+    from models import load_checkpoint
+
+    return build_coder(load_checkpoint(str(WEIGHTS)))
+
+
+@pytest.fixture(scope="session")
+def small_file(coder):
+    """A file of a 70x50 picture, about 900 bytes, and its symbols."""
+    from coding.coder import encode_latents
+
+    x = to_x(skimage.data.chelsea()[60:110, 100:170])
+    symbols = coder.model.symbols(coder.model.analyze(x), (50, 70))
+    return encode_latents(coder, symbols, (50, 70)), symbols
 
 
 @pytest.fixture
@@ -131,13 +158,13 @@ def to_x(pixels):
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
 
 
-def assert_loads(source, net):
-    """The file at `source` gives net's weights and buffers, bit by bit."""
+def assert_loads(source, network):
+    """The file at `source` gives the network's weights and buffers, bit by bit."""
     from models import load_checkpoint
 
-    loaded = load_checkpoint(source).state_dict()
-    assert loaded.keys() == net.state_dict().keys()
-    for name, value in net.state_dict().items():
+    loaded = load_checkpoint(source).network.state_dict()
+    assert loaded.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
         assert torch.equal(loaded[name], value), name
 
 

@@ -6,16 +6,16 @@ import skimage
 import torch
 from PIL import Image
 
-import train_flexible_inference
-from architectures import Latents
+from architectures import MeanScale
 from common.finding import find_images
 from common.images import ImageFiles, LoadedImage
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import METHODS, Temperature, build_rounding
-from models import analyze, rd_pass
+from passes import problem_of, refined
 from refinement.batch import image_by_image
-from train_flexible_inference import equal_sized, main, refine
+from refinement.target import Start
+from train_flexible_inference import equal_sized, main
 
 
 def _image(name, height, width):
@@ -50,14 +50,14 @@ def test_a_batch_is_refined_as_its_images_are(model, config_values, write_config
     key = (name, "log_ssl_a_factor_pow") if name == "sga_logits_3c" else (name, None)
     rounding = build_rounding(*key, temperature=Temperature(0.01, 1.0))
     x = torch.cat([to_x(skimage.data.coffee()[100:164, left : left + 80]) for left in (200, 300)])
-    together = refine(model, x, rounding, config, [11, 12], lambda *_: None)
+    together = refined(problem_of(model, x), config, [11, 12], rounding)
     for index, seed in enumerate([11, 12]):
         own = slice(index, index + 1)
-        (alone,) = refine(model, x[own], rounding, config, [seed], lambda *_: None)
+        (alone,) = refined(problem_of(model, x[own]), config, [seed], rounding)
         ours = together[index]
         assert ours.best["step"] == alone.best["step"]
-        assert ours.latents.y.shape == alone.latents.y.shape
-        for row, expected in zip(ours.trajectory, alone.trajectory, strict=True):
+        assert ours.latents["y"].shape == alone.latents["y"].shape
+        for row, expected in zip(ours.rows, alone.rows, strict=True):
             for metric in ("relaxed_loss", "true_loss", "true_psnr"):
                 assert row[metric] == pytest.approx(expected[metric], rel=1e-3)
         for label, picture in alone.pictures.items():
@@ -71,19 +71,21 @@ def test_an_image_that_has_no_finite_loss_leaves_the_others_alone(
     config = load_config(write_config(config_values), RefineConfig)
     rounding = build_rounding("ste", temperature=Temperature(0.01, 1.0))
     x = torch.cat([to_x(skimage.data.coffee()[100:164, left : left + 64]) for left in (200, 300)])
-    start = analyze(model, x)
-    start.y[0, 0, 0, 0] = torch.nan
+    start = Start(model.analyze(x))
+    start.latents["y"][0, 0, 0, 0] = torch.nan
     shown = []
-    broken, sound = refine(
-        model, x, rounding, config, [1, 2], lambda *values: shown.append(values), start=start
-    )
+
+    def progress(*values):
+        shown.append(values)
+
+    broken, sound = refined(problem_of(model, x), config, [1, 2], rounding, progress, start)
     assert broken.latents is None
     assert broken.stopped == "the loss is not finite at step 0"
-    assert len(broken.trajectory) == 1
+    assert len(broken.rows) == 1
     assert sound.stopped is None
-    (alone,) = refine(model, x[1:], rounding, config, [2], lambda *_: None)
-    assert [row["step"] for row in sound.trajectory] == [row["step"] for row in alone.trajectory]
-    for row, expected in zip(sound.trajectory, alone.trajectory, strict=True):
+    (alone,) = refined(problem_of(model, x[1:]), config, [2], rounding)
+    assert [row["step"] for row in sound.rows] == [row["step"] for row in alone.rows]
+    for row, expected in zip(sound.rows, alone.rows, strict=True):
         assert row["true_loss"] == pytest.approx(expected["true_loss"], rel=1e-3)
     assert len(shown) == config.tot_inference_iterations
     assert all(loss.isfinite() and np.isfinite(lowest) for loss, lowest in shown)
@@ -147,13 +149,14 @@ def test_a_batch_that_does_not_fit_is_tried_one_by_one(
     code, plain = _run(config_values, write_config, save_name="plain", tot_batches=4)
     assert code == 0
     (never,) = ImageFiles(find_images(folder)).load(["1.png"])
+    analyze = MeanScale.analyze
 
     def analyze_few(model, x):
         if len(x) > 1 or torch.equal(x[0], never.x):
             raise error
         return analyze(model, x)
 
-    monkeypatch.setattr(train_flexible_inference, "analyze", analyze_few)
+    monkeypatch.setattr(MeanScale, "analyze", analyze_few)
     code, rows = _run(config_values, write_config, save_name="run", tot_batches=2, batch_size=3)
     assert code == 1
     assert list(rows) == ["0.png", "2.png", "3.png"]
@@ -171,10 +174,11 @@ def test_noise_does_not_depend_on_tiles(model, key):
     x = to_x(skimage.data.coffee()[100:180, 200:312])
     losses = []
     for encoder_tile, tile in ((16, None), (2, 3)):
-        latents = Latents(*analyze(model, x, encoder_tile))
+        latents = model.analyze(x, encoder_tile)
         # Noise is drawn in the order of memory.
-        assert latents.y.is_contiguous(memory_format=torch.channels_last)
+        assert latents["y"].is_contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             relaxed = rounding.at(1, torch.Generator().manual_seed(1))
-            losses.append(rd_pass(model, x, latents, relaxed, 0.01, tile)["loss"].item())
+            terms = problem_of(model, x, tile=tile).relaxed(latents, relaxed)
+        losses.append(terms.loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -4,24 +4,23 @@ import copy
 import subprocess
 import sys
 
-import fast_layers
 import pytest
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN
 
-from architectures import Latents
-from benchmarks.refinement_loops import plain_loss
 from config import Channels
 from conftest import ROOT
-from experimental_inference_methods import METHODS, Temperature, build_rounding, hard_round
+from experimental_inference_methods import METHODS, Temperature, build_rounding
 from fast.decoder import ToPicture
 from fast.freezing import FastGDN
 from fast.gdn import gdn
 from fast.layout import interleave
 from fast.pool import Pool
 from fast.upsampling import UpsamplingKernel
-from models import build_model, freeze, rd_pass, speed_up
+from fast.winograd import Winograd
+from models import build_model, freeze, prepare_for_training
+from passes import LMBDA, problem_of, to_optimise, true_terms
 
 CANDIDATES = sorted((key for key in METHODS if METHODS[key].score), key=str)
 
@@ -31,7 +30,7 @@ CANDIDATES = sorted((key for key in METHODS if METHODS[key].score), key=str)
 def test_gdn_has_the_derivatives_of_its_formula(monkeypatch, inverse, rows):
     torch.manual_seed(0)
     channels = 5
-    monkeypatch.setattr(fast_layers, "CHUNK_BYTES", rows * channels * 8)
+    monkeypatch.setattr("fast.gdn.CHUNK_BYTES", rows * channels * 8)
     x = torch.randn(2, channels, 3, 5, dtype=torch.float64, requires_grad=True)
     beta = (torch.rand(channels, dtype=torch.float64) + 0.1).requires_grad_()
     gamma = torch.rand(channels, channels, dtype=torch.float64, requires_grad=True)
@@ -111,9 +110,9 @@ def test_gdn_in_bfloat16_keeps_its_type():
 @pytest.mark.parametrize(("channels", "form"), [((6, 5), "direct"), ((7, 9), "winograd")])
 def test_every_form_of_upsampling_is_the_transposed_convolution(monkeypatch, channels, form, size):
     if form == "winograd":
-        monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_CHANNELS", 7)
-        monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
-        monkeypatch.setattr(fast_layers, "WINOGRAD_TILES", 3)
+        monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 7)
+        monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
+        monkeypatch.setattr("fast.winograd.WINOGRAD_TILES", 3)
     torch.manual_seed(0)
     weight, bias = torch.randn(*channels, 5, 5), torch.randn(channels[1])
     kernel = UpsamplingKernel(weight, bias, Pool())
@@ -133,8 +132,8 @@ def test_every_form_of_upsampling_is_the_transposed_convolution(monkeypatch, cha
 
 def test_upsampling_may_be_followed_by_a_layer_that_works_in_place(monkeypatch):
     """h_s has LeakyReLU(inplace=True) after it."""
-    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_CHANNELS", 4)
-    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 4)
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
     for channels in (3, 8):  # directly, and Winograd's form with a cropped result
         kernel = UpsamplingKernel(torch.randn(8, channels, 5, 5), torch.randn(channels), Pool())
         x = torch.randn(1, 8, 3, 5, requires_grad=True)
@@ -157,7 +156,7 @@ def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size,
     """Picture, squared error of a part of it, and the gradient, in float64 by autograd."""
     torch.manual_seed(0)
     channels, (height, width), (top, left, *part_size) = 6, size, part
-    monkeypatch.setattr(fast_layers, "STRIP_BYTES", rows * channels * 2 * width * 8)
+    monkeypatch.setattr("fast.decoder.STRIP_BYTES", rows * channels * 2 * width * 8)
     first, first_bias = torch.randn(4, channels, 5, 5).double(), torch.randn(channels).double()
     beta, gamma = torch.rand(channels).double() + 0.1, torch.rand(channels, channels).double()
     last, last_bias = torch.randn(channels, 3, 5, 5).double(), torch.randn(3).double()
@@ -201,29 +200,51 @@ def test_the_one_derivative_kept_is_the_numerical_one(monkeypatch, key, tau):
     assert torch.autograd.gradcheck(sample, v, eps=1e-7, atol=1e-4, rtol=1e-4)
 
 
+def plain_loss(network, x, latents, round_z, round_y):
+    """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules alone."""
+    medians = network.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
+    z_hat = round_z(latents["z"] - medians) + medians
+    scales, means = network.h_s(z_hat).chunk(2, 1)
+    y_hat = round_y(latents["y"] - means) + means
+    bottleneck, conditional = network.entropy_bottleneck, network.gaussian_conditional
+    z_by_channel = z_hat.transpose(0, 1).flatten(1)[:, None]  # [N, 1, B h' w']
+    # Below the bound its gradient still leads upwards, which clamp_min's does not.
+    p_z = bottleneck.likelihood_lower_bound(bottleneck._likelihood(z_by_channel)[0])
+    p_y = conditional.likelihood_lower_bound(conditional._likelihood(y_hat, scales, means))
+    bits = -p_z.log2().sum() - p_y.log2().sum()
+    return bits / x[:, 0].numel() + LMBDA * 255**2 * F.mse_loss(network.g_s(y_hat), x)
+
+
+def _shifted(v):
+    return v + 0.3
+
+
 def test_a_frozen_model_has_the_loss_and_gradient_of_compressais_layers():
     """In float64: CompressAI's own modules by autograd, with the same shift for rounding."""
     torch.manual_seed(0)
-    stock = build_model(Channels(N=8, M=12)).double().eval()
-    frozen = freeze(copy.deepcopy(stock)).double()
+    stock = build_model(Channels(N=8, M=12))
+    stock.network.double().eval()
+    frozen = freeze(copy.deepcopy(stock))
+    frozen.network.double()
     x = torch.rand(2, 3, 128, 64, dtype=torch.float64)
     y, z = (torch.randn(2, c, h, w, dtype=torch.float64) * 2 for c, h, w in ((12, 8, 4), (8, 2, 1)))
-    ours = Latents(y.clone().requires_grad_(), z.clone().requires_grad_())
-    loss = rd_pass(frozen, x, ours, lambda v: v + 0.3, 0.01)["loss"].mean()
+    latents = {"y": y, "z": z}
+    ours, theirs = to_optimise(latents), to_optimise(latents)
+    loss = problem_of(frozen, x).relaxed(ours, _shifted).loss.mean()
     loss.backward()
-    theirs = Latents(y.clone().requires_grad_(), z.clone().requires_grad_())
-    expected = plain_loss(stock, x, theirs, lambda v: v + 0.3, lambda v: v + 0.3)
+    expected = plain_loss(stock.network, x, theirs, _shifted, _shifted)
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    for mine, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, their.grad)
+    for name, mine in ours.items():
+        torch.testing.assert_close(mine.grad, theirs[name].grad)
     # the true loss, in float32 as everyone has it, agrees to float32 rounding
-    single = freeze(copy.deepcopy(stock).float())
-    latents = Latents(y.float(), z.float())
+    single = copy.deepcopy(stock)
+    single.network.float()
+    single = freeze(single)
     with torch.no_grad():
-        true = plain_loss(stock, x, Latents(y, z), torch.round, torch.round)
-        mine = rd_pass(single, x.float(), latents, hard_round, 0.01)["loss"].mean()
-    assert mine.item() == pytest.approx(true.item(), rel=1e-5)
+        true = plain_loss(stock.network, x, latents, torch.round, torch.round)
+    mine = true_terms(single, x.float(), {name: v.float() for name, v in latents.items()}).loss
+    assert mine.mean().item() == pytest.approx(true.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -231,34 +252,32 @@ def test_a_frozen_model_has_the_loss_and_gradient_of_compressais_layers():
 def test_winograds_form_within_a_frozen_model(monkeypatch, precision, tile):
     """In float32 near CompressAI's; in bfloat16, where it does not serve, roughly so."""
     torch.manual_seed(0)
-    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_CHANNELS", 8)
-    monkeypatch.setattr(fast_layers, "FEWEST_WINOGRAD_PLACES", 1)
-    stock = build_model(Channels(N=8, M=8)).eval()
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 8)
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
+    stock = build_model(Channels(N=8, M=8))
+    stock.network.eval()
     frozen = freeze(copy.deepcopy(stock))
     calls = []
-    upsampled = fast_layers.Winograd.upsample
-    monkeypatch.setattr(
-        fast_layers.Winograd, "upsample", lambda *args: calls.append(1) or upsampled(*args)
-    )
+    upsampled = Winograd.upsample
+    monkeypatch.setattr(Winograd, "upsample", lambda *args: calls.append(1) or upsampled(*args))
     x = torch.rand(1, 3, 128, 64)
-    y, z = torch.randn(1, 8, 8, 4) * 2, torch.randn(1, 8, 2, 1) * 2
-    ours, theirs = (
-        Latents(y.clone().requires_grad_(), z.clone().requires_grad_()) for _ in range(2)
-    )
-    loss = rd_pass(frozen, x, ours, lambda v: v + 0.3, 0.01, tile, precision)["loss"].mean()
+    latents = {"y": torch.randn(1, 8, 8, 4) * 2, "z": torch.randn(1, 8, 2, 1) * 2}
+    ours, theirs = to_optimise(latents), to_optimise(latents)
+    problem = problem_of(frozen, x, tile=tile, precision=precision)
+    loss = problem.relaxed(ours, _shifted).loss.mean()
     loss.backward()
     assert bool(calls) == (precision == torch.float32)
-    expected = plain_loss(stock, x, theirs, lambda v: v + 0.3, lambda v: v + 0.3)
+    expected = plain_loss(stock.network, x, theirs, _shifted, _shifted)
     expected.backward()
     tolerance = 1e-4 if precision == torch.float32 else 0.05
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance / 10)
-    error = (ours.y.grad - theirs.y.grad).norm() / theirs.y.grad.norm()
+    error = (ours["y"].grad - theirs["y"].grad).norm() / theirs["y"].grad.norm()
     assert error < tolerance
 
 
 def test_layers_of_another_kind_are_refused():
     model = build_model(Channels(N=8, M=8))
-    model.g_s[0] = torch.nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
+    model.network.g_s[0] = torch.nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
     with pytest.raises(ValueError, match="kernel of 5"):
         freeze(model)
     with pytest.raises(ValueError, match="frozen already"):
@@ -268,21 +287,27 @@ def test_layers_of_another_kind_are_refused():
 def test_a_model_made_ready_for_training_computes_the_same():
     torch.manual_seed(0)
     stock = build_model(Channels(N=8, M=8))
-    fast = speed_up(copy.deepcopy(stock))
+    fast = prepare_for_training(copy.deepcopy(stock))
+    assert any(isinstance(layer, FastGDN) for layer in fast.network.g_s)
     x = torch.rand(1, 3, 64, 64)
     for model in (stock, fast):
-        y = model.g_a(x)
-        rd_pass(model, x, Latents(y, model.h_a(y)), lambda v: v + 0.2, 0.01)["loss"].backward()
-    for (name, mine), theirs in zip(fast.named_parameters(), stock.parameters(), strict=True):
-        if theirs.grad is not None:
-            scale = theirs.grad.abs().max().item()
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale,
-                                       msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+        latents = model.encode(x, model.network.g_a)
+        problem_of(model, x).relaxed(latents, lambda v: v + 0.2).loss.backward()
+    expected = {name: v.grad for name, v in stock.network.named_parameters()}
+    gradients = {name: v.grad for name, v in fast.network.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    # Only the auxiliary loss moves the quantiles.
+    quantiles = "entropy_bottleneck.quantiles"
+    assert gradients.pop(quantiles) is expected.pop(quantiles) is None
+    for name, theirs in expected.items():
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(gradients[name], theirs, rtol=1e-3, atol=1e-4 * scale,
+                                   msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
 
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from fast_layers import keep_pages
+from fast.pool import keep_pages
 took = keep_pages() if sys.argv[1] == "keep" else False
 x = torch.randn(2**24, requires_grad=True)  # 64 MiB
 def faults_of_a_step():

@@ -11,18 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coding.coder import build_coder, decode_latents, decode_picture
+from architectures.distributions import Gaussians
+from coding.coder import decode_latents, decode_picture
 from config import RefineConfig, Target, load_config
 from conftest import WEIGHTS, read_jsonl, to_x
-from experimental_inference_methods import hard_round
-from models import analyze, freeze, likelihood_y, load_checkpoint, prior_params, rd_pass
+from models import freeze, load_checkpoint
+from passes import true_terms
 from refinement.target import LambdaSearch
 from runs import NAMES, results, run
-
-
-@pytest.fixture(scope="module")
-def coder():
-    return build_coder(load_checkpoint(str(WEIGHTS)))
 
 
 def psnr_of_pixels(picture, path):
@@ -53,8 +49,8 @@ def test_a_run_writes_files_and_reports_what_they_are(
         assert torch.equal((picture * 255).round(), (saved * 255).round())
         symbols, _ = decode_latents(coder, data)
         stored = np.load(folder / "latents" / f"{name}.npz")
-        assert np.array_equal(stored["y"], symbols.y[0])
-        assert np.array_equal(stored["z"], symbols.z[0])
+        assert np.array_equal(stored["y"], symbols["y"][0])
+        assert np.array_equal(stored["z"], symbols["z"][0])
         # Of some 400 bytes 38 are the header, and each string ends with a state of up to 8.
         ends = 8 * (38 + 2 * 8) / (record["width"] * record["height"])
         for side in (record["base"], refined):
@@ -79,32 +75,35 @@ def test_a_missing_file_is_made_again(config_values, write_config, capsys):
 
 
 def test_coder_scales_are_those_that_compressai_codes_with(photos):
-    stock, model = load_checkpoint(str(WEIGHTS)), load_checkpoint(str(WEIGHTS))
+    stock, model = load_checkpoint(str(WEIGHTS)).network, load_checkpoint(str(WEIGHTS))
     freeze(model, coder_scales=True)
     x = to_x(np.asarray(Image.open(photos / "c_rocket.png")))
-    y, z = analyze(model, x)
-    z_hat = (z - model.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)).round()
-    z_hat = z_hat + model.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
-    scales, means = prior_params(stock, z_hat, y.shape[2:])
+    latents = model.analyze(x)
+    y = latents["y"]
+    medians = stock.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
+    z_hat = (latents["z"] - medians).round() + medians
+    scales, means = stock.h_s(z_hat)[:, :, : y.size(2), : y.size(3)].chunk(2, 1)
     y_hat = (y - means).round() + means
     stock.update()
     table = torch.tensor(get_scale_table().tolist())
     coded = table[stock.gaussian_conditional.build_indexes(scales).long()]
-    wanted = likelihood_y(stock, y_hat, coded, means)
-    torch.testing.assert_close(likelihood_y(model, y_hat, scales, means), wanted)
+    wanted = stock.gaussian_conditional._likelihood(y_hat, coded, means).clamp_min(1e-9)
+    ours = Gaussians(model.network.gaussian_conditional, scales, means).likelihood(y_hat)
+    torch.testing.assert_close(ours, wanted)
 
 
-def test_coder_scales_leave_the_gradient_as_it_is(photos):
+def test_coder_scales_leave_the_gradient_as_it_is():
     """That of a scale that already stands in the table, where both rates are the same."""
     plain, coded = (
-        freeze(load_checkpoint(str(WEIGHTS)), coder_scales=flag) for flag in (False, True)
+        freeze(load_checkpoint(str(WEIGHTS)), coder_scales=flag).network.gaussian_conditional
+        for flag in (False, True)
     )
-    table = coded.gaussian_conditional.lower_bound_scale.scale_table
+    table = coded.lower_bound_scale.scale_table
     gradients = []
-    for model in (plain, coded):
+    for conditional in (plain, coded):
         scales = table[5:45].reshape(1, 1, 5, 8).clone().requires_grad_()
-        p = likelihood_y(model, torch.full_like(scales, 0.7), scales, torch.zeros_like(scales))
-        p.log().sum().backward()
+        gaussians = Gaussians(conditional, scales, torch.zeros_like(scales))
+        gaussians.likelihood(torch.full_like(scales, 0.7)).log().sum().backward()
         gradients.append(scales.grad)
     assert gradients[0].abs().min() > 0
     torch.testing.assert_close(*gradients)
@@ -145,12 +144,13 @@ def test_the_search_finds_what_answers_it(kind, slope, position, lag, unrefined)
 
     target = Target(kind, at(0.01 * math.exp(position)))
     value = at(0.01 * math.exp(unrefined))
-    search = LambdaSearch(target, 0.01, 0.01, value)
+    search = LambdaSearch(target, 0.01, 0.01)
+    search.begin(value)
     tried = 0
     while search.goes_on:
         assert 0.01 / 1025 < search.lmbda < 0.01 * 1025
         value = lag * value + (1 - lag) * at(search.lmbda)
-        search.tell(value)
+        search.add(value)
         tried += 1
     assert tried <= LambdaSearch.TRIALS
     assert target.miss(value) <= 1
@@ -158,9 +158,10 @@ def test_the_search_finds_what_answers_it(kind, slope, position, lag, unrefined)
 
 @pytest.mark.parametrize(("wanted", "end"), [(60.0, 0.01 * 1024), (5.0, 0.01 / 1024)])
 def test_the_search_ends_where_lambda_ends(wanted, end):
-    search = LambdaSearch(Target("psnr", wanted), 0.01, 0.01, 30.0)
+    search = LambdaSearch(Target("psnr", wanted), 0.01, 0.01)
+    search.begin(30.0)
     while search.goes_on:
-        search.tell(30 + math.tanh(math.log(search.lmbda / 0.01)))
+        search.add(30 + math.tanh(math.log(search.lmbda / 0.01)))
     assert search.lmbda == pytest.approx(end)
     assert search.trials < LambdaSearch.TRIALS
 
@@ -266,10 +267,10 @@ def test_only_one_target(config_values, write_config):
 
 
 def test_the_estimate_is_the_sum_of_the_likelihoods(coder, photos):
-    """rd_pass, from which base rates come, beside CompressAI's forward."""
+    """The true pass, from which base rates come, beside CompressAI's forward."""
     x = to_x(np.asarray(Image.open(photos / "b_coffee.png")))
-    ours = rd_pass(coder.model, x, analyze(coder.model, x), hard_round, 0.01)
+    ours = true_terms(coder.model, x, coder.model.analyze(x))
     with torch.no_grad():
-        p = coder.model(x)["likelihoods"]
+        p = coder.model.network(x)["likelihoods"]
     bits = -sum(v.log2().sum().item() for v in p.values())
-    assert ours["bpp"].item() == pytest.approx(bits / 64**2, rel=1e-5)
+    assert ours.bpp.item() == pytest.approx(bits / 64**2, rel=1e-5)

@@ -58,13 +58,13 @@ def _runs_when_read_carelessly(source, mark):
 
 @pytest.mark.parametrize("options", TORCH_FORMATS.values(), ids=TORCH_FORMATS.keys())
 @pytest.mark.parametrize("harm", HARMFUL.values(), ids=HARMFUL.keys())
-def test_nothing_in_a_file_is_run(small, saved, tmp_path, harm, options):
+def test_nothing_in_a_file_is_run(network, saved, tmp_path, harm, options):
     mark = tmp_path / "it_ran"
-    source = saved({"state_dict": small.state_dict(), "x": harm(str(mark))}, **options)
+    source = saved({"state_dict": network.state_dict(), "x": harm(str(mark))}, **options)
     if harm is HARMFUL["a part of a tensor"]:
         assert "truncated or damaged" in refusal_of(source)
     else:
-        assert_loads(source, small)
+        assert_loads(source, network)
     assert not mark.exists()
     assert _runs_when_read_carelessly(source, mark)
 

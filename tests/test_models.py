@@ -7,80 +7,88 @@ import skimage
 import torch
 from compressai.layers import GDN
 
-from architectures import Latents
+from architectures import Group
+from architectures.distributions import FactorizedPrior
+from architectures.walk import rounded
 from common.device import pick_device
 from common.errors import InputError
 from config import Channels
 from conftest import WEIGHTS, to_x
-from experimental_inference_methods import hard_round
 from fast.freezing import FrozenGDN
-from models import (
-    analyze,
-    build_model,
-    freeze,
-    integer_latents,
-    likelihood_z,
-    load_checkpoint,
-    medians_of,
-    rd_pass,
-    round_around,
-)
+from models import build_model, freeze, load_checkpoint
+from passes import LMBDA, problem_of, to_optimise, true_terms
 
 
 def test_true_pass_is_compressais_forward(model):
     """Same rate and picture as the stock model in eval mode, on a size it takes (64s)."""
     x = to_x(skimage.data.astronaut()[128:320, 128:256])
-    ours = rd_pass(model, x, analyze(model, x), hard_round, 0.01)
+    ours = true_terms(model, x, model.analyze(x))
     with torch.no_grad():
-        stock = load_checkpoint(str(WEIGHTS))(x)
-    bpp = sum(-p.log2().sum() for p in stock["likelihoods"].values()) / (192 * 128)
+        stock = load_checkpoint(str(WEIGHTS)).network(x)
+    bpps = {name: -p.log2().sum() / (192 * 128) for name, p in stock["likelihoods"].items()}
+    bpp = sum(bpps.values())
     mse = (stock["x_hat"] - x).square().mean()
-    torch.testing.assert_close(ours["x_hat"], stock["x_hat"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours["bpp"][0], bpp, atol=0, rtol=1e-5)
-    torch.testing.assert_close(ours["loss"][0], bpp + 0.01 * 255**2 * mse, atol=0, rtol=1e-5)
-    torch.testing.assert_close(ours["bpp_y"] + ours["bpp_z"], ours["bpp"])
+    torch.testing.assert_close(ours.x_hat, stock["x_hat"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.bpp[0], bpp, atol=0, rtol=1e-5)
+    torch.testing.assert_close(ours.mse[0], mse, atol=0, rtol=1e-5)
+    torch.testing.assert_close(ours.loss[0], bpp + LMBDA * 255**2 * mse, atol=0, rtol=1e-5)
+    assert ours.rates.keys() == bpps.keys()
+    for name, rate in ours.rates.items():
+        torch.testing.assert_close(rate[0], bpps[name], atol=0, rtol=1e-5)
 
 
 def test_the_encoder_continues_odd_sizes_by_their_border(model):
     """On a photo of odd size this start beats the encoder's own, zero-padded inside a block."""
     x = to_x(skimage.data.chelsea()[:289, :449])
-    y = model.g_a(x)
-    plain = Latents(y, model.h_a(y))
-    ours = analyze(model, x)
-    assert [v.shape for v in ours] == [v.shape for v in plain]
-    losses = [rd_pass(model, x, one, hard_round, 0.01)["loss"].item() for one in (ours, plain)]
+    y = model.network.g_a(x)
+    plain = {"y": y, "z": model.network.h_a(y)}
+    ours = model.analyze(x)
+    assert {name: v.shape for name, v in ours.items()} == {k: v.shape for k, v in plain.items()}
+    losses = [true_terms(model, x, latents).loss.item() for latents in (ours, plain)]
     assert losses[0] < 0.9 * losses[1]
 
 
 def test_a_batch_is_its_images(model):
     x = to_x(skimage.data.astronaut()[:64, :192])
     pair = torch.cat(x.split(96, dim=3))
-    together = rd_pass(model, pair, analyze(model, pair), hard_round, 0.01)["loss"]
-    alone = [rd_pass(model, one[None], analyze(model, one[None]), hard_round, 0.01) for one in pair]
-    torch.testing.assert_close(together, torch.cat([a["loss"] for a in alone]), rtol=1e-4, atol=0)
+    together = true_terms(model, pair, model.analyze(pair)).loss
+    alone = [true_terms(model, one, model.analyze(one)).loss for one in pair.split(1)]
+    assert alone[0] != alone[1]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (17, 16), (63, 65), (100, 37)])
 def test_every_size_works(small, size):
     x = torch.rand(1, 3, *size)
-    y, z = analyze(small, x)
-    assert y.shape[2:] == (-(-size[0] // 16), -(-size[1] // 16))
-    assert z.shape[2:] == (-(-size[0] // 64), -(-size[1] // 64))
-    latents = Latents(y.requires_grad_(), z.requires_grad_())
-    terms = rd_pass(small, x, latents, lambda v: v, 0.01)
-    assert terms["x_hat"].shape == x.shape
-    terms["loss"].sum().backward()
-    assert y.grad.isfinite().all()
-    assert z.grad.abs().sum() > 0
+    latents = to_optimise(small.analyze(x))
+    assert {name: tuple(v.shape) for name, v in latents.items()} == {
+        "y": (1, 12, -(-size[0] // 16), -(-size[1] // 16)),
+        "z": (1, 8, -(-size[0] // 64), -(-size[1] // 64)),
+    }
+    terms = problem_of(small, x).relaxed(latents, lambda v: v)
+    assert terms.x_hat.shape == x.shape
+    terms.loss.sum().backward()
+    assert latents["y"].grad.isfinite().all()
+    assert latents["z"].grad.abs().sum() > 0
 
 
 def test_frozen_networks_collect_no_gradients(small):
-    small = freeze(copy.deepcopy(small))
+    """Neither by their parameters nor by the buffers that most weights of a frozen one are."""
+    trainable = copy.deepcopy(small)
+    trainable.network.train().requires_grad_(True)
+    frozen = freeze(trainable)
     x = torch.rand(1, 3, 64, 64)
-    latents = Latents(*(v.requires_grad_() for v in analyze(small, x)))
-    rd_pass(small, x, latents, lambda v: v, 0.01)["loss"].sum().backward()
-    assert all(p.grad is None and not p.requires_grad for p in small.parameters())
-    assert not small.training
+    latents = to_optimise(frozen.analyze(x))
+    problem_of(frozen, x).relaxed(latents, lambda v: v).loss.sum().backward()
+    assert all(v.grad.abs().sum() > 0 for v in latents.values())
+    network = frozen.network
+    weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    assert {"g_a.0.weight", "h_a.0.weight", "h_s.0.weight", "g_s.0.weight"} < weights.keys()
+    assert {"g_s.1.gamma", "g_s.4.upsampling.weight", "g_s.4.gamma"} < weights.keys()
+    assert {"entropy_bottleneck.matrix_0", "entropy_bottleneck.quantiles"} < weights.keys()
+    for name, v in weights.items():
+        assert not v.requires_grad and v.grad is None, name
+    assert not any(part.training for part in network.modules())
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -101,53 +109,72 @@ def test_frozen_gdn_is_compressais(inverse):
 
 
 def test_latents_lie_on_the_lattice_that_a_coder_codes(small):
+    """CompressAI's own quantisation gives the same values and the same symbols."""
     x = torch.rand(1, 3, 80, 70)
-    latents = analyze(small, x)
-    terms = rd_pass(small, x, latents, hard_round, 0.01)
-    symbols = integer_latents(small, latents)
-    torch.testing.assert_close(symbols.z + medians_of(small), terms["z_hat"])
-    params = small.h_s(terms["z_hat"])[:, :, :5, :5]
-    torch.testing.assert_close(symbols.y + params[:, 12:], terms["y_hat"])
-    stock, _ = small.entropy_bottleneck(latents.z)
-    torch.testing.assert_close(stock, terms["z_hat"])
+    latents = {name: 3 * v for name, v in small.analyze(x).items()}
+    terms, symbols = true_terms(small, x, latents), small.symbols(latents, (80, 70))
+    bottleneck = small.network.entropy_bottleneck
+    conditional = small.network.gaussian_conditional
+    z_hat, _ = bottleneck(latents["z"])
+    torch.testing.assert_close(terms.values["z"], z_hat)
+    _, means = small.network.h_s(z_hat)[:, :, :5, :5].chunk(2, 1)
+    y_hat = conditional.quantize(latents["y"], "dequantize", means)
+    torch.testing.assert_close(terms.values["y"], y_hat)
+    medians = bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
+    coded = {
+        "z": bottleneck.quantize(latents["z"], "symbols", medians),
+        "y": conditional.quantize(latents["y"], "symbols", means),
+    }
+    assert symbols.keys() == coded.keys()
+    for name, integers in coded.items():
+        assert integers.unique().numel() > 2
+        assert symbols[name].dtype == torch.int32
+        assert torch.equal(symbols[name], integers)
 
 
-def test_round_around_moves_the_lattice():
+def test_rounding_around_a_centre_moves_the_lattice():
     v, centre = torch.tensor([0.9, -2.2]), torch.tensor([0.25, 0.25])
-    torch.testing.assert_close(round_around(v, centre, hard_round), torch.tensor([1.25, -1.75]))
+    value = rounded({"y": v}, torch.round)(Group("y", centre, None))
+    torch.testing.assert_close(value, torch.tensor([1.25, -1.75]))
+
+
+def _prior_of(model):
+    return FactorizedPrior(model.network.entropy_bottleneck)
 
 
 def test_likelihood_of_z_is_compressais_where_float64_resolves_it(small):
-    net = build_model(Channels(N=8, M=12)).double()
-    net.load_state_dict(small.state_dict())
+    model = copy.deepcopy(small)
+    model.network.double()
     z_hat = torch.linspace(-12, 12, 49, dtype=torch.float64).reshape(1, 1, 7, 7).repeat(1, 8, 1, 1)
-    ours = likelihood_z(net, z_hat)
+    ours = _prior_of(model).likelihood(z_hat)
     flat = z_hat.transpose(0, 1).reshape(8, 1, -1)
-    theirs = net.entropy_bottleneck._likelihood(flat)[0].reshape(8, 1, 7, 7).transpose(0, 1)
+    theirs = model.network.entropy_bottleneck._likelihood(flat)[0]
+    theirs = theirs.reshape(8, 1, 7, 7).transpose(0, 1)
     torch.testing.assert_close(ours, theirs.clamp_min(1e-9), rtol=1e-6, atol=1e-15)
 
 
-def test_likelihood_of_z_has_a_correct_gradient(small):
-    net = build_model(Channels(N=2, M=3)).double()
+def test_likelihood_of_z_has_a_correct_gradient():
+    model = build_model(Channels(N=2, M=3))
+    model.network.double()
     z_hat = torch.tensor([-2.0, -0.4, 0.3, 3.0], dtype=torch.float64).reshape(1, 2, 1, 2)
-    assert torch.autograd.gradcheck(lambda v: likelihood_z(net, v), z_hat.requires_grad_())
+    assert torch.autograd.gradcheck(_prior_of(model).likelihood, z_hat.requires_grad_())
 
 
 @pytest.mark.parametrize("far", [-60.0, 60.0])
 def test_a_latent_far_out_finds_its_way_back(small, far):
     """Both tails must pull inwards, where CompressAI's upper tail has gradient 0 in float32."""
     z_hat = torch.full((1, 8, 1, 1), far, requires_grad=True)
-    (-likelihood_z(small, z_hat).log2()).sum().backward()
+    (-_prior_of(small).likelihood(z_hat).log2()).sum().backward()
     assert (z_hat.grad.sign() == torch.sign(torch.tensor(far))).all()
 
 
-def test_the_centre_of_the_prior_is_likely(small):
+def test_the_centre_of_the_prior_is_likely():
     """At the point where both sigmoids mirror each other the likelihood must not vanish."""
-    net = build_model(Channels(N=4, M=4))
+    model = build_model(Channels(N=4, M=4))
     with torch.no_grad():
-        for bias in net.entropy_bottleneck.biases:
+        for bias in model.network.entropy_bottleneck.biases:
             bias.zero_()
-    assert (likelihood_z(net, torch.zeros(1, 4, 1, 1)) > 1e-3).all()
+    assert (_prior_of(model).likelihood(torch.zeros(1, 4, 1, 1)) > 1e-3).all()
 
 
 # --- devices --------------------------------------------------------------------------------------

@@ -4,26 +4,26 @@ import json
 import math
 
 import numpy as np
-import polish as polishing
 import pytest
 import skimage
 import torch
 
-from architectures import Latents
+import objectives
+import refinement.polish as polishing
 from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
-from experimental_inference_methods import hard_round, rounding_from_config
-from models import analyze, integer_latents, rd_pass
+from passes import LMBDA, problem_of, refined, true_terms
 from refinement.descent import Pace
 from refinement.polish import polish
-from train_flexible_inference import main, refine
-
-LMBDA = 0.01
+from train_flexible_inference import main
 
 
 def _true_loss(model, x, latents):
-    with torch.no_grad():
-        return rd_pass(model, x, latents, hard_round, LMBDA)["loss"]
+    return true_terms(model, x, latents).loss
+
+
+def _symbols_of_y(model, x, latents):
+    return model.symbols(latents, x.shape[2:])["y"]
 
 
 @pytest.fixture
@@ -34,24 +34,24 @@ def x():
 @pytest.mark.parametrize("tile", [None, 3])
 def test_polishing_lowers_the_true_loss_of_each_image(model, x, tile):
     both = torch.cat((x, x.flip(3)))
-    latents = analyze(model, both)
+    latents = model.analyze(both)
     before = _true_loss(model, both, latents)
     generator = torch.Generator().manual_seed(0)
-    polished = polish(model, both, latents, LMBDA, Pace(0, 12), generator, tile)
+    polished = polish(problem_of(model, both, tile=tile), latents, Pace(0, 12), generator)
+    assert list(polished) == list(latents)
     after = _true_loss(model, both, polished)
     # The encoder's latents are far from the best integers: 12 passes find 1 % and more.
     assert (after < 0.99 * before).all()
-    moved = integer_latents(model, polished).y - integer_latents(model, latents).y
-    assert (moved != 0).any()
+    symbols = _symbols_of_y(model, both, polished)
+    assert (symbols != _symbols_of_y(model, both, latents)).any()
     # y lies on its lattice: nothing is left to round
-    symbols = integer_latents(model, polished)
-    again = Latents(polished.y + 0.2, polished.z)
-    assert torch.equal(integer_latents(model, again).y, symbols.y)
+    again = polished | {"y": polished["y"] + 0.2}
+    assert torch.equal(_symbols_of_y(model, both, again), symbols)
 
 
 def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
     """With moves that promise nothing, the latents stay as good as they were."""
-    latents = analyze(model, x)
+    latents = model.analyze(x)
     before = _true_loss(model, x, latents)
     random = torch.Generator().manual_seed(1)
 
@@ -59,7 +59,7 @@ def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
         return torch.randint(-1, 2, here.y.shape, generator=random).to(here.y.dtype)
 
     monkeypatch.setattr(polishing, "_drawn_moves", any_moves)
-    polished = polish(model, x, latents, LMBDA, Pace(0, 5))
+    polished = polish(problem_of(model, x), latents, Pace(0, 5))
     assert _true_loss(model, x, polished) <= before * (1 + 1e-6)
 
 
@@ -76,7 +76,7 @@ def _record_of_moves(monkeypatch, model, x, passes, **settings):
     for name, value in settings.items():
         monkeypatch.setattr(polishing, name, value)
     generator = torch.Generator().manual_seed(0)
-    latents = polish(model, x, analyze(model, x), LMBDA, Pace(0, passes), generator)
+    latents = polish(problem_of(model, x), model.analyze(x), Pace(0, passes), generator)
     return passed, latents
 
 
@@ -84,9 +84,9 @@ def _true_changes(model, x, latents, places):
     """True loss after a move of y up by one at each place, less that before, in bits."""
     base, changes = _true_loss(model, x, latents), []
     for place in places:
-        moved = latents.y.clone()
+        moved = latents["y"].clone()
         moved[place] += 1
-        changes.append((_true_loss(model, x, Latents(moved, latents.z)) - base).item())
+        changes.append((_true_loss(model, x, latents | {"y": moved}) - base).item())
     return np.array(changes) * x.shape[2] * x.shape[3]
 
 
@@ -99,17 +99,16 @@ def test_the_promised_change_is_the_true_one(model, x, monkeypatch):
     picked = np.random.default_rng(0).choice(len(lively), 30, replace=False)
     places = [tuple(lively[index]) for index in picked]
     change = rate_of(here.y + 1) - here.rate + here.gradient + curvature
-    start = Latents(hard_round_of(model, x), start.z)
+    start = start | {"y": y_hat_of(model, x)}
     true = _true_changes(model, x, start, places)
     promised = [change[place].item() for place in places]
     assert np.corrcoef(promised, true)[0, 1] > 0.95
     assert np.median(np.abs(promised - true)) < 0.2 * np.median(np.abs(true))
 
 
-def hard_round_of(model, x):
-    """y_hat of x's encoder, on its lattice."""
-    with torch.no_grad():
-        return rd_pass(model, x, analyze(model, x), hard_round, LMBDA)["y_hat"]
+def y_hat_of(model, x):
+    """y of x's encoder, on its lattice."""
+    return true_terms(model, x, model.analyze(x)).values["y"]
 
 
 def test_few_probes_know_curvatures_better_than_their_own_noise(model, monkeypatch):
@@ -127,11 +126,12 @@ def test_a_curvature_is_learnt_from_a_move(model, x, monkeypatch):
     passed, _ = _record_of_moves(monkeypatch, model, x, 2, PROBES=1)
     (before, _, _, moves), (_, _, curvature, _) = passed
     scale = LMBDA * 255**2 / 3
-    means = hard_round_of(model, x) - before.y
+    means = y_hat_of(model, x) - before.y
 
     def error(y):
         with torch.no_grad():
-            return scale * (model.g_s(y)[:, :, : x.size(2), : x.size(3)] - x).square().sum().item()
+            x_hat = model.network.g_s(y)[:, :, : x.size(2), : x.size(3)]
+        return scale * (x_hat - x).square().sum().item()
 
     places = [tuple(place) for place in moves.nonzero()[:8]]
     assert len(places) >= 5
@@ -155,7 +155,7 @@ def test_the_temperature_of_moves_falls_by_equal_ratios(model, x, monkeypatch):
         return torch.zeros_like(here.y)
 
     monkeypatch.setattr(polishing, "_drawn_moves", no_moves)
-    polish(model, x, analyze(model, x), LMBDA, Pace(0, 9))
+    polish(problem_of(model, x), model.analyze(x), Pace(0, 9))
     # from half a bit to a fiftieth, where a tenth pass would be
     assert [*seen, 0.02] == pytest.approx(np.geomspace(0.5, 0.02, 10).tolist())
 
@@ -201,9 +201,8 @@ def test_no_two_moves_of_a_pass_are_neighbours(model, monkeypatch):
 def test_polishing_is_the_last_row_of_a_refinement(model, config_values, write_config, x):
     overrides = ["polish_passes=4", "optimizer.schedule=cosine"]
     config = load_config(write_config(config_values), RefineConfig, overrides)
-    rounding = rounding_from_config(config)
-    (result,) = refine(model, x, rounding, config, [1], lambda *_: None)
-    *_, before, last = result.trajectory
+    (result,) = refined(problem_of(model, x), config, [1])
+    *_, before, last = result.rows
     assert (before["step"], last["step"]) == (8, 12)
     assert 0 < result.clock[-2] < result.clock[-1]
     assert last["true_loss"] == last["relaxed_loss"] < before["true_loss"]
@@ -216,22 +215,28 @@ def test_the_polish_knows_the_tiles_and_lambda_of_its_run(
 ):
     """A target's runs have lambdas of their own: that of the config would lower another loss."""
     config = load_config(write_config(config_values), RefineConfig, ["polish_passes=4"])
-    rounding, told = rounding_from_config(config), []
-    seen, real = [], polishing._error_and_gradient
+    told, sides, seen = [], [], []
 
-    def noted(model, y_hat, target, tile):
-        seen.append(tile)
-        return real(model, y_hat, target, tile)
+    def tiled_error(error_of, y_hat, x, side):
+        sides.append(side)
+        return real_tiled_error(error_of, y_hat, x, side)
 
-    monkeypatch.setattr(polishing, "_error_and_gradient", noted)
+    def error_and_gradient(*args):
+        sides.clear()
+        result = real_error_and_gradient(*args)
+        seen.append(tuple(sides))
+        return result
+
+    real_tiled_error = objectives.tiled_error
+    real_error_and_gradient = polishing._error_and_gradient
+    monkeypatch.setattr(objectives, "tiled_error", tiled_error)
+    monkeypatch.setattr(polishing, "_error_and_gradient", error_and_gradient)
     lmbda = 30 * config.lmbda
-    (result,) = refine(
-        model, x, rounding, config, [1], lambda *losses: told.append(losses), lmbda, tile=3
-    )
-    *_, before, last = result.trajectory
-    assert len(seen) == 1 + polishing.PROBES + 4 and set(seen) == {3}
-    with torch.no_grad():
-        true = rd_pass(model, x, result.latents, hard_round, lmbda)["loss"].item()
+    problem = problem_of(model, x, lmbda, tile=3)
+    (result,) = refined(problem, config, [1], progress=lambda *losses: told.append(losses))
+    *_, before, last = result.rows
+    assert seen == [(3,)] * (1 + polishing.PROBES + 4)
+    true = true_terms(model, x, result.latents, lmbda).loss.item()
     assert last["true_loss"] == pytest.approx(true, rel=1e-5)
     assert last["true_loss"] < before["true_loss"]
     # Eight steps and four passes were told of; the last ends at what the result has.

@@ -14,11 +14,8 @@ import refinement.run
 from common.records import append_record
 from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import rounding_from_config
-from objectives import Problem, RateDistortion
-from refinement.batch import ImageNoise
+from passes import problem_of, refined
 from runs import NAMES, numbers, results, run
-from train_flexible_inference import refine
 
 
 def _emptied(path):
@@ -276,7 +273,6 @@ def test_crops_of_an_older_run_are_not_mixed_with_others(
 
 def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, write_config):
     x = to_x(skimage.data.coffee()[100:164, 200:264])
-    problem = Problem(model, x, RateDistortion(0.01))
     for wanted, labels in (
         ("false", set()),
         ("true", {"base", "refined", "step_0001", "step_0008"}),
@@ -284,8 +280,5 @@ def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, writ
         config = load_config(
             write_config(config_values), RefineConfig, [f"dev_options.save_final={wanted}"]
         )
-        noise = ImageNoise([0], model.device)
-        (trajectory,) = refine(
-            problem, rounding_from_config(config), config, noise, lambda *_: None
-        )
-        assert trajectory.pictures.keys() == labels
+        (result,) = refined(problem_of(model, x), config, [0])
+        assert result.pictures.keys() == labels

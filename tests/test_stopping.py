@@ -7,18 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import polish
 import pytest
 import skimage
 import torch
 
-import train_flexible_inference as refining
+import refinement.batch
+import refinement.polish
+import train_flexible_inference
+from architectures import MeanScale
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import Rounding, rounding_from_config
+from experimental_inference_methods import Rounding
+from objectives import Problem
+from passes import problem_of, refined
 from refinement.descent import Pace
 from reports.run_tables import mean_trajectory
-from train_flexible_inference import main, refine
+from train_flexible_inference import main
 
 
 class Clock:
@@ -63,10 +67,15 @@ def test_without_a_time_limit_each_step_stands_at_its_number():
     assert positions == [3, 4, 5, 6, 7, 8]
 
 
+def _set_clock(monkeypatch, clock):
+    """Let the schedules of steps and of polish go by this clock."""
+    for module in (train_flexible_inference, refinement.polish):
+        monkeypatch.setattr(module, "Pace", partial(Pace, clock=clock))
+
+
 def test_a_time_limit_leaves_out_steps_not_temperatures(config_values, write_config, monkeypatch):
     # Time passes whenever it is asked for: the same on a busy machine.
-    clock = partial(next, count(0.0, 0.02))
-    monkeypatch.setattr(refining, "Pace", partial(Pace, clock=clock))
+    _set_clock(monkeypatch, partial(next, count(0.0, 0.02)))
     options = config_values["dev_options"]
     options |= {"temp_schedule": "linear"}
     values = config_values | {
@@ -98,18 +107,18 @@ def test_an_image_stops_when_its_loss_has_settled(model, config_values, write_co
     ]  # fmt: skip
     x = to_x(skimage.data.coffee()[100:164, 200:264])
 
-    def refined(overrides, *others):
+    def refined_with(overrides, *others):
         config = load_config(write_config(config_values), RefineConfig, overrides)
         batch, seeds = torch.cat([x, *others]), range(1 + len(others))
-        return refine(model, batch, rounding_from_config(config), config, seeds, lambda *_: None)
+        return refined(problem_of(model, batch), config, seeds)
 
-    (alone,), (whole,) = refined(overrides), refined(overrides[:-1])
+    (alone,), (whole,) = refined_with(overrides), refined_with(overrides[:-1])
     assert alone.settled and not alone.stopped
-    assert [row["step"] for row in alone.trajectory] == [0, 1, 2, 3, 4, 5, 6]
-    assert whole.trajectory[:7] == alone.trajectory and len(whole.trajectory) == 31
+    assert [row["step"] for row in alone.rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert whole.rows[:7] == alone.rows and len(whole.rows) == 31
     wild = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    first, _ = refined(overrides, wild)
-    assert [row["step"] for row in first.trajectory] == [0, 1, 2, 3, 4, 5, 6]
+    first, _ = refined_with(overrides, wild)
+    assert [row["step"] for row in first.rows] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_settled_image_is_polished_as_if_alone(model, config_values, write_config):
@@ -122,14 +131,13 @@ def test_a_settled_image_is_polished_as_if_alone(model, config_values, write_con
     config = load_config(write_config(config_values), RefineConfig, overrides)
     x = to_x(skimage.data.coffee()[100:164, 200:264])
     wild = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    rounding = rounding_from_config(config)
-    (alone,) = refine(model, x, rounding, config, [7], lambda *_: None)
-    mated, _ = refine(model, torch.cat([x, wild]), rounding, config, [7, 8], lambda *_: None)
+    (alone,) = refined(problem_of(model, x), config, [7])
+    mated, _ = refined(problem_of(model, torch.cat([x, wild])), config, [7, 8])
     assert alone.settled and mated.settled
-    assert [row["step"] for row in mated.trajectory] == [0, 1, 2, 3, 4, 5, 6, 11]
-    losses = [result.trajectory[-1]["true_loss"] for result in (alone, mated)]
+    assert [row["step"] for row in mated.rows] == [0, 1, 2, 3, 4, 5, 6, 11]
+    losses = [trajectory.rows[-1]["true_loss"] for trajectory in (alone, mated)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert losses[0] < alone.trajectory[-2]["true_loss"]
+    assert losses[0] < alone.rows[-2]["true_loss"]
 
 
 @pytest.fixture
@@ -141,22 +149,24 @@ def timed_refine(model, config_values, write_config, monkeypatch):
     """
     clock = Clock()
 
-    def takes(module, name, cost):
-        real = getattr(module, name)
+    def takes(owner, name, cost):
+        real = getattr(owner, name)
 
         def timed(*args, **kwargs):
-            clock.now += cost(args)
+            clock.now += cost(*args)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, timed)
+        monkeypatch.setattr(owner, name, timed)
 
     warm = iter([1.0])
-    takes(refining, "analyze", lambda args: 2.0 * len(args[1]))
-    takes(refining, "evaluate", lambda args: 0.4 * len(args[1]))
-    takes(refining, "rd_pass", lambda args: 0.1 * len(args[1]))
-    takes(torch.optim.Adam, "step", lambda args: next(warm, 0))
-    takes(polish, "_error_and_gradient", lambda args: 0.1 * len(args[1]))
-    monkeypatch.setattr(refining, "Pace", partial(Pace, clock=clock))
+    takes(MeanScale, "analyze", lambda model, x: 2.0 * len(x))
+    for module in (refinement.batch, refinement.polish):
+        takes(module, "metrics_of", lambda terms, x: 0.4 * len(x))
+    for kind in ("relaxed", "true"):
+        takes(Problem, kind, lambda problem, *_: 0.1 * len(problem.x))
+    takes(torch.optim.Adam, "step", lambda *_: next(warm, 0))
+    takes(refinement.polish, "_error_and_gradient", lambda problem, *_: 0.1 * len(problem.x))
+    _set_clock(monkeypatch, clock)
     asked = {"lr": [], "rounding": []}
 
     def notes(owner, name, positions):
@@ -174,9 +184,9 @@ def timed_refine(model, config_values, write_config, monkeypatch):
     def run(images, *overrides):
         config = load_config(write_config(config_values), RefineConfig, overrides)
         x = to_x(skimage.data.coffee()[100:132, 200:232]).repeat(images, 1, 1, 1)
-        rounding, began = rounding_from_config(config), clock.now
-        results = refine(model, x, rounding, config, list(range(images)), lambda *_: None)
-        return results, clock.now - began, asked
+        began = clock.now
+        trajectories = refined(problem_of(model, x), config, range(images))
+        return trajectories, clock.now - began, asked
 
     return run
 
@@ -187,14 +197,14 @@ LONG = ["tot_inference_iterations=1000", "eval_freq=5000", "polish_passes=500"]
 @pytest.mark.parametrize(("images", "limit"), [(1, 30), (3, 10)])
 def test_images_keep_their_time_polish_and_schedule(timed_refine, images, limit):
     """All of it counts, encoding and evaluations too; a third of the time is the polish's."""
-    results, seconds, asked = timed_refine(images, *LONG, f"max_seconds={limit}")
+    trajectories, seconds, asked = timed_refine(images, *LONG, f"max_seconds={limit}")
     assert seconds == pytest.approx(limit * images, rel=0.03)
     # 516 of 1,516 steps' time is the polish's, but for two evaluations of half a second;
     reserve = (limit - 1) * 516 / 1516
     # encoding, two evaluations before and two after the steps, and the first step's own second.
     left = limit - reserve - 2 - 2 - 1 / images
-    for result in results:
-        first, last, polished = result.trajectory
+    for trajectory in trajectories:
+        first, last, polished = trajectory.rows
         assert (first["step"], polished["temperature"]) == (0, 0.0)
         assert last["step"] == pytest.approx(left / 0.1, abs=4)
         assert polished["step"] - last["step"] == pytest.approx((reserve - 0.5) / 0.1 - 17, abs=4)
@@ -206,8 +216,8 @@ def test_images_keep_their_time_polish_and_schedule(timed_refine, images, limit)
 
 
 def test_too_short_a_time_is_all_for_the_steps(timed_refine):
-    (result,), seconds, _ = timed_refine(1, *LONG, "max_seconds=6.5")
-    assert [row["step"] for row in result.trajectory] == [0, pytest.approx(16, abs=3)]
+    (trajectory,), seconds, _ = timed_refine(1, *LONG, "max_seconds=6.5")
+    assert [row["step"] for row in trajectory.rows] == [0, pytest.approx(16, abs=3)]
     assert seconds == pytest.approx(6.5, abs=0.3)
 
 

@@ -10,41 +10,44 @@ import skimage
 import torch
 from PIL import Image
 
-from architectures import Latents
 from common.errors import InputError
 from config import Channels
 from conftest import ROOT, WEIGHTS, read_jsonl
 from fast.memory import TILES, MemoryBound, memory_bound
 from fast.tiles import coding_tile, tiled_error, tiles_of
-from models import analyze, build_model, freeze, rd_pass, synthesize
+from models import build_model, freeze
+from passes import problem_of, to_optimise
 from train_flexible_inference import main
 
 
 @pytest.fixture(scope="module")
 def double_model():
     torch.manual_seed(0)
-    return freeze(build_model(Channels(N=8, M=12)).double())
+    model = build_model(Channels(N=8, M=12))
+    model.network.double()
+    return freeze(model)
 
 
 @pytest.mark.parametrize("side", [1, 3, 4, 12])
 def test_tiles_give_the_whole_pictures_loss_and_gradient(double_model, side):
     torch.manual_seed(1)
     x = torch.rand(2, 3, 150, 203, dtype=torch.float64)
-    whole, tiled = (analyze(double_model, x, tile) for tile in (1000, side))
+    whole, tiled = (double_model.analyze(x, tile) for tile in (1000, side))
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
     results = []
     for tile in (None, side):
-        latents = Latents(*(v.clone().requires_grad_() for v in whole))
-        terms = rd_pass(double_model, x, latents, lambda v: v + 0.2, 0.01, tile)
-        (terms["loss"] * torch.tensor([1.0, 3.0])).sum().backward()
-        results.append((terms["loss"], terms["mse"], terms["x_hat"], *(v.grad for v in latents)))
+        latents = to_optimise(whole)
+        terms = problem_of(double_model, x, tile=tile).relaxed(latents, lambda v: v + 0.2)
+        (terms.loss * torch.tensor([1.0, 3.0])).sum().backward()
+        gradients = (v.grad for v in latents.values())
+        results.append((terms.loss, terms.mse, terms.x_hat, *gradients))
     for ours, expected in zip(*reversed(results), strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12 * scale)
-    y_hat = whole.y.round()
+    y_hat = whole["y"].round()
     torch.testing.assert_close(
-        synthesize(double_model, y_hat, (150, 203), side),
-        synthesize(double_model, y_hat, (150, 203)), rtol=1e-12, atol=1e-12,
+        double_model.synthesize(y_hat, (150, 203), side),
+        double_model.synthesize(y_hat, (150, 203)), rtol=1e-12, atol=1e-12,
     )  # fmt: skip
 
 
@@ -107,11 +110,11 @@ def test_a_refinement_in_tiles_is_that_of_the_whole(
 ):
     sides = []
 
-    def noted(g_s, y_hat, x, side):
+    def noted(error_of, y_hat, x, side):
         sides.append(side)
-        return tiled_error(g_s, y_hat, x, side)
+        return tiled_error(error_of, y_hat, x, side)
 
-    monkeypatch.setattr("models.tiled_error", noted)
+    monkeypatch.setattr("objectives.tiled_error", noted)
     folder = tmp_path / "large"
     folder.mkdir()
     Image.fromarray(skimage.data.astronaut()[:400, :448]).save(folder / "a.png")
@@ -135,16 +138,17 @@ def test_a_refinement_in_tiles_is_that_of_the_whole(
 
 PEAK = """
 import sys, torch
-from fast_layers import keep_pages
-from models import Latents, analyze, freeze, load_checkpoint, rd_pass
+from fast.pool import keep_pages
+from models import freeze, load_checkpoint
+from objectives import Problem, RateDistortion
 from common.measuring import Stopwatch
 tile = int(sys.argv[2]) or None
 keep_pages()
 model = freeze(load_checkpoint(sys.argv[1]))
 x = torch.rand(1, 3, 1024, 1280)
 watch = Stopwatch(torch.device("cpu"))
-latents = Latents(*(v.requires_grad_() for v in analyze(model, x)))
-rd_pass(model, x, latents, torch.round, 0.01, tile)["loss"].sum().backward()
+latents = {name: v.requires_grad_() for name, v in model.analyze(x).items()}
+Problem(model, x, RateDistortion(0.01), tile).relaxed(latents, torch.round).loss.sum().backward()
 print(watch.read()[1] - watch.before / 2**20)
 """
 

@@ -16,15 +16,17 @@ import torch
 from PIL import Image
 
 import datasets
-import models
 import train
+from architectures import MeanScale
+from architectures.distributions import FactorizedPrior
 from common.processes import Ranks
 from config import PretrainConfig
 from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
-from experimental_inference_methods import hard_round
 from fast.memory import MemoryBound
 from metrics import picture_quality
-from models import analyze, build_model, likelihood_z, load_checkpoint, rd_pass
+from models import build_model, load_checkpoint
+from objectives import RateDistortion
+from passes import true_terms
 from pretraining import validation
 from pretraining.step import TrainingState, build_optimizers, train_step
 from pretraining.training_pass import TrainingPass
@@ -118,21 +120,21 @@ def test_the_loss_is_the_paper_s_written_again(monkeypatch):
         return self.copy_(noises[-1])
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
-    terms = TrainingPass(model, 0.02)(x)
+    terms = TrainingPass(model, RateDistortion(0.02))(x)
     monkeypatch.undo()
-    model, x = model.double(), x.double()
-    y = model.g_a(x)
-    z_hat = model.h_a(y) + noises[0]
-    scales, means = model.h_s(z_hat).chunk(2, 1)
+    network, x = model.network.double(), x.double()
+    y = network.g_a(x)
+    z_hat = network.h_a(y) + noises[0]
+    scales, means = network.h_s(z_hat).chunk(2, 1)
     y_hat = y + noises[1]
     normal = torch.distributions.Normal(means, scales.clamp_min(0.11))
     p_y = (normal.cdf(y_hat + 0.5) - normal.cdf(y_hat - 0.5)).clamp_min(1e-9)
-    p_z = model.entropy_bottleneck._likelihood(z_hat.permute(1, 0, 2, 3).reshape(8, 1, -1))[0]
+    p_z = network.entropy_bottleneck._likelihood(z_hat.permute(1, 0, 2, 3).reshape(8, 1, -1))[0]
     bpp_y, bpp_z = (-p.log2().sum() / (128 * 64) for p in (p_y, p_z.clamp_min(1e-9)))
-    mse = (model.g_s(y_hat) - x).square().mean()
+    mse = (network.g_s(y_hat) - x).square().mean()
     expected = {
         "bpp_y": bpp_y, "bpp_z": bpp_z, "bpp": bpp_y + bpp_z, "psnr": -10 * mse.log10(),
-        "loss": bpp_y + bpp_z + 0.02 * 255**2 * mse, "aux_loss": model.aux_loss(),
+        "loss": bpp_y + bpp_z + 0.02 * 255**2 * mse, "aux_loss": network.aux_loss(),
     }  # fmt: skip
     for key, value in expected.items():
         assert terms[key].item() == pytest.approx(value.item(), rel=1e-4), key
@@ -144,13 +146,12 @@ def test_the_prior_of_z_learns_as_compressai_s_does():
         train_lambda=0.02, channels={"N": 4, "M": 4}, save_name="x", train_folder="x"
     ).channels)  # fmt: skip
     z_hat = 3 * torch.randn(2, 4, 3, 5)
-    names = [name for name, _ in model.entropy_bottleneck.named_parameters() if name != "quantiles"]
-    weights = [dict(model.entropy_bottleneck.named_parameters())[name] for name in names]
-    ours = torch.autograd.grad(-likelihood_z(model, z_hat).log2().sum(), weights)
+    bottleneck = model.network.entropy_bottleneck
+    weights = [p for name, p in bottleneck.named_parameters() if name != "quantiles"]
+    likelihood = FactorizedPrior(bottleneck).likelihood(z_hat)
+    ours = torch.autograd.grad(-likelihood.log2().sum(), weights)
     flat = z_hat.permute(1, 0, 2, 3).reshape(4, 1, -1)
-    plain = torch.autograd.grad(
-        -model.entropy_bottleneck._likelihood(flat)[0].log2().sum(), weights
-    )
+    plain = torch.autograd.grad(-bottleneck._likelihood(flat)[0].log2().sum(), weights)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
@@ -161,9 +162,10 @@ def small_training(optimizer="adam", precision="float32"):
         train_lambda=0.01, channels={"N": 8, "M": 8}, save_name="x", train_folder="x",
         optimizer=optimizer, lr={"base": 1e-3},
     )  # fmt: skip
-    model = build_model(config.channels).train()
-    state = TrainingState(model, *build_optimizers(model, config))
-    return TrainingPass(model, 0.01, precision), state
+    model = build_model(config.channels)
+    model.network.train()
+    state = TrainingState(*build_optimizers(model.network, config))
+    return TrainingPass(model, RateDistortion(0.01), precision), state
 
 
 def crops(count=4):
@@ -174,23 +176,24 @@ def crops(count=4):
 @pytest.mark.parametrize("optimizer", ["adam", "soap"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_parameter_learns_and_the_loss_falls(optimizer, precision):
-    network, state = small_training(optimizer, precision)
-    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    training, state = small_training(optimizer, precision)
+    network = training.model.network
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
     x = crops()
-    losses = [train_step(network, state, x, 5e-3, 1.0)["loss"].item() for _ in range(60)]
+    losses = [train_step(training, state, x, 5e-3, 1.0)["loss"].item() for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    for name, p in state.model.named_parameters():
+    for name, p in network.named_parameters():
         assert p.dtype == torch.float32
         assert not torch.equal(p, before[name]), name
 
 
 def test_gradients_are_clipped_by_value():
-    network, state = small_training()
+    training, state = small_training()
     state.optimizer = torch.optim.SGD(state.optimizer.param_groups[0]["params"], lr=1.0)
     weights = state.optimizer.param_groups[0]["params"]
     for clip in (0.01, 0.0):
         before = [p.detach().clone() for p in weights]
-        train_step(network, state, crops(), 1.0, clip)
+        train_step(training, state, crops(), 1.0, clip)
         largest = max((p - q).abs().max().item() for p, q in zip(weights, before, strict=True))
         if clip:
             assert largest == pytest.approx(clip, rel=1e-3)
@@ -200,8 +203,8 @@ def test_gradients_are_clipped_by_value():
 
 def test_the_quantiles_find_the_median_and_tails():
     """The auxiliary loss moves them, and nothing else, to where the prior's tails lie."""
-    _, state = small_training()
-    bottleneck = state.model.entropy_bottleneck
+    training, state = small_training()
+    bottleneck = training.model.network.entropy_bottleneck
     for step in range(4000):
         bottleneck.loss().backward()
         assert all(p.grad is None for p in state.optimizer.param_groups[0]["params"])
@@ -216,14 +219,15 @@ def test_the_quantiles_find_the_median_and_tails():
 
 
 def test_a_step_without_finite_gradients_changes_nothing():
-    network, state = small_training()
-    train_step(network, state, crops(), 1e-3, 1.0)
-    before = {name: p.detach().clone() for name, p in state.model.state_dict().items()}
+    training, state = small_training()
+    network = training.model.network
+    train_step(training, state, crops(), 1e-3, 1.0)
+    before = {name: p.detach().clone() for name, p in network.state_dict().items()}
     bad = crops()
     bad[1, 0, 3, 3] = math.nan
-    assert train_step(network, state, bad, 1e-3, 1.0) is None
-    assert_same(before, dict(state.model.state_dict()))
-    assert train_step(network, state, crops(), 1e-3, 1.0) is not None
+    assert train_step(training, state, bad, 1e-3, 1.0) is None
+    assert_same(before, dict(network.state_dict()))
+    assert train_step(training, state, crops(), 1e-3, 1.0) is not None
 
 
 def test_learning_rates_warm_up_and_decay():
@@ -273,8 +277,8 @@ def test_a_run_leaves_metrics_checkpoints_and_weights(run, values, write_config)
     model = load_checkpoint(str(folder / "iter_8.pth.tar"))
     assert (model.N, model.M) == (8, 12)
     half = load_checkpoint(str(folder / "weights.pth.tar"))
-    weights, halves = model.state_dict(), half.state_dict()
-    trained = dict(model.named_parameters())
+    weights, halves = model.network.state_dict(), half.network.state_dict()
+    trained = dict(model.network.named_parameters())
     tables = {name for name in halves if name.endswith(("._cdf_length", "._offset", "_cdf"))}
     assert len(halves["entropy_bottleneck._offset"]) == 8
     assert all(not len(weights[name]) for name in tables)  # a step later they would be wrong
@@ -295,10 +299,10 @@ def test_tests_measure_what_compressai_measures(run, values, capsys):
     assert run(values, test=True) == 0
     report = json.loads((folder_of(values) / "test.json").read_text())
     (cat,) = (record for record in report["images"] if record["name"] == "cat.png")
-    model = load_checkpoint(str(folder_of(values) / "iter_8.pth.tar"))
+    network = load_checkpoint(str(folder_of(values) / "iter_8.pth.tar")).network
     x = to_x(skimage.data.chelsea()[:192, :256])
     with torch.no_grad():
-        out = model(x)
+        out = network(x)
     bpp = sum(-p.log2().sum().item() for p in out["likelihoods"].values()) / (192 * 256)
     shown = (out["x_hat"].clamp(0, 1) * 255).round() / 255
     psnr = -10 * math.log10((shown - x).square().mean().item())
@@ -322,14 +326,14 @@ def large_picture(values):
 def test_large_test_images_are_measured_in_tiles_and_small_ones_whole(run, values, monkeypatch):
     x = large_picture(values)
     decoded = []
-    squared_error_of = models.squared_error_of
+    squared_error = MeanScale.squared_error
 
     def noted(model, y_hat, x, corner=(0, 0)):
         if not torch.is_grad_enabled():
             decoded.append(tuple(y_hat.shape[2:]))
-        return squared_error_of(model, y_hat, x, corner)
+        return squared_error(model, y_hat, x, corner)
 
-    monkeypatch.setattr(models, "squared_error_of", noted)
+    monkeypatch.setattr(MeanScale, "squared_error", noted)
     assert run(values, save_model_freq=100) == 0
     cat, *large, odd = decoded  # two tiles of 64 by 64 positions and 2 rows that the first lends
     assert (cat, odd) == ((12, 16), (5, 6))
@@ -339,11 +343,13 @@ def test_large_test_images_are_measured_in_tiles_and_small_ones_whole(run, value
     report = json.loads((folder_of(values) / "test.json").read_text())
     (record,) = (record for record in report["images"] if record["name"] == "large.png")
     model = load_checkpoint(str(folder_of(values) / "iter_8.pth.tar"))
-    with torch.no_grad():
-        whole = rd_pass(model, x, analyze(model, x), hard_round, 0.01)
-    for key in ("loss", "bpp", "bpp_y", "bpp_z"):
-        assert record[key] == pytest.approx(whole[key].item(), rel=1e-5)
-    assert record["psnr"] == pytest.approx(picture_quality(whole["x_hat"], x)["psnr"], abs=1e-4)
+    whole = true_terms(model, x, model.analyze(x))
+    expected = {
+        "loss": whole.loss, "bpp": whole.bpp, "bpp_y": whole.rates["y"], "bpp_z": whole.rates["z"]
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert record[key] == pytest.approx(value.item(), rel=1e-5)
+    assert record["psnr"] == pytest.approx(picture_quality(whole.x_hat, x)["psnr"], abs=1e-4)
 
 
 @pytest.mark.parametrize("trouble", ["too large", "no memory", "another"])
@@ -353,7 +359,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
     assert run(values, save_name="plain") == 0
     large_picture(values)
     reason = "does not fit into the memory of cpu"
-    whole = validation.analyze
+    whole = MeanScale.analyze
 
     def fail(model, x):
         if x.size(3) < 1024:
@@ -366,7 +372,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
         limits = MemoryBound(8, 12, limit=1.3e9, base=1.3e9)
         monkeypatch.setattr(validation, "memory_bound", lambda *_: limits)
     else:
-        monkeypatch.setattr(validation, "analyze", fail)
+        monkeypatch.setattr(MeanScale, "analyze", fail)
         if trouble == "another":
             reason = "IndexError: somewhere"
     assert run(values) == 0
@@ -389,7 +395,8 @@ def test_training_starts_from_given_weights(run, values):
     assert run(values, **tuned) == 0
     start = load_checkpoint(str(weights))
     end = load_checkpoint(str(folder_of(values, **tuned) / "iter_1.pth.tar"))
-    for a, b in zip(start.parameters(), end.parameters(), strict=True):
+    both = (model.network.parameters() for model in (start, end))
+    for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -522,11 +529,14 @@ def test_two_processes_train_one_model(values, write_config, tmp_path):
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch, train
-        checkpoint = train.TrainingState.checkpoint
+        distribute, checkpoint, trained = train.distribute, train.TrainingState.checkpoint, []
+        def keeping(network, ranks):
+            trained.append(network.model.network)
+            return distribute(network, ranks)
         def spying(self, ranks):
-            torch.save(self.model.state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
+            torch.save(trained[0].state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
             return checkpoint(self, ranks)
-        train.TrainingState.checkpoint = spying
+        train.distribute, train.TrainingState.checkpoint = keeping, spying
         sys.exit(train.main())
     """)
     )
