@@ -40,7 +40,6 @@ __all__ = [
     "build_rounding",
     "floor_ceil",
     "gumbel_softmax",
-    "hard_round",
     "nearest_three",
     "rounding_from_config",
     "rounding_logits",
@@ -82,11 +81,6 @@ def linear(step: float, rate: float, ub: float, steps: int) -> float:
 
 # arXiv 2006.04240: the schedule of SGA and deterministic annealing.
 BASELINE_TEMPERATURE = Temperature(rate=4e-3, ub=0.2, lb=TAU_MIN)
-
-
-def hard_round(v: Tensor) -> Tensor:
-    """The true rounding of centred latents, what an entropy coder codes; any shape."""
-    return v.round()
 
 
 # --- baselines (arXiv 2006.04240) -----------------------------------------------------------------

@@ -140,7 +140,7 @@ class _SquaredError(torch.autograd.Function):
             to_normal = rows_in(to_normal.contiguous(memory_format=torch.channels_last))
             factor_rows = factor[start - first + 1 : end - first + 1].flatten(0, 1)
             x_rows = rows_of_image(x, image, start, end)
-            normalise_backward(x_rows, factor_rows, to_normal, x_rows, gamma, True)
+            normalise_backward((x_rows, factor_rows), to_normal, x_rows, gamma, True)
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = stage.upsampling.gradient(x).to(v.dtype)

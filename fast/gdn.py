@@ -66,8 +66,8 @@ class _GDN(torch.autograd.Function):
             # Chunks add up: in bfloat16 most of them would be lost.
             full = torch.promote_types(gamma.dtype, torch.float32)
             weights = gamma.new_zeros(len(gamma), dtype=full), torch.zeros_like(gamma, dtype=full)
-        rows = (rows_in(v) for v in (x, factor, grad, grad_x))
-        normalise_backward(*rows, gamma, ctx.inverse, weights)
+        kept = rows_in(x), rows_in(factor)
+        normalise_backward(kept, rows_in(grad), rows_in(grad_x), gamma, ctx.inverse, weights)
         return grad_x, *weights, None, None
 
 
@@ -85,18 +85,20 @@ def normalise(
 
 
 def normalise_backward(
-    x: Tensor,
-    factor: Tensor,
+    kept: tuple[Tensor, Tensor],
     grad: Tensor,
     grad_x: Tensor,
     gamma: Tensor,
     inverse: bool,
     grad_weights: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """The gradient to pixels x [n, C] into `grad_x`, which may be `factor` or x.
+    """The gradient to pixels x [n, C] into `grad_x`, which may be one of those kept.
 
-    Adds to `grad_weights`, of beta and gamma in float32, where they are given.
+    Args:
+        kept: x and the factor, as `normalise` had and gave them.
+        grad_weights: of beta and gamma, in float32; what they get is added, where they are given.
     """
+    x, factor = kept
     to_norm = None  # twice the gradient to the norm
     grad_beta, grad_gamma = grad_weights
     from_norm = gamma.t().contiguous()

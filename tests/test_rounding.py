@@ -21,7 +21,6 @@ from experimental_inference_methods import (
     Temperature,
     build_rounding,
     gumbel_softmax,
-    hard_round,
     nearest_three,
     rounding_from_config,
     rounding_logits,
@@ -174,9 +173,9 @@ def test_every_method_becomes_hard_rounding(key):
         assert (v_hat - v).abs().max() < 1.2
         assert (v_hat - v).std() > 0.2
     elif key[0].startswith("soft_round"):  # noise is left, and moves what lies near a half
-        assert (v_hat - hard_round(v)).abs().median() < 0.01
+        assert (v_hat - v.round()).abs().median() < 0.01
     else:
-        torch.testing.assert_close(v_hat, hard_round(v), rtol=0, atol=1e-6)
+        torch.testing.assert_close(v_hat, v.round(), rtol=0, atol=1e-6)
 
 
 def test_gradients_are_autograds_of_the_formula():

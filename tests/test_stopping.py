@@ -12,8 +12,8 @@ import skimage
 import torch
 
 import refinement.batch
+import refinement.descent
 import refinement.polish
-import train_flexible_inference
 from architectures import MeanScale
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
@@ -69,7 +69,7 @@ def test_without_a_time_limit_each_step_stands_at_its_number():
 
 def _set_clock(monkeypatch, clock):
     """Let the schedules of steps and of polish go by this clock."""
-    for module in (train_flexible_inference, refinement.polish):
+    for module in (refinement.descent, refinement.polish):
         monkeypatch.setattr(module, "Pace", partial(Pace, clock=clock))
 
 
