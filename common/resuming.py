@@ -1,38 +1,46 @@
 """What every run checks before it goes on in a folder with results of an earlier start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from common.errors import InputError
 from common.records import Record
-from config import InputError
 
 ANOTHER_RUN = "choose another save_name, or delete the folder"
 
 
-def refuse_another_config(
-    folder: Path, config: Record, read_stored: Callable[[Path], Record], free_keys: frozenset[str]
-) -> None:
-    """Refuse to resume a run with another config than the one that made its results.
-
-    Args:
-        config: this run's, as JSON values with every default filled in.
-        read_stored: reads the folder's config.json in the same form, so that keys which came into
-            the schema later have their defaults.
-        free_keys: the keys that may differ.
+@contextmanager
+def config_file_of(folder: Path) -> Iterator[Path]:
+    """The config.json that results in a folder were made with; what it raises says what to do.
 
     Raises:
-        InputError: there is no config.json, it cannot be read, or another key differs.
+        InputError: there is no such file, or reading it raises one.
     """
     stored = folder / "config.json"
     if not stored.is_file():
         raise InputError(f"{folder}: has results but no config.json; {ANOTHER_RUN}")
     try:
-        before = read_stored(stored)
+        yield stored
     except InputError as error:
         raise InputError(f"{error}; {ANOTHER_RUN}") from None
+
+
+def refuse_another_config(
+    folder: Path, before: Record, now: Record, free_keys: frozenset[str]
+) -> None:
+    """Refuse to resume a run with another config than the one that made its results.
+
+    Args:
+        before, now: both configs as JSON values with every default filled in.
+        free_keys: the keys that may differ.
+
+    Raises:
+        InputError: another key differs.
+    """
     changed = _differences(
         {key: value for key, value in before.items() if key not in free_keys},
-        {key: value for key, value in config.items() if key not in free_keys},
+        {key: value for key, value in now.items() if key not in free_keys},
     )
     if changed:
         raise InputError(

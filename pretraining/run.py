@@ -20,15 +20,16 @@ import torch
 from tqdm import tqdm
 
 from architectures import Architecture
+from common.errors import InputError
 from common.files import write_whole
 from common.logs import log, open_tracker, start_logging
 from common.numbers import rounded
 from common.processes import Ranks, first_rank_does, gather
 from common.progress import progress_bar
 from common.records import Record, finite, read_metrics, write_json, write_records
-from common.resuming import ANOTHER_RUN, refuse_another_config, remove_leftovers
+from common.resuming import ANOTHER_RUN, config_file_of, refuse_another_config, remove_leftovers
 from common.weights import read_checkpoint
-from config import InputError, PretrainConfig, load_config, resolved
+from config import PretrainConfig, load_config, resolved
 from models import load_checkpoint, save_checkpoint, save_weights
 from pretraining.draws import TrainingData
 from reports.run_plots import plot_training
@@ -68,12 +69,9 @@ def _prepare_folder(folder: Path, config: PretrainConfig) -> None:
             f'{folder}: holds checkpoints; go on with "resume": true, or {ANOTHER_RUN}'
         )
     if has_checkpoints:
-        refuse_another_config(
-            folder,
-            resolved(config),
-            lambda stored: resolved(load_config(stored, PretrainConfig)),
-            FREE_KEYS,
-        )
+        with config_file_of(folder) as stored:
+            before = resolved(load_config(stored, PretrainConfig))
+        refuse_another_config(folder, before, resolved(config), FREE_KEYS)
     elif any(folder.glob("*.pth.tar*")):
         raise InputError(
             f"{folder}: holds weights, but no checkpoint that can be read; {ANOTHER_RUN}"

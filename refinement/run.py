@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from coding.bitstream import SUFFIX, read_bitstream
-from common.errors import reason_of
+from common.errors import InputError, reason_of
 from common.files import write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.logs import log, open_tracker, start_logging
@@ -39,8 +39,8 @@ from common.records import (
     write_json,
     write_records,
 )
-from common.resuming import ANOTHER_RUN, refuse_another_config, remove_leftovers
-from config import InputError, RefineConfig, load_config, read_json_object, resolved
+from common.resuming import ANOTHER_RUN, config_file_of, refuse_another_config, remove_leftovers
+from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
 
 # Keys that may change between a run and its resumption: they change no image's result beyond float
@@ -295,22 +295,22 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
         )
     records = merge_records(folder, [])
     if records:
-        refuse_another_config(
-            folder, resolved(config), lambda stored: _stored_config(stored, config), FREE_KEYS
-        )
+        before = _stored_config(folder, config)
+        refuse_another_config(folder, before, resolved(config), FREE_KEYS)
         _refuse_other_facts(folder, next(iter(records.values())), facts)
     kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
 
 
-def _stored_config(path: Path, config: RefineConfig) -> Record:
+def _stored_config(folder: Path, config: RefineConfig) -> Record:
     """A folder's config.json with every default filled in."""
-    values, overrides = read_json_object(path), []
-    if "crop_seed" not in values:
-        # It came later: until then the seed of the noise placed the crops too.
-        of_crops = values.get("seed", 0) if config.dev_options.pathology else config.crop_seed
-        overrides = [f"crop_seed={of_crops}"]
-    return resolved(load_config(path, RefineConfig, overrides))
+    with config_file_of(folder) as path:
+        values, overrides = read_json_object(path), []
+        if "crop_seed" not in values:
+            # It came later: until then the seed of the noise placed the crops too.
+            of_crops = values.get("seed", 0) if config.dev_options.pathology else config.crop_seed
+            overrides = [f"crop_seed={of_crops}"]
+        return resolved(load_config(path, RefineConfig, overrides))
 
 
 def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:

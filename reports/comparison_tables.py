@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from common.errors import InputError
 from common.records import Record, read_records, result_file
-from config import CompareConfig, InputError
+from config import CompareConfig
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.compared_run import ComparedRun
 from reports.run_tables import mean_trajectory
