@@ -72,9 +72,9 @@ def refine_images(
     keep_pages()
     rounding = rounding_from_config(config)
     ranks = join_ranks()
-    device = pick_device(config.device, ranks.local)
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
+    device = pick_device(config.device, ranks.local)
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
