@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import printable
+from common.optional_packages import require_package
 from common.records import Record
 
 log = logging.getLogger("refine")
@@ -75,7 +76,7 @@ def open_tracker(kind: str | None, name: str, folder: Path, config: Record) -> T
         name, folder, config: the run's name, its folder, and its config as JSON values.
 
     Raises:
-        InputError: wandb is asked for and not installed.
+        InputError: the tracker is not installed.
     """
     if kind == "tensorboard":
         return _open_tensorboard(folder)
@@ -87,6 +88,7 @@ def open_tracker(kind: str | None, name: str, folder: Path, config: Record) -> T
 def _open_tensorboard(folder: Path) -> Tracker:
     # tensorboard imports tensorflow where it is installed, which is loud.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    require_package("tensorboard", 'tracker = "tensorboard"')
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))

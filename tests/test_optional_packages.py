@@ -10,6 +10,7 @@ import pytest
 import datasets
 import train
 from common.errors import InputError
+from common.logs import open_tracker
 from common.optional_packages import import_tensorflow
 from config import RefineConfig, load_config
 from conftest import ROOT
@@ -118,3 +119,10 @@ def test_soap_alone_needs_its_package(run_training, hide, capsys):
     assert run_training(optimizer="soap") == 2
     assert_names(capsys.readouterr().err, 'optimizer = "soap"', "pytorch_optimizer")
     assert run_training(optimizer="adam") == 0
+
+
+def test_a_tracker_says_what_to_install(hide, tmp_path):
+    hide("tensorboard")
+    with pytest.raises(InputError) as refused:
+        open_tracker("tensorboard", "run", tmp_path, {})
+    assert_names(str(refused.value), 'tracker = "tensorboard"', "tensorboard")
