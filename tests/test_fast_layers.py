@@ -187,7 +187,7 @@ def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size,
 @pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: "-".join(filter(None, k)))
 @pytest.mark.parametrize("tau", [1.0, 0.4])
 def test_the_one_derivative_kept_is_the_numerical_one(monkeypatch, key, tau):
-    monkeypatch.setattr("rounding.candidates.CandidateSample.ELEMENTS", 5)
+    monkeypatch.setattr("rounding.candidates.CandidateSample.CHUNK", 5)
     rounding = build_rounding(*key, temperature=Temperature(0.0, 1.0))
     v = torch.tensor([-2.3, -1.1, -0.6, 0.1, 0.35, 0.8, 1.7, 2.45], dtype=torch.float64)
     v = v.reshape(1, 2, 2, 2).requires_grad_()
