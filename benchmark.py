@@ -153,7 +153,7 @@ def in_turns(
     Raises:
         InputError: a process failed.
     """
-    # A user's own settings of the allocator would hide what is measured.
+    # A user's settings of malloc would change what is measured.
     environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):

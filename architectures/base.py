@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, type["Architecture"]] = {}
 
 
 def architecture(name: str) -> Callable[[type["Architecture"]], type["Architecture"]]:
-    """Decorator: register a family of models under the name that messages use."""
+    """Decorator: register a family of models under `name`, which messages use too."""
 
     def register(family: type[Architecture]) -> type[Architecture]:
         family.name = name

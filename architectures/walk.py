@@ -26,7 +26,7 @@ class Distribution(Protocol):
     coder: EntropyModel
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
-        """p(v_hat) of each symbol, shaped as v_hat, in [1e-9, 1], float32 at least."""
+        """p(v_hat) of each symbol, shaped as v_hat, in [1e-9, 1], in float32 or float64."""
 
     def indexes(self, shape: tuple[int, ...]) -> Tensor:
         """The index of each symbol's coding table, int32 [1, C, h, w], for this shape."""

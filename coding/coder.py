@@ -204,12 +204,12 @@ def _checked_symbols(model: Architecture, symbols: Latents, size: tuple[int, int
     if any(v.is_floating_point() for v in symbols.values()):
         raise ValueError("latents of floats: Architecture.symbols gives what is coded")
     symbols = {name: v.cpu() for name, v in symbols.items()}
-    shapes, wanted = (
+    shapes, expected = (
         {name: tuple(v.shape) for name, v in symbols.items()},
         model.latent_shapes(size),
     )
-    if shapes != wanted:
-        raise ValueError(f"latents of shapes {shapes}, not {wanted}")
+    if shapes != expected:
+        raise ValueError(f"latents of shapes {shapes}, not {expected}")
     check_size(*size)
     if any(not -MAX_SYMBOL < v.min() <= v.max() < MAX_SYMBOL for v in symbols.values()):
         raise BitstreamError(f"symbols beyond +-{MAX_SYMBOL}: these are no latents of a picture")

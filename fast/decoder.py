@@ -1,5 +1,6 @@
 """The last three layers of a decoder with fixed weights, fused with the squared error.
 
+"Picture" here is the result of g_s, before it is cropped to the image's size.
 Nothing is approximated: results differ from CompressAI's by float rounding only.
 """
 
@@ -151,9 +152,9 @@ class _SquaredError(torch.autograd.Function):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(gradient)
         (top, left), (height, width) = corner, target.shape[2:]
-        shown = picture[:, :, top : top + height, left : left + width].to(target.dtype)
-        ctx.mark_non_differentiable(shown)
-        return squared_error(shown, target), shown
+        part = picture[:, :, top : top + height, left : left + width].to(target.dtype)
+        ctx.mark_non_differentiable(part)
+        return squared_error(part, target), part
 
     @staticmethod
     @once_differentiable

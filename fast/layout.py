@@ -44,5 +44,5 @@ def interleave(phases: Tensor, picture: Tensor) -> None:
     """
     batch, channels, height, width = phases.shape
     rows = phases.permute(0, 2, 3, 1).reshape(batch, height, width, 2, channels // 2)
-    places = picture.permute(0, 2, 3, 1).view(batch, height, 2, width, channels // 2)
-    places.copy_(rows.transpose(2, 3))
+    pixels = picture.permute(0, 2, 3, 1).view(batch, height, 2, width, channels // 2)
+    pixels.copy_(rows.transpose(2, 3))

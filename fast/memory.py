@@ -11,7 +11,7 @@ from common.errors import InputError
 from common.processes import processes_here
 from fast.tiles import HALO, STRIDE
 
-TILES = (256, 128, 64, 32, 16)  # sides of tiles, positions of y
+TILES = (256, 128, 64, 32, 16)  # sides, in positions of y
 
 
 class MemoryBound(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ENCODER_TILE = 16  # positions of y
+ENCODER_TILE = 16  # side, in positions of y
 STRIDE = 16  # pixels of x for each position of y, in each direction
 # Four 5x5 layers, each at twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 < 2 positions of y.
 HALO = 2
@@ -120,11 +120,11 @@ class _TiledError(torch.autograd.Function):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
-                error, shown = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
+                error, decoded = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
                 if needed:
                     (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
                     cut(gradient, tile.window, 1).add_(to_y_part)
-            x_hat_part.copy_(shown.detach())
+            x_hat_part.copy_(decoded.detach())
             total += error.detach()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(x_hat)

@@ -18,7 +18,7 @@ from metrics import picture_quality, psnr, to_8_bit
 from objectives import Problem, Terms
 from refinement.descent import Pace
 
-PICTURED_STEPS = (1, 500)  # also the first and the last; as in the published code
+RECONSTRUCTED_STEPS = (1, 500)  # also the first and the last; as in the published code
 Metrics = dict[str, float | None]
 
 
@@ -33,20 +33,20 @@ class Trajectory:
     rows: one row for each evaluated step, with `step`, `temperature`, `lmbda`, and the metrics of
     `metrics_of` as `relaxed_*` and `true_*`. clock: for each row, the seconds since the start,
     divided by the number of images in the batch. base, best: the first row, and the row with the
-    lowest true loss; base_latents, latents: the latents of these rows. pictures: x_hat
-    [1, 3, H, W] by label, only with `keeps_pictures`. stopped: the step at which the loss was not
-    finite, in words; None if it always was. settled: whether early stopping ended the descent.
+    lowest true loss; base_latents, latents: the latents of these rows. reconstructions: x_hat
+    [1, 3, H, W] by label, only with `keeps_reconstructions`. stopped: the step at which the loss
+    was not finite, in words, or None. settled: whether early stopping ended the descent.
     """
 
     lmbda: float
-    keeps_pictures: bool = False
+    keeps_reconstructions: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
     base: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     latents: Latents | None = None
     base_latents: Latents | None = None
-    pictures: dict[str, Tensor] = field(default_factory=dict)
+    reconstructions: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
     settled: bool = False
 
@@ -66,7 +66,7 @@ class Trajectory:
         return self.best["true_loss"] if self.best else math.inf
 
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor, seconds: float) -> None:
-        """Add the row of an evaluated step; if it is the best, copy its latents and picture."""
+        """Add the row of an evaluated step; if it is the best, copy its latents and x_hat."""
         self.rows.append(row)
         self.clock.append(seconds)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
@@ -74,15 +74,15 @@ class Trajectory:
         if row["true_loss"] < self.lowest_loss:
             self.best = row
             self.latents = {name: v.detach().clone() for name, v in latents.items()}
-            if self.keeps_pictures:
-                self.pictures["refined"] = x_hat.clone()
+            if self.keeps_reconstructions:
+                self.reconstructions["refined"] = x_hat.clone()
         if self.base is None:
             self.base, self.base_latents = row, self.latents
 
-    def keep_picture(self, label: str, x_hat: Tensor) -> None:
+    def keep_reconstruction(self, label: str, x_hat: Tensor) -> None:
         """Copy x_hat [1, 3, H, W] under a label, unless the descent has ended."""
         if not self.ended:
-            self.pictures[label] = x_hat.clone()
+            self.reconstructions[label] = x_hat.clone()
 
     def finite_latents(self) -> Latents:
         """The latents with the lowest true loss.
@@ -197,7 +197,7 @@ class Recorder:
     """Evaluates a batch at some steps, and keeps one `Trajectory` for each image.
 
     It evaluates truly rounded latents at the first step, at the last one and at every `eval_freq`
-    steps, before the step's update. With `save_final` it also keeps pictures of a few steps.
+    steps, before the step's update. With `save_final` it also keeps x_hat at a few steps.
     """
 
     def __init__(
@@ -210,10 +210,10 @@ class Recorder:
     ):
         self.problem, self.rounding, self.noise, self.pace = problem, rounding, noise, pace
         self.early_stop = config.early_stop
-        self.eval_freq, self.keeps_pictures = config.eval_freq, config.dev_options.save_final
+        self.eval_freq, self.keeps_reconstructions = config.eval_freq, config.dev_options.save_final
         self.first_step = int(pace.position)
         lmbda = problem.objective.lmbda
-        self.trajectories = [Trajectory(lmbda, self.keeps_pictures) for _ in problem.x]
+        self.trajectories = [Trajectory(lmbda, self.keeps_reconstructions) for _ in problem.x]
 
     @property
     def ended(self) -> bool:
@@ -221,18 +221,18 @@ class Recorder:
         return all(trajectory.ended for trajectory in self.trajectories)
 
     def evaluate_if_due(self, step: int, latents: Latents) -> None:
-        """Evaluate a step, or keep its pictures, if this step is one of those to evaluate."""
+        """Evaluate the latents and keep x_hat, each only if it is due at this step."""
         due = step % self.eval_freq == 0 or step == self.first_step or self.pace.at_end
-        pictured = self.keeps_pictures and (
-            step in (self.first_step, *PICTURED_STEPS) or self.pace.at_end
+        keeps_x_hat = self.keeps_reconstructions and (
+            step in (self.first_step, *RECONSTRUCTED_STEPS) or self.pace.at_end
         )
-        if not due and not pictured:
+        if not due and not keeps_x_hat:
             return
         began = self.pace.elapsed
         with torch.no_grad():
             true, x_hat = metrics_of(self.problem.true(latents), self.problem.x)
-            if pictured:
-                self._keep_pictures(step, x_hat)
+            if keeps_x_hat:
+                self._keep_reconstructions(step, x_hat)
             if not due:
                 return
             relaxed_rounding = self.noise.rounding(self.rounding, step, self.pace.position)
@@ -245,19 +245,19 @@ class Recorder:
         rows = [row_of(at, *both) for both in zip(relaxed, true, strict=True)]
         self._add(rows, latents, x_hat)
         if step == self.first_step:
-            self.pace.set_aside(self.pace.elapsed - began)  # for the last evaluation
+            self.pace.set_aside(self.pace.elapsed - began)  # the last evaluation takes as long
 
-    def _keep_pictures(self, step: int, x_hat: Tensor) -> None:
+    def _keep_reconstructions(self, step: int, x_hat: Tensor) -> None:
         label = "base" if step == self.first_step else f"step_{step:04d}"
-        for trajectory, picture in zip(self.trajectories, x_hat.split(1), strict=True):
-            trajectory.keep_picture(label, picture)
+        for trajectory, one_x_hat in zip(self.trajectories, x_hat.split(1), strict=True):
+            trajectory.keep_reconstruction(label, one_x_hat)
 
     def _add(self, rows: list[dict], latents: Latents, x_hat: Tensor) -> None:
         seconds = self.pace.elapsed / len(rows)
         parts = zip(self.trajectories, rows, images_of(latents), x_hat.split(1), strict=True)
-        for index, (trajectory, row, image_latents, picture) in enumerate(parts):
+        for index, (trajectory, row, image_latents, one_x_hat) in enumerate(parts):
             if not trajectory.ended:
-                trajectory.add(row, image_latents, picture, seconds)
+                trajectory.add(row, image_latents, one_x_hat, seconds)
                 if self.early_stop and self.early_stop.settled(trajectory.true_losses):
                     trajectory.settled = True
                     # The polish continues this noise, as it would without the other images.
@@ -265,7 +265,8 @@ class Recorder:
 
     def progress_of(self, losses: Tensor) -> tuple[Tensor, float]:
         """The means of `losses` [B] and of the lowest true losses, over images not yet ended."""
-        going = [index for index, one in enumerate(self.trajectories) if not one.ended]
+        active = [index for index, one in enumerate(self.trajectories) if not one.ended]
         # Indexing would wait for the GPU.
-        shown = losses if len(going) == len(self.trajectories) else losses[going]
-        return shown.mean(), fmean(self.trajectories[index].lowest_loss for index in going)
+        active_losses = losses if len(active) == len(self.trajectories) else losses[active]
+        lowest_losses = (self.trajectories[index].lowest_loss for index in active)
+        return active_losses.mean(), fmean(lowest_losses)

@@ -60,7 +60,7 @@ def result_of(
 def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded:
     """Code one image's base and refined latents, decode both files, and measure them.
 
-    The pictures that the trajectory keeps are replaced by the decoded ones.
+    The decoded images replace the reconstructions that the trajectory keeps.
 
     Raises:
         BitstreamError: see `encode_latents`.
@@ -70,6 +70,6 @@ def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded
         data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
         x_hat = decode_picture(coder, data)
         measures[label] = file_measures(data, x_hat, problem.x)
-        if label in trajectory.pictures:
-            trajectory.pictures[label] = to_8_bit(x_hat)
+        if label in trajectory.reconstructions:
+            trajectory.reconstructions[label] = to_8_bit(x_hat)
     return Coded(data, measures)

@@ -5,9 +5,9 @@ Each file is whole or absent. results/<save_name>/
     images.jsonl         one record for each image, written as soon as the image is done; `clock`
                          has the time of each row of its trajectory, in seconds
     latents/*.npz        the refined integer latents
-    bitstreams/*.olc     the refined images as files, with `save_bitstreams`
+    bitstreams/*.olc     the refined images as compressed files, with `save_bitstreams`
     trajectories/*.csv   each metric at each evaluated step, per image
-    reconstructions/     pictures, with `save_final`
+    reconstructions/     images as PNG, with `save_final`
     log.txt              all messages of the run
     and the tables and plots of `reports.run_report`, at the end
 """
@@ -164,8 +164,10 @@ class Run:
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
         if self.config.dev_options.save_final:
-            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
-            for label, x in {"original": image.x, **pictures}.items():
+            images = {"original": image.x}
+            for label, x_hat in result.trajectory.reconstructions.items():
+                images[label] = x_hat[0]
+            for label, x in images.items():
                 save_picture(self._file("reconstructions", name) / f"{label}.png", x)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -274,10 +276,10 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
 
 def _hyper_parameters(facts: Record) -> str:
     """Their names and values, and the method's own value if the config replaced it."""
-    own = facts["overridden"]
+    defaults = facts["overridden"]
     return ", ".join(
         f"{key} {_short(value)}"
-        + (f" as the config says, not its own {_short(own[key])}" if key in own else "")
+        + (f" as the config says, not its own {_short(defaults[key])}" if key in defaults else "")
         for key, value in facts["params"].items()
     )
 

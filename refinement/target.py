@@ -175,12 +175,15 @@ def concatenate(trajectories: Sequence[Trajectory], chosen: Trajectory) -> Traje
     base, objective = dict(first.base), RateDistortion(chosen.lmbda)
     for kind in ("relaxed", "true"):
         base[f"{kind}_loss"] = objective(base[f"{kind}_bpp"], base[f"{kind}_mse"])
-    kept = {"base": first.pictures.get("base"), "refined": chosen.pictures.get("refined")}
+    kept = {
+        "base": first.reconstructions.get("base"),
+        "refined": chosen.reconstructions.get("refined"),
+    }
     return replace(
         chosen,
         base=base,
         base_latents=first.base_latents,
         rows=rows,
         clock=clock,
-        pictures={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
+        reconstructions={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
     )
