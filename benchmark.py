@@ -51,7 +51,7 @@ LOOPS = {"refine": REFINEMENTS, "training": TRAININGS}
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; exit code 0, 2 for bad input."""
+    """Run the benchmarks of the command line; exit code 0, 2 for bad input."""
     arguments = parse(argv)
     if arguments.command == "measure":
         return measure(arguments)
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The checked arguments.
+    """The arguments, parsed and checked.
 
     Raises:
-        InputError: a number that makes no sense.
+        InputError: a number is not above 0.
     """
     parser = script_parser(__doc__)
     add = parser.add_argument
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="loader: crops a batch")
     add("--cycle_length", type=int, default=4, help="loader: files read in turn")
     add("--seconds", type=float, default=4.0, help="loader: of each loader in each round")
-    # what `measure`, one turn of one variant, is told
+    # Options of `measure`, which runs one variant once.
     add("--variant", help=argparse.SUPPRESS)
     add("--channels", type=int, help=argparse.SUPPRESS)
     add("--images", type=int, default=1, help=argparse.SUPPRESS)
@@ -104,11 +104,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-# --- refinement and training: variants in turns ---------------------------------------------------
+# --- refinement and training: variants in turn ----------------------------------------------------
 
 
 def time_refinement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds a step of the plain loop, twice, ours and the convolutions, in four settings."""
+    """Time refinement in four settings; the figures of each variant, printed and returned."""
     names = [name for name in REFINEMENTS if name != "compiled" or arguments.compile]
     rows = []
     for channels in (192, None):
@@ -124,7 +124,7 @@ def time_refinement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def time_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds a step of a plain CompressAI loop, twice, and of train.py's."""
+    """Time training in two settings; the figures of each variant, printed and returned."""
     rows = []
     for channels in (192, None):
         figures = in_turns("training", list(TRAININGS), channels, 4, arguments)
@@ -143,12 +143,17 @@ def in_turns(
     images: int,
     arguments: argparse.Namespace,
 ) -> dict[str, dict[str, Any]]:
-    """Let every variant have its turn in a new process, `rounds` times; medians by name.
+    """Run each variant in a new process, `rounds` times in turn; medians by variant.
+
+    Args:
+        kind: `refine` or `training`; names: the variants.
+        channels: N and M of an untrained model; None takes the checkpoint's model.
+        images: the batch size.
 
     Raises:
         InputError: a process failed.
     """
-    # A user's own settings of the allocator would hide what is measured.
+    # A user's settings of malloc would change what is measured.
     environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
@@ -163,11 +168,11 @@ def in_turns(
                 last = (done.stderr.strip().splitlines() or ["killed"])[-1]
                 raise InputError(f"{name}, batch {images}: {last.removeprefix('error: ')}")
             turns[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: summed_up(rows) for name, rows in turns.items()}
+    return {name: summarise(rows) for name, rows in turns.items()}
 
 
-def summed_up(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of a variant's turns, and the fastest and slowest of them."""
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The medians over the runs of a variant, and the fastest and slowest seconds a step."""
     seconds = [row["seconds"] for row in rows]
     peak = statistics.median(row["peak_mb"] for row in rows)
     return {**rows[0], "seconds": statistics.median(seconds), "fastest": min(seconds),
@@ -177,7 +182,7 @@ def summed_up(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def print_figures(
     variants: dict[str, Variant], figures: dict[str, dict[str, Any]], beside: Sequence[str]
 ) -> None:
-    """A line a variant: seconds a step, how many times those of others, and memory."""
+    """Print one line for each variant: seconds a step, memory, and its time over that of others."""
     print(f"  {'':52} s/step   (from, to)       peak MB"
           + "".join(f"  / {name:17}" for name in beside))  # fmt: skip
     for name, row in figures.items():
@@ -188,7 +193,7 @@ def print_figures(
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """One turn of one variant: the median of a few steps and the peak of memory, as JSON."""
+    """Run one variant once; print the median time of its steps and its peak memory as JSON."""
     kind, _, name = (arguments.variant or "").partition(":")
     variant = LOOPS.get(kind, {}).get(name)
     if variant is None:
@@ -229,10 +234,10 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def picture_of(path: str | None) -> Tensor:
-    """x [1, 3, H, W] in [0, 1] of a picture, or of a sample photo at 768x512.
+    """The pixels [1, 3, H, W] in [0, 1] of an image file, or of a sample photo at 768x512.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     if path is None:
         photos = sample_photos()
@@ -246,7 +251,7 @@ def picture_of(path: str | None) -> Tensor:
 
 
 def time_codec(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the seconds that coding and decoding of one picture take, networks included."""
+    """Print the seconds that coding and decoding of one image take, networks included."""
     coder = build_coder(load_checkpoint(arguments.checkpoint))
     x = picture_of(arguments.image)  # [1, 3, H, W]
     compress_picture(coder, x)  # warms up

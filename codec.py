@@ -48,19 +48,19 @@ from fast.tiles import coding_tile
 from models import load_checkpoint
 from objectives import Problem, RateDistortion
 
-Measures = dict[str, Any]  # of a file, see `compress_picture`
-Code = Callable[[LoadedImage], tuple[bytes, Measures]]
+Measures = dict[str, Any]  # of one file, see `compress_picture`
+Compressor = Callable[[LoadedImage], tuple[bytes, Measures]]
 
 
 class Job(NamedTuple):
-    """A file to work on, and the name, below the output folder, of what becomes of it."""
+    """An input file, and the name of its output file below the output folder."""
 
     source: Path
     target: str
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The three commands and their options."""
+    """The parser of the three commands and their options."""
     parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     compress = commands.add_parser("compress", help="code images")
@@ -91,7 +91,7 @@ def command_line() -> argparse.ArgumentParser:
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """compress, decompress, info; exit code 0, 2 if anything was wrong with any file."""
+    """Run compress, decompress or info; exit code 0, 2 if any file failed."""
     arguments = command_line().parse_args(argv)
     keep_pages()
     if arguments.command == "info":
@@ -102,18 +102,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "compress":
         jobs = find_jobs(arguments.paths, find_images, lambda name: fitting(name, SUFFIX))
     else:
-        jobs = apart(find_jobs(arguments.paths, find_coded, picture_name))
-    taken = [job.target for job in jobs if (folder / job.target).exists()]
-    if taken and not arguments.overwrite:
-        raise InputError(f"{folder / taken[0]} is there already: see --overwrite")
+        jobs = with_distinct_targets(find_jobs(arguments.paths, find_coded, picture_name))
+    existing = [job.target for job in jobs if (folder / job.target).exists()]
+    if existing and not arguments.overwrite:
+        raise InputError(f"{folder / existing[0]} is there already: see --overwrite")
     with named_checkpoint():
         if arguments.command == "decompress":
             act = partial(decompress_file, build_coder(load_checkpoint(arguments.checkpoint)))
         elif arguments.refine is None:
             act = partial(compress_image, build_coder(load_checkpoint(arguments.checkpoint)))
         else:
-            act = refining(arguments.refine, arguments.checkpoint, arguments.lmbda)
-    write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()  # it can be
+            act = refining_compressor(arguments.refine, arguments.checkpoint, arguments.lmbda)
+    # Fail now, not after the first image, if the folder cannot be written to.
+    write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()
     if arguments.command == "compress":
         return compress_images(jobs, act, folder)
     return for_each(jobs, partial(act, folder))
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def named_checkpoint() -> Iterator[None]:
-    """Let an InputError on a checkpoint name --checkpoint."""
+    """Make the InputErrors of a checkpoint name the option --checkpoint."""
     try:
         yield
     except InputError as error:
@@ -131,16 +132,16 @@ def named_checkpoint() -> Iterator[None]:
 
 
 def picture_name(name: str) -> str:
-    """a.png.olc gives a.png, a.jpg.olc gives a.jpg.png."""
+    """The name of a decoded image: a.png for a.png.olc, a.jpg.png for a.jpg.olc."""
     name = name.removesuffix(SUFFIX)
     return name if name.endswith(".png") else fitting(name, ".png")
 
 
 def find_coded(path: str) -> Found:
-    """The files of this codec below a folder, or the one at `path`.
+    """The files of this codec below the folder `path`, or the one file at `path`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such file.
     """
     return find_by_suffix(path, frozenset((SUFFIX,)))
 
@@ -150,12 +151,13 @@ def find_jobs(
     find: Callable[[str], Found],
     target_of: Callable[[str], str] | None = None,
 ) -> list[Job]:
-    """The files that `find` finds at paths, and what `target_of` makes of their names.
+    """One job for each file that `find` finds at the paths; prints which files were ignored.
 
-    Without `target_of` the target is the path itself. A line says what was passed over.
+    Args:
+        target_of: returns the target for a file's name; without it the target is the file's path.
 
     Raises:
-        InputError: a path leads to no such file, or files in two places have one name.
+        InputError: there is no such file at a path, or two files have the same name.
     """
     jobs: dict[str, Job] = {}
     for path in paths:
@@ -170,24 +172,24 @@ def find_jobs(
     return list(jobs.values())
 
 
-def apart(jobs: Sequence[Job]) -> list[Job]:
-    """The same jobs, each with a target of its own: .png is added where it is another's own name.
+def with_distinct_targets(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, with .png added to a target that another job has too.
 
-    Beside a.jpg.png.olc, which gives a.jpg.png, a.jpg.olc gives a.jpg.png.png.
+    For example a.jpg.png.olc gives a.jpg.png. In the same folder a.jpg.olc gives a.jpg.png.png.
     """
-    taken = {job.target for job in jobs if job.source.name == Path(job.target).name + SUFFIX}
+    used = {job.target for job in jobs if job.source.name == Path(job.target).name + SUFFIX}
     distinct = []
     for job in jobs:
         target = job.target
-        while target in taken and job.source.name != Path(target).name + SUFFIX:
+        while target in used and job.source.name != Path(target).name + SUFFIX:
             target = fitting(target, ".png")
-        taken.add(target)
+        used.add(target)
         distinct.append(job._replace(target=target))
     return distinct
 
 
 def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
-    """Let `act` have every job; one that fails is one line and exit code 2, the rest goes on."""
+    """Call `act` for each job; a failure prints one line and makes the exit code 2."""
     code = 0
     for job in jobs:
         try:
@@ -201,13 +203,13 @@ def for_each(jobs: Sequence[Job], act: Callable[[Job], None]) -> int:
 
 
 def _failure(job: Job, error: Exception) -> str:
-    """What failed at a job, in a line that begins with the file that is to blame.
+    """The reason why a job failed, in one line that begins with the faulty file.
 
     Raises:
-        RuntimeError: the error itself, where it is a program's and not a file's.
+        RuntimeError: the error itself, if it is a fault of the program and not of a file.
     """
     if isinstance(error, OSError) and error.filename not in (None, str(job.source)):
-        return reason_of(error)  # what could not be written
+        return reason_of(error)  # it names the output file
     if isinstance(error, OSError):
         return f"{job.source}: {error.strerror or error}"
     if isinstance(error, InputError):
@@ -217,8 +219,12 @@ def _failure(job: Job, error: Exception) -> str:
     return f"{job.source}: no memory for a picture of this size"
 
 
-def compress_images(jobs: Sequence[Job], code: Code, folder: Path) -> int:
-    """Write a file for each image into `folder`, and print its rate beside the estimated one."""
+def compress_images(jobs: Sequence[Job], compressor: Compressor, folder: Path) -> int:
+    """Write a file for each image into `folder`; print its rate and its estimated rate.
+
+    Returns:
+        The exit code, see `for_each`.
+    """
     width = max(4, *(len(label_of(job.target)) for job in jobs))
     rows: list[Measures] = []
 
@@ -233,7 +239,7 @@ def compress_images(jobs: Sequence[Job], code: Code, folder: Path) -> int:
         image = ImageFiles(find_images(job.source))[0]
         if image.x is None:
             raise InputError(image.error)
-        data, row = code(image)
+        data, row = compressor(image)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
         print(line(label_of(job.target), f"{image.x.size(2)}x{image.x.size(1)}", row))
@@ -242,12 +248,12 @@ def compress_images(jobs: Sequence[Job], code: Code, folder: Path) -> int:
 
     print(f"{'file':{width}} {'size':>11} {'bytes':>9} {'bpp':>8} {'estimate':>8} {'over':>7} "
           f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
-    code = for_each(jobs, compress)
+    exit_code = for_each(jobs, compress)
     if len(rows) > 1:
         shown = ("file_bytes", "file_bpp", "estimate", "psnr", "coding", "decoding")
         means = {key: sum(row[key] for row in rows) / len(rows) for key in shown}
         print(line("mean", "", means))
-    return code
+    return exit_code
 
 
 def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
@@ -256,11 +262,11 @@ def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
 
 
 def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
-    """The file of x [1, 3, H, W] in [0, 1], as the encoder's latents have it, and its measures.
+    """Code the encoder's latents of x [1, 3, H, W] in [0, 1], not refined.
 
     Returns:
-        The file; those of `file_measures`, the `estimate` of its bpp by the likelihoods, and the
-        seconds of `coding` and `decoding`.
+        The bytes of the file. Its measures: those of `file_measures`, `estimate` (bpp by the
+        likelihoods), `coding` and `decoding` (seconds).
 
     Raises:
         BitstreamError: see `encode_latents`.
@@ -278,18 +284,19 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
     return data, {**file_measures(data, x_hat, x), "estimate": estimate, **times}
 
 
-def refining(recipe: str, checkpoint: str, lmbda: float | None) -> Code:
-    """What refines an image's latents, as a recipe says, before it codes them.
+def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Compressor:
+    """A compressor that refines an image's latents, as a recipe says, and codes them.
 
     Args:
-        recipe: `fast` or `best` of example_files, or the path of a refinement config, of which the
-            model and the images do not count.
-        lmbda: that the model was trained for; may be left out where it is the recipe's own model.
+        recipe: `fast` or `best` of example_files, or the path of a refinement config. The model and
+            the images of that config are ignored.
+        checkpoint: see `load_checkpoint`.
+        lmbda: the lambda that the model was trained for; None if it is the recipe's own model.
 
     Raises:
         InputError: the recipe or the checkpoint is missing or wrong, or lmbda is not known.
     """
-    # Imported late: coding alone needs nothing of refinement.
+    # Imported here, because plain coding does not need refinement.
     from experimental_inference_methods import rounding_from_config
     from train_flexible_inference import open_refiner
 
@@ -302,7 +309,7 @@ def refining(recipe: str, checkpoint: str, lmbda: float | None) -> Code:
     )
     refiner = open_refiner(model, rounding, config, pick_device(config.device))
 
-    def code(image: LoadedImage) -> tuple[bytes, Measures]:
+    def compress(image: LoadedImage) -> tuple[bytes, Measures]:
         start, steps = time.perf_counter(), config.tot_inference_iterations
         with Progress(image.name, steps + config.polish_passes, config.print_freq) as progress:
             result = refiner.refine_image(image, progress)
@@ -312,20 +319,22 @@ def refining(recipe: str, checkpoint: str, lmbda: float | None) -> Code:
         estimate = {"estimate": result.trajectory.best["true_bpp"]}
         return result.coded.bitstream, {**result.coded.measures["refined"], **estimate, **times}
 
-    return code
+    return compress
 
 
 def recipe_config(recipe: str, checkpoint: str, lmbda: float | None) -> RefineConfig:
-    """The refinement config of a recipe for this checkpoint; see `refining`."""
+    """The refinement config of a recipe for this checkpoint; see `refining_compressor`."""
     shipped = Path(__file__).parent / "example_files" / f"{recipe}.json"
     path = shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
     if not path.is_file():
         raise InputError(f"--refine {recipe}: no such recipe; fast, best, or a config's path")
     config = load_config(path, RefineConfig, source=f"--refine {recipe}")
-    own = [place / config.pretrain for place in (Path(), Path(__file__).parent)]
-    given = Path(checkpoint)
-    is_own = given.is_file() and any(file.is_file() and file.samefile(given) for file in own)
-    if lmbda is None and not is_own:
+    roots, weights = (Path(), Path(__file__).parent), Path(checkpoint)
+    recipe_weights = [root / config.pretrain for root in roots]
+    same_weights = weights.is_file() and any(
+        file.is_file() and file.samefile(weights) for file in recipe_weights
+    )
+    if lmbda is None and not same_weights:
         raise InputError(
             f"--lmbda is missing: which lambda was {checkpoint} trained for? "
             f"--refine {recipe} has {config.train_lambda:g} for {config.pretrain}"
@@ -338,13 +347,13 @@ def recipe_config(recipe: str, checkpoint: str, lmbda: float | None) -> RefineCo
 
 
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
-    """Write the picture of one file into `folder`, and print where."""
+    """Decode one file into `folder`, and print the path of the image."""
     x_hat = decode_picture(coder, read_file(job.source))
     print(printable(str(save_picture(folder / job.target, x_hat[0]))))
 
 
 def print_header(job: Job) -> None:
-    """Print what a file's header says, and how its bytes divide."""
+    """Print the fields of a file's header, and the length of each part of the file."""
     data = read_file(job.source)
     header, z_string, exceptions, y_string = read_bitstream(data)
     bpp = 8 * len(data) / (header.height * header.width)

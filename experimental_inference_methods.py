@@ -1,16 +1,16 @@
-"""Rounding functions and temperature schedules, for refining latents by descent.
+"""Rounding functions and temperature schedules, for refining latents by gradient descent.
 
-This is the file to edit: a new method is a few lines under `rounding_method`, a new schedule a few
-lines under `temperature_schedule`, and the JSON names it. Two kinds of methods can be registered:
+Add your own methods here. A new method is a few lines under `rounding_method`, a new schedule a few
+lines under `temperature_schedule`. The JSON config names it. There are two kinds of methods:
 
 * a rounding: `f(v, tau, generator, **hyper_parameters) -> v_hat`, same shape as v;
 * a score over candidates (`candidates=floor_ceil` or `nearest_three`):
-  `f(u, **hyper_parameters) -> logits`, u >= 0 being the distance of v to each candidate. It becomes
-  a rounding by drawing from a Gumbel-softmax over the candidates (SGA, SGA+).
+  `f(u, **hyper_parameters) -> logits`, where u >= 0 is the distance of v to each candidate. A draw
+  from a Gumbel-softmax over the candidates turns the score into a rounding (SGA, SGA+).
 
 v is a latent centred on its lattice (y minus its means, z minus its medians), so that hard
 rounding is always `torch.round(v)`. tau in [0, 1] is the temperature, 0 at the end of annealing.
-Importing this module fills the registries; so import from here what uses them (`__all__`).
+The import of this module fills the registries. So import the names of `__all__` from here.
 
 Sources: Yang, Bamler, Mandt 2020 (arXiv 2006.04240): `sga`, `ste`, `unoise`, `danneal`.
 Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789): SGA+, all `sga_logits*` functions.
@@ -48,11 +48,11 @@ __all__ = [
     "temperature_schedule",
 ]
 
-LEAST = 1e-3  # of what softness and noise may fall to, for neither may be 0
-EXP_MAX = 80  # exp of 89 overflows in float32; a probability of exp(-80) is none
+LEAST = 1e-3  # annealed softness and noise end here at the lowest: 0 is not allowed
+EXP_MAX = 80  # exp(89) overflows in float32, and a probability of exp(-80) is as good as 0
 
 
-# --- temperatures: tau at a step; the result is clipped to [0, ub] --------------------------------
+# --- temperature schedules: tau at step t; the result is clipped to [0, ub] -----------------------
 
 
 @temperature_schedule("exp")
@@ -69,7 +69,7 @@ def exponential_after_700(step: float, rate: float, ub: float, steps: int) -> fl
 
 @temperature_schedule("exp_of_run")
 def exponential_of_run(step: float, rate: float, ub: float, steps: int) -> float:
-    """exp(-rate t / steps): ours, by the part of the run that is over, however long it is."""
+    """exp(-rate t / steps): ours, depends only on the fraction of the run that is done."""
     return math.exp(-rate * step / steps)
 
 
@@ -88,7 +88,7 @@ BASELINE_TEMPERATURE = Temperature(rate=4e-3, ub=0.2, lb=TAU_MIN)
 
 @rounding_method("ste")
 def ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
-    """Straight-through: rounds forward, identity gradient."""
+    """Straight-through estimator: rounds forward, passes the gradient unchanged."""
     return v + (v.round() - v).detach()
 
 
@@ -106,12 +106,12 @@ def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
     return (candidates * weights).sum(dim=0)
 
 
-# --- annealed noise and straight-through, of the code of arXiv 2401.17789; w = 1 - tau rises to 1 -
+# --- annealed noise and straight-through, from the code of arXiv 2401.17789; w = 1 - tau to 1 ----
 
 
 @rounding_method("temp_ste")
 def temp_ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
-    """w STE(v / w): a lattice that grows to the integers."""
+    """w STE(v / w): rounds to a lattice of spacing w, which grows to 1."""
     w = max(1 - tau, 1e-4)
     return w * ste(v / w, tau, generator)
 
@@ -124,7 +124,7 @@ def temp_unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
 
 @rounding_method("temp_uste")
 def temp_uste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
-    """w STE((v + (1 - w) U / 2) / w): noise that gives way to a growing lattice."""
+    """w STE((v + (1 - w) U / 2) / w): the noise fades while the lattice spacing grows to 1."""
     w = max(1 - tau, 1e-8)
     return w * ste((v + (1 - w) * uniform_noise(v, generator) / 2) / w, tau, generator)
 
@@ -143,7 +143,7 @@ def temp_gnoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
     return v + 0.25 * (1 - tau) * normal_noise(v, generator)
 
 
-# --- soft rounding with annealed noise; made for a tau that falls linearly from 1 to 0 ------------
+# --- soft rounding with annealed noise; tuned for a tau that falls linearly from 1 to 0 -----------
 
 
 Softness = Annotated[float, Field(gt=0, le=1000)]
@@ -152,7 +152,7 @@ Narrowness = Annotated[float, Field(ge=1, le=10)]
 
 
 def soft_round(v: Tensor, softness: float) -> Tensor:
-    """v for a large `softness`, round(v) for a small one, and smooth between (arXiv 2006.09952).
+    """A smooth rounding: v for a large `softness`, round(v) for a small one (arXiv 2006.09952).
 
     floor(v) + 1/2 + tanh((v - floor(v) - 1/2) / T) / (2 tanh(1 / (2 T))) for T = softness > 0.
     """
@@ -167,10 +167,10 @@ def _annealed(start: float, end: float, tau: float) -> float:
 def _soft_round_with(
     draw: Callable[[Tensor, Generator | None], Tensor], scale: float
 ) -> Callable[..., Tensor]:
-    """A rounding: noise of standard deviation sigma between two soft roundings, all annealed.
+    """A rounding that adds noise between two soft roundings; both are annealed.
 
-    The mechanism is C3's (arXiv 2312.02753), the noise and the settings are ours. `scale` times a
-    draw has the standard deviation 1.
+    The mechanism is C3's (arXiv 2312.02753). The noise and the settings are ours. `scale` brings
+    the draws of `draw` to a standard deviation of 1; sigma is the standard deviation of the noise.
     """
 
     def sample(
@@ -193,15 +193,15 @@ def soft_round_knoise(
     v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
     t_end: Softness = 0.05, a_start: Narrowness = 2.0, a_end: Narrowness = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Between two soft roundings C3's Kumaraswamy noise on (-1/2, 1/2) (arXiv 2312.02753).
+    """C3's Kumaraswamy noise on (-1/2, 1/2) between two soft roundings (arXiv 2312.02753).
 
-    Of its distribution function 1 - (1 - w^a)^b with b = (2^a (a - 1) + 1) / a the mode stays in
-    the middle; a = 1 is uniform, a larger one narrower.
+    The distribution function is 1 - (1 - w^a)^b with b = (2^a (a - 1) + 1) / a, so the mode stays
+    at w = 1/2. a = 1 gives uniform noise, a larger a gives narrower noise.
     """
     softness, a = _annealed(t_start, t_end, tau), _annealed(a_start, a_end, tau)
     b = (2**a * (a - 1) + 1) / a
     u = open_uniform(v, generator)
-    # 1 - u^(1 / b), which loses its digits for a large b.
+    # expm1: for a large b, 1 - u^(1 / b) would lose its digits.
     noise = (-torch.expm1(u.log() / b)) ** (1 / a) - 0.5
     return soft_round(soft_round(v, softness) + noise, softness)
 
@@ -231,7 +231,7 @@ def cosx(u: Tensor) -> Tensor:
 
 @rounding_method("sga_logits", logits="expxlogx", candidates=floor_ceil)
 def expxlogx(u: Tensor, *, scale_factor: Positive = 1.0) -> Tensor:
-    """exp(a u) log(1 - u^2), of the published code."""
+    """exp(a u) log(1 - u^2), from the published code."""
     return torch.exp(scale_factor * u) * torch.log(1 - u**2)
 
 
@@ -239,8 +239,8 @@ def expxlogx(u: Tensor, *, scale_factor: Positive = 1.0) -> Tensor:
 def ssl(u: Tensor, *, scale_factor: Positive = 4 / 3) -> Tensor:
     """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789).
 
-    a = 1 is `logx`; 4/3 was best in the paper's first version, 2.3 in its third. On the bundled
-    weights 4/3 ends lower after 2,000 steps, 2.3 after 500.
+    a = 1 equals `logx`. The paper's first version prefers a = 4/3, its third a = 2.3. With the
+    bundled weights a = 4/3 gives the lower loss after 2,000 steps, a = 2.3 after 500 steps.
     """
     return -_softplus((scale_factor * torch.logit(u, eps=1e-5)).clamp(max=EXP_MAX))
 
@@ -250,7 +250,7 @@ def ssl(u: Tensor, *, scale_factor: Positive = 4 / 3) -> Tensor:
 
 @rounding_method("sga_logits_3c", logits="absx", candidates=nearest_three)
 def absx(s: Tensor) -> Tensor:
-    """1 - 2/3 s, of the published code: a bounded score, not a log-probability."""
+    """1 - 2/3 s, from the published code: a bounded score, not a log-probability."""
     return 1 - 2 / 3 * s
 
 
@@ -262,7 +262,7 @@ def log_absx_factor_pow(s: Tensor, *, factor: Positive = 0.98, power: Positive =
 
 @rounding_method("sga_logits_3c", logits="log_cosx_n", candidates=nearest_three)
 def log_cosx_n(s: Tensor, *, power: Positive = 3.0) -> Tensor:
-    """log cos(pi s / 3)^power, 0 at s = 1.5, of the published code."""
+    """log cos(pi s / 3)^power, from the published code; the cosine is 0 at s = 1.5."""
     eps = 1e-7
     return torch.log((1 - eps) * _power(torch.cos(math.pi / 3 * s), power) + eps)
 
@@ -279,8 +279,8 @@ def log_ssl_a_factor_pow(
     s: Tensor, *, factor: Positive = 0.98, power: Positive = 1.4, scale_factor: Positive = 1.4
 ) -> Tensor:
     """Extended SSL: power * log sigmoid(-a logit(factor s / 1.5)) (arXiv 2401.17789)."""
-    # u is clamped to [1e-6, 1 - 1e-6]; float32 has too few digits for the latter, so that the logit
-    # is clamped once more.
+    # We want u clamped to [1e-6, 1 - 1e-6]. Float32 has too few digits for the upper end, so the
+    # logit is clamped as well.
     bound = scale_factor * math.log(1e6 - 1)
     logit = scale_factor * torch.logit(s * (factor / 1.5), 2**-20)
     log_p = -_softplus(logit.clamp(-bound, min(bound, EXP_MAX)))
@@ -288,10 +288,10 @@ def log_ssl_a_factor_pow(
 
 
 def _softplus(t: Tensor) -> Tensor:
-    # torch's own is seven times as slow.
+    # torch's own softplus takes seven times as long.
     return torch.log(1 + torch.exp(t))
 
 
 def _power(base: Tensor, power: float) -> Tensor:
-    # cos(pi / 2) is a little below 0 in float32, and 0 ** power has no finite gradient below 1.
+    # In float32 cos(pi / 2) is a little below 0, and for power < 1 the gradient at 0 is infinite.
     return base.clamp_min(1e-14) ** power

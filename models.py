@@ -1,7 +1,7 @@
-"""The models: building, loading, saving them, and making them ready for refinement or training.
+"""Build, load and save models, and prepare them for refinement or training.
 
 A model is an `architectures.Architecture` around one of CompressAI's networks. `load_checkpoint`
-finds out by the weights which family it is of.
+recognises the family of a model by its weights.
 """
 
 import io
@@ -28,7 +28,11 @@ CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")
 
 
 def build_model(channels: Channels, architecture: str = MeanScale.name) -> Architecture:
-    """An untrained model with N and M channels, of a registered family."""
+    """An untrained model of a registered family, with N and M channels.
+
+    Raises:
+        KeyError: no family has this name.
+    """
     return ARCHITECTURES[architecture].build(channels.N, channels.M)
 
 
@@ -36,13 +40,13 @@ def load_checkpoint(source: str, channels: Channels | None = None) -> Architectu
     """A trained model on the CPU, from a file or CompressAI's zoo.
 
     Args:
-        source: a file of torch.save or safetensors that holds the weights by CompressAI's names,
-            old or new, wherever they lie in it; or `zoo:NAME:QUALITY`.
-        channels: what N and M must be; without it the weights decide alone.
+        source: a file of torch.save or safetensors, or `zoo:NAME:QUALITY`. The file holds weights
+            under CompressAI's names, old or new, at any depth.
+        channels: the required N and M; without it any are accepted.
 
     Raises:
-        InputError: the file is missing, broken or of another architecture; the zoo is out of
-            reach; the weights' channels are not `channels`.
+        InputError: the file is missing, broken or of another architecture; the zoo cannot be
+            reached; the weights have other channels than `channels`.
     """
     model = _load_zoo(source) if source.startswith("zoo:") else _load_file(source)
     if channels is not None and (model.N, model.M) != (channels.N, channels.M):
@@ -59,10 +63,13 @@ def _load_file(source: str) -> Architecture:
 
 
 def model_from_state_dict(weights: dict[str, Tensor], source: str) -> Architecture:
-    """The model that these weights are of; its family, N and M follow from names and shapes.
+    """The model with these weights; their names and shapes tell its family, N and M.
+
+    Args:
+        source: where the weights come from, for error messages.
 
     Raises:
-        InputError: they are of no registered family, or not finite.
+        InputError: the weights fit no registered family, or are not finite.
     """
     mismatches = {name: family.mismatch(weights) for name, family in ARCHITECTURES.items()}
     name = next((name for name, found in mismatches.items() if not found), MeanScale.name)
@@ -89,7 +96,7 @@ def model_from_state_dict(weights: dict[str, Tensor], source: str) -> Architectu
 
 
 def _restore_constants(model: Architecture) -> None:
-    """Give the buffers that nobody trains their exact values: half precision rounds 1e-9 to 0."""
+    """Reset the constant buffers to their exact values: half precision rounds 1e-9 to 0."""
     exact = dict(model.build(model.N, model.M).network.named_buffers())
     for name, value in model.network.named_buffers():
         if name.endswith(CONSTANT_BUFFERS):
@@ -120,7 +127,7 @@ def save_checkpoint(path: Path, model: Architecture, state: dict[str, Any]) -> P
     """Write a checkpoint in the published layout, whole or not at all; `load_checkpoint` reads it.
 
     Args:
-        state: what stands beside `model_state_dict`: `iter`, `optimizer_state_dict` and more.
+        state: the other entries of the checkpoint: `iter`, `optimizer_state_dict` and more.
 
     Raises:
         OSError: the file cannot be written.
@@ -129,10 +136,10 @@ def save_checkpoint(path: Path, model: Architecture, state: dict[str, Any]) -> P
 
 
 def save_weights(path: Path, model: Architecture, step: int) -> Path:
-    """Write a trained model alone, in half precision: a quarter of a checkpoint or less.
+    """Write only the weights, in half precision: a quarter of a checkpoint's size or less.
 
-    The coding tables of z and the scales of y's stand beside the weights. Made anew on another
-    machine their last bits would differ, and no file of one machine would decode on the other.
+    The file also holds the coding tables of z and the table of scales of y. Another machine would
+    compute tables with other last bits, and then could not decode the files of this one.
 
     Raises:
         OSError: the file cannot be written.
@@ -149,25 +156,28 @@ def save_weights(path: Path, model: Architecture, step: int) -> Path:
 
 
 def _save(path: Path, checkpoint: dict[str, Any]) -> Path:
-    buffer = io.BytesIO()  # torch.save itself tells of a full disk in another way than files do
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError, not an OSError
     torch.save(checkpoint, buffer)
     return write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
-# --- making ready ---------------------------------------------------------------------------------
+# --- preparation ----------------------------------------------------------------------------------
 
 
 def prepare_for_training(model: Architecture) -> Architecture:
-    """The same model made ready for training, in place: fast layers, channels-last memory."""
+    """Prepare a model for training, in place, and return it: fast layers, channels-last memory."""
     use_fast_layers(model.network)
     return model
 
 
 def freeze(model: Architecture, coder_scales: bool = False) -> Architecture:
-    """The same model made ready for refinement, in place: only latents will be optimised.
+    """Prepare a model for refinement, in place, and return it: its weights become constants.
 
-    With `coder_scales` rates are those of the entropy coder's table of scales, a little above the
-    continuous ones. To be called on the device where the model will work.
+    Call it after moving the model to its device.
+
+    Args:
+        coder_scales: compute rates with the entropy coder's table of scales. They are a little
+            above the rates of the continuous scales.
 
     Raises:
         ValueError: the model is frozen already, or a transposed convolution is not CompressAI's

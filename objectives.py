@@ -1,6 +1,6 @@
-"""What is minimised: rate + lambda * distortion, and the problem that refinement solves by it.
+"""The objective, rate + lambda * distortion, and the problem that refinement solves.
 
-This is the only place where the distortion gets its weight.
+Only this module weighs the distortion.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,30 +20,30 @@ Value = TypeVar("Value", float, Tensor)
 
 @dataclass(frozen=True)
 class RateDistortion:
-    """bpp + lambda * 255^2 * MSE, MSE of pixels in [0, 1] (arXiv 2401.17789)."""
+    """The loss bpp + lambda * 255^2 * MSE, with the MSE of pixels in [0, 1] (arXiv 2401.17789)."""
 
     lmbda: float
 
     @property
     def weight(self) -> float:
-        """Of the MSE."""
+        """The factor of the MSE in the loss."""
         return self.lmbda * 255**2
 
     def __call__(self, bpp: Value, mse: Value) -> Value:
-        """The loss of a rate and a distortion, floats or tensors [B]."""
+        """The loss of a rate (bpp) and an MSE, both floats or both tensors [B]."""
         return bpp + self.weight * mse
 
     def bits_per_error(self, channels: int = 3) -> float:
-        """How many bits of an image's file weigh as much as one unit of its squared error."""
+        """How many bits weigh as much as 1 of an image's summed squared error."""
         return self.weight / channels
 
 
 class Terms(NamedTuple):
-    """What one pass gave: each [B] but the last two.
+    """The results of one forward pass over B images.
 
-    loss; bpp, and `rates` of each latent, bits per pixel; mse of pixels in [0, 1], not clamped;
-    values: each latent on its lattice, relaxed or true; x_hat [B, 3, H, W], which has no gradient
-    where the model is frozen.
+    loss, bpp, mse: [B]; mse of pixels that are not clamped to [0, 1]. rates: the bpp [B] of each
+    latent. values: each latent after rounding, relaxed or true, shaped as the latent. x_hat:
+    [B, 3, H, W], without a gradient if the model is frozen.
     """
 
     loss: Tensor
@@ -56,11 +56,11 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """To make the loss of pictures small by their latents alone.
+    """The task to minimise the loss of images over their latents, under a fixed model.
 
-    model: see `Architecture`. x: [B, 3, H, W] in [0, 1]. tile: positions of y a side that g_s sees
-    at a time; None is the whole picture. precision: of g_s in relaxed passes, by autocast where it
-    is not float32.
+    x: [B, 3, H, W] in [0, 1]. tile: the side, in positions of y, of the tiles that g_s decodes one
+    by one; None decodes the whole image at once. precision: of g_s in relaxed passes; another one
+    than float32 goes through autocast.
     """
 
     model: Architecture
@@ -80,7 +80,7 @@ class Problem:
         return self.x.size(2) * self.x.size(3)
 
     def at(self, lmbda: float) -> Self:
-        """The same with another lambda."""
+        """The same problem with another lambda."""
         return replace(self, objective=RateDistortion(lmbda))
 
     def images(self) -> Iterable[Self]:
@@ -88,18 +88,19 @@ class Problem:
         return (replace(self, x=x) for x in self.x.split(1))
 
     def relaxed(self, latents: Latents, rounding: Callable[[Tensor], Tensor]) -> Terms:
-        """The terms of latents that a relaxed rounding of centred latents rounds."""
+        """The terms after a relaxed rounding; `rounding` maps a centred latent to its own shape."""
         return self._terms(latents, rounding, self.precision)
 
     def true(self, latents: Latents) -> Terms:
-        """The terms of truly rounded latents, in float32: what a file of them costs and gives."""
+        """The terms after true rounding, in float32, as a file of these latents would have them."""
         return self._terms(latents, torch.round, torch.float32)
 
     def squared_error(self, y_hat: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sum of squared errors [B], float64, with a gradient to y_hat [B, M, h, w]; and x_hat.
+        """The summed squared error [B] of x_hat in float64, with a gradient to y_hat, and x_hat.
 
         Args:
-            x: what the picture should be; the problem's own without it.
+            y_hat: [B, M, h, w].
+            x: the target [B, 3, H, W]; the problem's images by default.
         """
         x = self.x if x is None else x
         if self.tile is None:
@@ -120,7 +121,7 @@ class Problem:
 
 
 def _autocast(device_type: str, precision: torch.dtype) -> AbstractContextManager:
-    """Autocast to `precision`; float32 leaves an autocast around it alone."""
+    """Autocast to `precision`; float32 changes nothing, so an outer autocast stays in force."""
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(device_type, dtype=precision)

@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def refine_images(
     config: RefineConfig, on_image: Callable[[Cost], None] = lambda cost: None
 ) -> Run:
-    """Refine every image of a config that is not done yet; the run, with what is on disk of it.
+    """Refine every image of a config that is not done yet, save the results, return the run.
 
     Args:
-        on_image: called with what each image took.
+        on_image: called with the cost of each image.
 
     Raises:
-        InputError: what the config names is missing or wrong. OSError: a file cannot be written.
+        InputError: a file or name in the config is missing or wrong.
+        OSError: a file cannot be written.
     """
     keep_pages()
     rounding = rounding_from_config(config)
@@ -97,7 +98,7 @@ def refine_images(
 
 
 def report(run: Run) -> int:
-    """Write the tables and plots of a run that is over; 0, or 1 when an image failed.
+    """Write the tables and plots of a run at its end; returns 1 if an image failed, else 0.
 
     Every rank must call this.
 
@@ -113,7 +114,7 @@ def report(run: Run) -> int:
 def open_refiner(
     model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
 ) -> "Refiner":
-    """What refines images as a config says; the model, as it was loaded, is frozen in place.
+    """The refiner of a config; freezes the loaded model in place.
 
     Raises:
         InputError: the checkpoint's coding tables are broken.
@@ -129,7 +130,7 @@ def open_refiner(
 def refine_and_save(
     refiner: "Refiner", batch: Sequence[LoadedImage], run: Run, on_image: Callable[[Cost], None]
 ) -> None:
-    """Refine images of one size together; save each that has a result, skip the others.
+    """Refine images of one size together, save those with a result, and skip the others.
 
     Raises:
         BatchTooLargeError, ImageError: see `Refiner.refine_batch`.
@@ -149,14 +150,14 @@ def refine_and_save(
 
 
 class BatchTooLargeError(Exception):
-    """Several images do not go into memory together; says why."""
+    """Several images do not fit into memory together; the message says why."""
 
 
 @dataclass(frozen=True)
 class Refiner:
-    """A frozen model, and all that says how images are refined with it.
+    """Refines images with a frozen model, as a config says.
 
-    coder: where files are wanted. bound: how much memory there is.
+    coder: codes the results, if compressed files are wanted. bound: the memory limit.
     """
 
     model: Architecture
@@ -166,7 +167,7 @@ class Refiner:
     bound: MemoryBound
 
     def most_at_once(self, size: tuple[int, int]) -> int:
-        """How many images of H, W are refined together."""
+        """How many images of size (H, W) are refined together."""
         return min(self.config.images_at_once, self.bound.images(size))
 
     def refine_batch(
@@ -175,14 +176,14 @@ class Refiner:
         progress: Progress,
         skip: Callable[[str, str], None],
     ) -> list[tuple[LoadedImage, Refined]]:
-        """Images of one size and their results, files and all.
+        """The images of one size that have a result, and their results.
 
         Args:
-            skip: called with the name of an image that has no result, and why.
+            skip: called with the name of each image without a result, and the reason.
 
         Raises:
             BatchTooLargeError: several images do not fit into memory.
-            ImageError: the one image cannot be read, does not fit, or cannot be coded.
+            ImageError: the batch is one image, which cannot be read, coded or kept in memory.
         """
         done = []
         with self._named_failures(batch):
@@ -194,20 +195,20 @@ class Refiner:
             else:
                 outcome, target = self._refine_to_target(problem, batch[0].name, progress)
                 outcomes, targets = [outcome], [target]
-            for image, own, *outcome in zip(
+            for image, image_problem, *outcome in zip(
                 batch, problem.images(), outcomes, targets, strict=True
             ):
                 try:
-                    done.append((image, result_of(own, *outcome, self.coder)))
+                    done.append((image, result_of(image_problem, *outcome, self.coder)))
                 except ImageError as error:
                     skip(image.name, str(error))
         return done
 
     def refine_image(self, image: LoadedImage, progress: Progress) -> Refined:
-        """One image's result, its file included where there is a coder.
+        """One image's result, with its compressed file if there is a coder.
 
         Raises:
-            ImageError: it has none; says why.
+            ImageError: the image cannot be refined or coded; the message says why.
         """
 
         def fail(name: str, reason: str) -> None:
@@ -236,8 +237,8 @@ class Refiner:
 
         def refine_at(lmbda: float, start: Start) -> Trajectory:
             release_memory(self.model.network)
-            own = problem.at(lmbda)
-            (trajectory,) = refine(own, self.rounding, config, [name], progress, start)
+            problem_at = problem.at(lmbda)
+            (trajectory,) = refine(problem_at, self.rounding, config, [name], progress, start)
             return trajectory
 
         search = LambdaSearch(config.target, config.lmbda, config.train_lambda)
@@ -246,12 +247,12 @@ class Refiner:
 
     @contextmanager
     def _named_failures(self, batch: Sequence[LoadedImage]) -> Iterator[None]:
-        """Make a `BatchTooLargeError`, or an `ImageError` of one image, of what is raised."""
+        """Turn errors into a `BatchTooLargeError`, or an `ImageError` if the batch is one image."""
         try:
             yield
         except ImageError:
             raise
-        except BitstreamError as error:  # while a target was searched, which takes one image
+        except BitstreamError as error:  # from a search for a target, which refines one image
             raise ImageError(f"cannot be coded: {error}") from None
         except (InputError, RuntimeError, MemoryError) as error:
             reason = str(error)
@@ -269,9 +270,12 @@ class Refiner:
 def equal_sized(
     images: Iterable[LoadedImage], most: Callable[[tuple[int, int]], int]
 ) -> Iterator[list[LoadedImage]]:
-    """Batches of consecutive images of one size (H, W), at most `most` of it; in the same order.
+    """Batches of consecutive images of one size, in the same order.
 
     An image that cannot be read is a batch of its own.
+
+    Args:
+        most: returns the largest number of images in a batch, for a size (H, W).
     """
 
     def shape(image: LoadedImage) -> tuple[int, int] | None:
@@ -290,14 +294,15 @@ def refine(
     progress: Callable[[Tensor, Tensor | float], None],
     start: Start | None = None,
 ) -> list[Trajectory]:
-    """Overfit the latents of the problem's images, each to its image.
+    """Overfit the latents of each of the problem's images to this image.
 
-    The latents that refinement begins with compete too, so no result is worse than they are.
-    Nothing waits for a GPU between evaluations. `max_seconds` and `early_stop` may leave steps out.
+    The first latents count as a candidate too, so no result is worse than they are. The loop does
+    not wait for a GPU between evaluations. `max_seconds` and `early_stop` may leave out steps.
 
     Args:
-        names: of the images; each one's noise depends on its name and the config's seed alone.
-        start: latents, and where in the schedule to begin; the encoder's and 0 without it.
+        names: the images' names. The noise of an image depends only on its name, the config's seed
+            and `start.trial`.
+        start: the first latents and step; by default the encoder's latents and step 0.
     """
     pace = pace_of(config, len(problem.x), start.step if start else 0)
     start = start or Start(problem.model.analyze(problem.x))
@@ -306,7 +311,7 @@ def refine(
     noise = ImageNoise.of_images(config.seed, names, problem.x.device, start.trial)
     recorder = Recorder(problem, rounding, config, noise, pace)
     losses = torch.zeros(len(problem.x))
-    # The augmented loss averages in the true loss, a constant: half the gradient.
+    # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
     weight = 0.5 if config.dev_options.augmented_loss else 1.0
 
     def closure() -> Tensor:
@@ -316,13 +321,13 @@ def refine(
         losses = relaxed.loss.detach()  # [B]
         objective = weight * relaxed.loss.sum()
         objective.backward()
-        for v in latents.values():  # channels-last networks leave gradients strided
+        for v in latents.values():  # LBFGS needs contiguous gradients, not channels-last
             v.grad = v.grad.contiguous() if config.optimizer.name == "LBFGS" else v.grad
         return objective
 
     for step in count(int(pace.position)):
-        recorder.visit(step, latents)
-        if pace.over or recorder.over:
+        recorder.evaluate_if_due(step, latents)
+        if pace.at_end or recorder.ended:
             break
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
         optimizer.step(closure)

@@ -1,6 +1,6 @@
-"""Families of models: what their latents are, and how these are decoded, step by step.
+"""Families of models: which latents they have, and in which order these are decoded.
 
-A module in this folder registers a family when it is imported, which happens here.
+This file imports every module of a family. The import registers the family.
 """
 
 from architectures.base import ARCHITECTURES, Architecture, architecture

@@ -8,29 +8,29 @@ from torch import Tensor, nn
 from common.compressai import EntropyBottleneck, GaussianConditional
 
 
-def widened(v: Tensor) -> Tensor:
-    """v in float32 at least."""
+def at_least_float32(v: Tensor) -> Tensor:
+    """v in float32, if it is in half precision; else v itself."""
     return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
 
 
 class FactorizedPrior(NamedTuple):
-    """Each channel has its own distribution, the same at every place (arXiv 1802.01436)."""
+    """One distribution for each channel, the same at all positions (arXiv 1802.01436)."""
 
     coder: EntropyBottleneck
 
     @property
     def medians(self) -> Tensor:
-        """[1, N, 1, 1]: the lattice is the integers plus them."""
+        """The medians [1, N, 1, 1]; the lattice is the integers plus the medians."""
         return self.coder.quantiles[:, 0, 1].detach().reshape(1, -1, 1, 1)
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
         """p(v_hat), [B, N, h', w'] in [1e-9, 1].
 
-        The difference of sigmoids is taken on the negative side of both tails, where float32
-        resolves it. CompressAI's own difference underflows far above the median, and its gradient
-        with it. In float32 at least, whatever precision the networks have.
+        Far above the median two sigmoids near 1 differ by less than float32 resolves. So both
+        arguments change their sign there. Half precision is raised to float32.
         """
-        flat = widened(v_hat).transpose(0, 1).reshape(v_hat.size(1), 1, -1)  # [N, 1, B h' w']
+        v_hat = at_least_float32(v_hat)
+        flat = v_hat.transpose(0, 1).reshape(v_hat.size(1), 1, -1)  # [N, 1, B h' w']
         with torch.autocast(v_hat.device.type, enabled=False):
             ends = torch.cat((flat - 0.5, flat + 0.5), dim=2)
             lower, upper = self.coder._logits_cumulative(ends, stop_gradient=False).chunk(2, dim=2)
@@ -40,14 +40,14 @@ class FactorizedPrior(NamedTuple):
         return self.coder.likelihood_lower_bound(p)
 
     def indexes(self, shape: tuple[int, ...]) -> Tensor:
-        """Table c for channel c, int32 [1, N, h', w']."""
+        """The table of each symbol, int32 [1, N, h', w']: table c for channel c."""
         return torch.arange(shape[1], dtype=torch.int32).reshape(1, -1, 1, 1).expand(*shape)
 
 
 class Gaussians(NamedTuple):
-    """A Gaussian for each symbol, convolved with a unit box; scales and means [B, M, h, w].
+    """One Gaussian for each symbol, convolved with a unit box (arXiv 1802.01436).
 
-    Scales below the model's bound, 0.11, count as the bound (arXiv 1802.01436).
+    scales, means: [B, M, h, w]. Scales below the model's bound, 0.11, are raised to it.
     """
 
     coder: GaussianConditional
@@ -55,22 +55,21 @@ class Gaussians(NamedTuple):
     means: Tensor
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
-        """p(v_hat), [B, M, h, w] in [1e-9, 1].
-
-        In float32 at least, whatever precision the networks have.
-        """
-        p = self.coder._likelihood(widened(v_hat), widened(self.scales), widened(self.means))
+        """p(v_hat), [B, M, h, w] in [1e-9, 1]. Half precision is raised to float32."""
+        v_hat, scales, means = map(at_least_float32, (v_hat, self.scales, self.means))
+        p = self.coder._likelihood(v_hat, scales, means)
         return self.coder.likelihood_lower_bound(p)
 
     def indexes(self, shape: tuple[int, ...]) -> Tensor:
-        """The table of the next larger scale, int32 [B, M, h, w]."""
+        """The table of each symbol, int32 [B, M, h, w]: that of the next larger scale."""
         return self.coder.build_indexes(self.scales)
 
 
 class CoderScales(nn.Module):
-    """Scales as the entropy coder has them: the bound, then up to the next one of its table.
+    """Rounds scales of any shape as the entropy coder does.
 
-    The gradient is that of the scales before. Maps a tensor of any shape.
+    It raises them to the bound, then to the next scale of the coder's table. The gradient passes
+    the table unchanged (straight-through).
     """
 
     def __init__(self, lower_bound: nn.Module, scale_table: Tensor):
@@ -79,7 +78,7 @@ class CoderScales(nn.Module):
         self.register_buffer("scale_table", scale_table.float())
 
     def forward(self, scales: Tensor) -> Tensor:
-        """Entries of the table, shaped as `scales`."""
+        """Scales from the table, shaped as `scales`."""
         scales = self.lower_bound(scales)
         coded = self.scale_table[
             torch.bucketize(scales.detach().contiguous(), self.scale_table[:-1])
@@ -88,9 +87,9 @@ class CoderScales(nn.Module):
 
 
 def use_coder_scales(conditional: GaussianConditional) -> None:
-    """Let rates be those of `CoderScales`, a little above the continuous ones; in place.
+    """Make an entropy model compute its rates with `CoderScales`, in place.
 
-    The coding tables must be there.
+    These rates are a little above those of the continuous scales. Needs the coding tables.
     """
     conditional.lower_bound_scale = CoderScales(
         conditional.lower_bound_scale, conditional.scale_table

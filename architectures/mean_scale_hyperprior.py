@@ -13,13 +13,13 @@ from common.compressai import MeanScaleHyperprior, mbt2018_mean
 
 @architecture("mean-scale hyperprior")
 class MeanScale(Architecture):
-    """y and z; y has a Gaussian for each symbol, whose scale and mean h_s predicts from z.
+    """A model with latents y and z: h_s predicts a Gaussian for each symbol of y from z.
 
         x -> g_a -> y -> h_a -> z        encoder: the latents that refinement begins with
         z_hat on the integers + medians, under the factorised prior
         scales, means = h_s(z_hat)       cropped to y's size
         y_hat on the integers + means, under the Gaussians
-        x_hat = g_s(y_hat)               cropped to x's size, so that any size works unpadded
+        x_hat = g_s(y_hat)               cropped to x's size, so x may have any size
 
     y is [B, M, ceil(H/16), ceil(W/16)], z is [B, N, ceil(H/64), ceil(W/64)].
     """

@@ -1,13 +1,13 @@
-"""A walk through a model in coding order, one step a group of symbols; what rounds is passed in.
+"""A walk through the groups of symbols of a model, in coding order.
 
-The decoder of any model here works in steps: each group of symbols has a distribution, which may
-depend on the groups before it, and the last step gives what the picture is made of. Refinement, the
-true loss, polish, coding, decoding and the bit maps of a report all take the same walk. They differ
-in `value_of` alone, which is asked for the value of each group:
+A decoder works group by group. Each group of symbols has a distribution, which may depend on the
+groups before it. After the last group the decoder has y_hat, the input of g_s. Refinement, the true
+loss, polish, coding, decoding and the bit maps of a report all take the same walk. They differ only
+in the function `value_of`, which returns the value of each group:
 
-    rounded(latents, rounding)    latents rounded as `rounding` does: relaxed or truly
-    placed(symbols)               integers that are known already
-    a coder's writer or reader    integers that go into a file or come out of one
+    rounded(latents, rounding)    rounds latents with `rounding`, which is relaxed or true
+    placed(symbols)               takes integers that are known already
+    a coder's writer or reader    takes the integers that it writes into a file or reads from one
 """
 
 from collections.abc import Callable, Mapping
@@ -21,22 +21,22 @@ Latents = dict[str, Tensor]  # by name: y [B, M, h, w], z [B, N, h', w'] and the
 
 
 class Distribution(Protocol):
-    """Of the values of a group, as rates and an entropy coder need it."""
+    """The distribution of a group's values, as rates and the entropy coder need it."""
 
     coder: EntropyModel
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
-        """p(v_hat) of each symbol, shaped as v_hat, in [1e-9, 1], float32 at least."""
+        """p(v_hat) of each symbol, shaped as v_hat, in [1e-9, 1], in float32 or float64."""
 
     def indexes(self, shape: tuple[int, ...]) -> Tensor:
-        """Which of the coder's tables each symbol is coded with, int32 [1, C, h, w]."""
+        """The index of each symbol's coding table, int32 [1, C, h, w], for this shape."""
 
 
 class Group(NamedTuple):
-    """One step of a walk: symbols that are coded together.
+    """Symbols that are coded together.
 
-    name: of the latent. centre: the lattice is the integers plus this, of a shape that broadcasts
-    to the latent's [B, C, h, w].
+    name: the name of the latent. centre: the offset of the lattice, which is the integers plus
+    `centre`; its shape broadcasts to the latent's [B, C, h, w].
     """
 
     name: str
@@ -49,10 +49,10 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 class Walk(NamedTuple):
-    """A walk that is over.
+    """The result of a walk.
 
-    groups: in coding order. values: of each group, on its lattice. y_hat: what g_s makes the
-    picture of.
+    groups: all groups in coding order. values: the value of each group, on its lattice, by name.
+    y_hat: [B, M, h, w], the input of g_s.
     """
 
     groups: tuple[Group, ...]
@@ -61,7 +61,7 @@ class Walk(NamedTuple):
 
     @property
     def likelihoods(self) -> dict[str, Tensor]:
-        """Of each group's values, in coding order."""
+        """The likelihood of each group's values, shaped as these, in coding order."""
         return {
             group.name: group.distribution.likelihood(self.values[group.name])
             for group in self.groups
@@ -69,14 +69,14 @@ class Walk(NamedTuple):
 
 
 def rounded(latents: Latents, rounding: Rounding) -> ValueOf:
-    """Gives each group its latent, rounded around the group's centre.
+    """A `value_of` that rounds each group's latent around the group's centre.
 
     Args:
-        rounding: maps a centred latent, which has the integers as its lattice; any shape.
+        rounding: rounds a centred latent, whose lattice is the integers, and keeps its shape.
     """
     return lambda group: rounding(latents[group.name] - group.centre) + group.centre
 
 
 def placed(symbols: Mapping[str, Tensor]) -> ValueOf:
-    """Gives each group its integer symbols, on the group's lattice."""
+    """A `value_of` that puts known integers on each group's lattice: symbols + centre."""
     return lambda group: symbols[group.name] + group.centre

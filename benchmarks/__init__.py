@@ -1,1 +1,1 @@
-"""What benchmark.py times: the loops of this project, and plain ones beside them."""
+"""The loops that benchmark.py times: those of this project, and plain ones for comparison."""

@@ -1,4 +1,4 @@
-"""The loader of tfrecords beside plain PIL."""
+"""The speed of the tfrecord loader, compared with plain PIL."""
 
 import argparse
 import io
@@ -25,7 +25,7 @@ WARM_UP_BATCHES = 4
 
 
 def time_loaders(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of the project's loader and of plain PIL, in turns."""
+    """Compare the loaders on `--records`, or on tfrecords of the sample photos."""
     if arguments.records is not None:
         return compare_loaders(index_tfrecords(arguments.records, "--records"), arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def time_loaders(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_loaders(records: TfrecordIndex, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print images per second of the project's loader and of plain PIL, in turns, and the ratio."""
+    """Time the project's loader and plain PIL in turn; print and return images per second."""
     size, batch_size = arguments.image_size, arguments.batch_size
     data = TfrecordCrops(records, size, batch_size, arguments.cycle_length)
     draws = Draws(seed=0)
@@ -64,7 +64,7 @@ def compare_loaders(records: TfrecordIndex, arguments: argparse.Namespace) -> di
 
 
 def images_per_second(batches: Iterator, batch_size: int, seconds: float) -> float:
-    """Speed of an endless iterator of batches, its first few left out."""
+    """The speed of an endless iterator of batches, measured after a few batches."""
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     started, count = time.perf_counter(), 0
@@ -77,7 +77,7 @@ def images_per_second(batches: Iterator, batch_size: int, seconds: float) -> flo
 def pil_batches(
     records: TfrecordIndex, size: int, batch_size: int, cycle_length: int
 ) -> Iterator[np.ndarray]:
-    """uint8 [B, S, S, 3] of the same records in the same order, as one would write it first."""
+    """Random crops uint8 [B, S, S, 3], by a simple loop over the same records in the same order."""
     tf = import_tensorflow()
     rng = np.random.default_rng(0)
     batch, epoch = [], 0
@@ -99,7 +99,7 @@ def pil_batches(
 
 
 def make_sample_records(folder: Path) -> None:
-    """Records of ImageNet's size, cut from the four sample photos: 64 JPEGs of 500x375."""
+    """Write tfrecords of 64 JPEGs from the sample photos, 500x375 as many ImageNet images are."""
     rng = np.random.default_rng(0)
     photos = sample_photos()
     (folder / "images").mkdir()

@@ -1,4 +1,4 @@
-"""The loops of refinement: the plain published one, ours, and torch's convolutions alone."""
+"""Loops of refinement: the plain published one, ours, and only torch's convolutions."""
 
 import copy
 from collections.abc import Callable
@@ -25,9 +25,9 @@ def plain_loss(
     round_y: Callable[[Tensor], Tensor],
     round_z: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules.
+    """bpp + lambda * 255^2 * MSE (arXiv 2401.17789), averaged over images, by CompressAI's modules.
 
-    Written again on purpose, from the paper: it shares nothing with `objectives`.
+    This repeats the formula on purpose: a benchmark must not share code with `objectives`.
     """
     medians = network.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
     z_hat = round_z(latents["z"] - medians) + medians
@@ -43,8 +43,7 @@ def plain_loss(
 
 
 def plain_round(v: Tensor, tau: float) -> Tensor:
-    """Three-class SSL at its published settings: candidates and logits stacked, then torch's own
-    relaxed categorical distribution."""
+    """Three-class SSL with its published settings, by torch's relaxed categorical distribution."""
     nearest = v.round().detach()
     candidates = torch.stack((nearest - 1, nearest, nearest + 1), dim=-1)
     u = (0.98 * (v.unsqueeze(-1) - candidates).abs() / 1.5).clamp(1e-6, 1 - 1e-6)
@@ -55,8 +54,10 @@ def plain_round(v: Tensor, tau: float) -> Tensor:
 
 
 def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """The published loop, written simply: the decoder's weights collect gradients that nobody uses,
-    and every step ends with a whole evaluation."""
+    """The published loop, written simply.
+
+    The decoder's weights get gradients that are never used. Each step ends with an evaluation.
+    """
     network = model.network
     with torch.no_grad():
         y = network.g_a(x)
@@ -78,7 +79,7 @@ def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
 
 
 def our_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """The step of `train_flexible_inference.refine`; its evaluations come every 50 steps."""
+    """The step of `train_flexible_inference.refine`, without its evaluations every 50 steps."""
     x = x.contiguous(memory_format=torch.channels_last)
     problem = Problem(freeze(model), x, RateDistortion(LMBDA))
     latents = {name: v.clone().requires_grad_() for name, v in problem.model.analyze(x).items()}
@@ -96,7 +97,7 @@ def our_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
 
 
 def floor_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """The convolutions of g_s and h_s alone, torch's own, forward and backward to their input."""
+    """Only torch's convolutions of g_s and h_s, forward and backward to their input."""
     network = model.network.requires_grad_(False).to(memory_format=torch.channels_last)
     latents = model.analyze(x.contiguous(memory_format=torch.channels_last))
     chains = []
@@ -114,7 +115,7 @@ def floor_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
 
 
 def compiled_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """Ours with the decoder's layers as CompressAI writes them, through torch.compile."""
+    """Our loop with CompressAI's own g_s, compiled by torch.compile."""
     plain = copy.deepcopy(model.network.g_s).requires_grad_(False)
     step = our_step(model, x)
     model.network.g_s = torch.compile(plain.to(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""The loops of pre-training: one as CompressAI's users write it, and train.py's."""
+"""Loops of training: a simple one with CompressAI, and that of train.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from pretraining.training_pass import TrainingPass
 
 
 def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """A loop as CompressAI's users write it first."""
+    """The step of a simple training loop, as a user of CompressAI would write it."""
     network = model.network.train()
     named = dict(network.named_parameters())
     quantiles = [p for name, p in named.items() if name.endswith(".quantiles")]

@@ -1,4 +1,4 @@
-"""One loop to be timed, and the setting that all have in common."""
+"""The description of a loop to time, and the settings that all loops share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ METHOD = "sga_logits_3c", "log_ssl_a_factor_pow"
 
 
 class Variant(NamedTuple):
-    """A loop to be timed: its name, whether pages are kept, and what makes its step."""
+    """A loop to time: its name, whether it keeps freed pages, and the builder of its step."""
 
     name: str
     keeps_pages: bool

@@ -1,1 +1,1 @@
-"""Integer latents become files, and files pictures; nothing here knows of refinement."""
+"""Codes integer latents into files and decodes files into images; independent of refinement."""

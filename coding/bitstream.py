@@ -30,7 +30,7 @@ Header = namedtuple("Header", [name for name, _, _ in HEADER])
 
 
 class BitstreamError(InputError):
-    """A file cannot be decoded exactly, or latents cannot be coded: one line that says why."""
+    """A file cannot be decoded exactly, or latents cannot be coded; the message says why."""
 
 
 class Bitstream(NamedTuple):
@@ -43,12 +43,12 @@ class Bitstream(NamedTuple):
 
 
 def read_bitstream(data: bytes) -> Bitstream:
-    """The header and the strings of a file, checked as far as that goes without the weights.
+    """The header and the strings of a file, after all checks that need no weights.
 
-    `[[y_string], [z_string]]` is what CompressAI's `decompress` takes.
+    CompressAI's `decompress` takes the strings as `[[y_string], [z_string]]`.
 
     Raises:
-        BitstreamError: no such file, another version, truncated or damaged.
+        BitstreamError: not a file of this codec, another version, truncated or damaged.
     """
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise BitstreamError(f"no file of this codec (they start with {MAGIC.decode()})")
@@ -69,17 +69,17 @@ def read_bitstream(data: bytes) -> Bitstream:
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse a picture that the format has no place for.
+    """Refuse an image size that the format does not allow.
 
     Raises:
-        BitstreamError: it has no pixel, or too many.
+        BitstreamError: the image has no pixel, or too many.
     """
     if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise BitstreamError(f"{width}x{height} pixels: from 1 to {MAX_PIXELS} can be coded")
 
 
 def write_bitstream(header: Header, strings: bytes) -> bytes:
-    """A file: the header, whose field `file` is set here, and the strings that follow it."""
+    """The bytes of a file: the header, with its checksum `file` set here, then the strings."""
     return LAYOUT.pack(*header._replace(file=_checksum_of(header, strings))) + strings
 
 
@@ -88,11 +88,11 @@ def _checksum_of(header: Header, strings: bytes) -> int:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file, if it may be one of this codec: nothing large is read in vain.
+    """The bytes of a file; only the first ones if it is not a file of this codec.
 
     Raises:
-        BitstreamError: it does not begin like one, or is longer than its header allows.
-        OSError: it cannot be read.
+        BitstreamError: the file is longer than its header allows.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(LAYOUT.size)
@@ -104,7 +104,7 @@ def read_file(path: Path) -> bytes:
 
 
 def _longest(header: Header) -> int:
-    """Bytes that no file with this header exceeds: six a symbol, and something on top."""
-    places = {side: -(-header.height // side) * -(-header.width // side) for side in (16, 64)}
-    symbols = header.M * places[16] + header.N * places[64]
+    """The largest size in bytes of a file with this header: six bytes a symbol, plus 128 kB."""
+    positions = {side: -(-header.height // side) * -(-header.width // side) for side in (16, 64)}
+    symbols = header.M * positions[16] + header.N * positions[64]
     return LAYOUT.size + 6 * symbols + 2**17

@@ -1,14 +1,14 @@
-"""Integer latents become files, and files become integer latents and pictures.
+"""Codes integer latents into files, and decodes files into integer latents and images.
 
-The strings in a file are those of CompressAI's coders, and its stock
-`MeanScaleHyperprior.decompress` reads them where height and width are multiples of 64: z around the
-medians, y around the means that h_s predicts from z (arXiv 1809.02736).
+CompressAI's coders write the strings of a file: z around the medians, y around the means that h_s
+predicts from z (arXiv 1809.02736). CompressAI's own `MeanScaleHyperprior.decompress` can read these
+strings if height and width are multiples of 64.
 
-h_s also chooses, among 64 tables, the one that each symbol of y is coded with, and one other choice
-ruins a string. In float32 that choice depends on the processor and the number of threads: in about
-every second photo one of 10^5 indices moves. So h_s is computed in float64 here, where the choice
-is the same everywhere. The few indices that CompressAI's float32 path sees otherwise are listed in
-the file as exceptions. All of this runs on the CPU, image by image.
+h_s also chooses one of 64 tables for each symbol of y. If the decoder chooses one other table, the
+rest of the string is lost. In float32 the choice depends on the processor and the number of
+threads: in about every second photo one of 10^5 indices differs. So the coder computes h_s in
+float64, where the choice is the same everywhere. A few indices differ from those of CompressAI's
+float32 path. The file lists them as exceptions. All of this runs on the CPU, image by image.
 """
 
 import copy
@@ -40,17 +40,17 @@ from fast.freezing import is_frozen
 from fast.tiles import coding_tile
 from metrics import picture_quality
 
-# Float32 counts that far; towards 2^31 CompressAI's coder never ends.
+# Float32 holds all integers up to here. Near 2^31 CompressAI's coder never ends.
 MAX_SYMBOL = 2**24
 
 
 @dataclass(frozen=True)
 class Coder:
-    """A model made ready to code on the CPU; made by `build_coder`.
+    """A model with coding tables on the CPU; `build_coder` creates it.
 
-    model: in float32, with coding tables. exact: the same with h_s in float64. weights: 4 bytes
-    that tell weights apart. tables: the same of the tables. z_bits: what the coder needs at least
-    for the N symbols of one position of z.
+    model: the model in float32. exact: the same model with h_s in float64. weights: the first 4
+    bytes of the weights' hash. tables: the CRC-32 of the tables. z_bits: the fewest bits that the N
+    symbols of one position of z can take.
     """
 
     model: Architecture
@@ -61,14 +61,14 @@ class Coder:
 
 
 def build_coder(model: Architecture) -> Coder:
-    """A copy of a model, not yet frozen, that `encode_latents` and `decode_latents` work with.
+    """The coder of a model that is not frozen; it works on a copy of the model.
 
-    The coders' tables are those of the checkpoint. Where it has none, CompressAI builds them. Their
-    checksum goes over z's CDFs, lengths and offsets, y's, and the scales (float32).
+    The coding tables are those of the checkpoint. If it has none, CompressAI builds them. Their
+    checksum covers the CDFs, lengths and offsets of z, those of y, and the scales (float32).
 
     Raises:
         ValueError: the model is frozen for refinement.
-        InputError: the checkpoint's tables are no tables.
+        InputError: the checkpoint's tables are broken.
     """
     if is_frozen(model.network):
         raise ValueError("build the coder of a model before freezing it")
@@ -96,7 +96,7 @@ def build_coder(model: Architecture) -> Coder:
 
 
 def _check_tables(entropy_model: EntropyModel, count: int) -> None:
-    """Refuse tables with which CompressAI's coder, which checks nothing, would crash or hang."""
+    """Refuse tables that make CompressAI's coder crash or hang, because it checks nothing."""
     cdf, lengths, offsets = (
         entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _check_tables(entropy_model: EntropyModel, count: int) -> None:
 
 
 def _fewest_bits(entropy_model: EntropyModel) -> float:
-    """Bits that one symbol of every table needs at least, summed over the tables."""
+    """The fewest bits for one symbol of each table, summed over the tables."""
     scale = 2**entropy_model.entropy_coder_precision
     likeliest = [
         row[:length].diff().max().item() / scale
@@ -126,7 +126,7 @@ def _fewest_bits(entropy_model: EntropyModel) -> float:
 
 
 class _Writer:
-    """Writes each group of a walk; its `strings` by name."""
+    """A `value_of` that codes each group of a walk into `strings`, by name."""
 
     def __init__(self, symbols: Latents):
         self.symbols = symbols
@@ -142,9 +142,9 @@ class _Writer:
 
 
 class _Reader:
-    """Reads each group of a walk in float64; its `symbols` by name.
+    """A `value_of` that decodes each group of a walk into `symbols`, by name.
 
-    exceptions: of y, where float32 chose other tables.
+    It needs a model with h_s in float64. exceptions: where float32 chose other tables for y.
     """
 
     def __init__(
@@ -168,17 +168,17 @@ class _Reader:
 
 @torch.no_grad()
 def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> bytes:
-    """A file of one image's integer latents, decoded and compared before it is returned.
+    """The file of one image's integer latents. It is decoded again as a check.
 
     Args:
-        symbols: integers as `Architecture.symbols` gives them, on any device; y [1, M, ceil(H/16),
-            ceil(W/16)] and z [1, N, ceil(H/64), ceil(W/64)].
-        size: H, W of the picture.
+        symbols: integers as `Architecture.symbols` returns them, on any device;
+            y [1, M, ceil(H/16), ceil(W/16)] and z [1, N, ceil(H/64), ceil(W/64)].
+        size: H, W of the image.
 
     Raises:
-        BitstreamError: the picture or a symbol is too large for the format, or what was written
-            does not decode to the same symbols.
-        ValueError: the latents are no integers, or not those of a picture of this size.
+        BitstreamError: the image or a symbol is too large for the format, or the file does not
+            decode to the same symbols.
+        ValueError: the latents are no integers, or not those of an image of this size.
     """
     model = coder.model
     symbols = _checked_symbols(model, symbols, size)
@@ -200,16 +200,16 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
 
 
 def _checked_symbols(model: Architecture, symbols: Latents, size: tuple[int, int]) -> Latents:
-    """The symbols as int32 on the CPU, if they are a picture's of this size."""
+    """The symbols as int32 on the CPU, after a check of type, shape and range."""
     if any(v.is_floating_point() for v in symbols.values()):
         raise ValueError("latents of floats: Architecture.symbols gives what is coded")
     symbols = {name: v.cpu() for name, v in symbols.items()}
-    shapes, wanted = (
+    shapes, expected = (
         {name: tuple(v.shape) for name, v in symbols.items()},
         model.latent_shapes(size),
     )
-    if shapes != wanted:
-        raise ValueError(f"latents of shapes {shapes}, not {wanted}")
+    if shapes != expected:
+        raise ValueError(f"latents of shapes {shapes}, not {expected}")
     check_size(*size)
     if any(not -MAX_SYMBOL < v.min() <= v.max() < MAX_SYMBOL for v in symbols.values()):
         raise BitstreamError(f"symbols beyond +-{MAX_SYMBOL}: these are no latents of a picture")
@@ -218,10 +218,10 @@ def _checked_symbols(model: Architecture, symbols: Latents, size: tuple[int, int
 
 @torch.no_grad()
 def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]:
-    """The integer latents (int32) in a file and the picture's H, W; the inverse of the above.
+    """The integer latents (int32) in a file, and H, W of the image; inverts `encode_latents`.
 
     Raises:
-        BitstreamError: the file is truncated, damaged, of another version or other weights, or
+        BitstreamError: the file is truncated or damaged, has another version or other weights, or
             does not decode to the symbols that were coded.
     """
     header, z_string, exceptions, y_string = read_bitstream(data)
@@ -229,7 +229,7 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
     _check_fits(coder, header)
     shapes = coder.model.latent_shapes(size)
     positions = shapes["z"][2] * shapes["z"][3]
-    # The coder ends at most 64 bits under what its tables say.
+    # A string may be up to 64 bits shorter than its symbols' bits in the tables.
     if positions * coder.z_bits > 8 * len(z_string) + 64:
         raise BitstreamError(
             f"damaged: {size[1]}x{size[0]} pixels cannot be in {len(z_string)} bytes of z"
@@ -247,7 +247,7 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
 
 
 def decode_picture(coder: Coder, data: bytes) -> Tensor:
-    """x_hat [1, 3, H, W] in [0, 1], on the CPU, of a file.
+    """The reconstruction x_hat [1, 3, H, W] in [0, 1] of a file, on the CPU.
 
     Raises:
         BitstreamError: see `decode_latents`.
@@ -262,7 +262,7 @@ def decode_picture(coder: Coder, data: bytes) -> Tensor:
 
 @contextmanager
 def _memory_for(size: tuple[int, int]) -> Iterator[None]:
-    """Make a BitstreamError of what is raised where memory ends."""
+    """Turn an out-of-memory error into a BitstreamError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -272,10 +272,14 @@ def _memory_for(size: tuple[int, int]) -> Iterator[None]:
 
 
 def file_measures(data: bytes, x_hat: Tensor, x: Tensor) -> dict[str, float | None]:
-    """What a file of x costs, and what x_hat, decoded from it, gives; both [1, 3, H, W] in [0, 1].
+    """The rate of a file, and the quality of its reconstruction.
 
-    file_bytes; file_bpp, header and all; psnr, ms_ssim and ms_ssim_db as `picture_quality` has
-    them.
+    Args:
+        data: the bytes of the file of x.
+        x_hat, x: the decoded and the original image, both [1, 3, H, W] in [0, 1].
+
+    Returns:
+        file_bytes; file_bpp, header included; psnr, ms_ssim and ms_ssim_db of `picture_quality`.
     """
     rate = {"file_bytes": len(data), "file_bpp": 8 * len(data) / (x.size(2) * x.size(3))}
     return {**rate, **picture_quality(x_hat, x.cpu())}

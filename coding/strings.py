@@ -1,4 +1,4 @@
-"""CompressAI's range coder, guarded; and which tables differ between float32 and float64."""
+"""CompressAI's range coder with checks, and the exceptions where float32 picks other tables."""
 
 import numpy as np
 import torch
@@ -9,17 +9,21 @@ from common.compressai import EntropyModel
 
 
 def encode(entropy_model: EntropyModel, symbols: Tensor, indexes: Tensor) -> bytes:
-    """The string of integer symbols, each coded with the table of its index; both [1, C, h, w]."""
+    """Code integer symbols, each with the table of its index; both [1, C, h, w]."""
     return EntropyModel.compress(entropy_model, symbols.float(), indexes)[0]
 
 
 def decode(entropy_model: EntropyModel, string: bytes, indexes: Tensor) -> Tensor:
     """The symbols, int32 [1, C, h, w], of a string.
 
-    CompressAI's decoder checks no end: behind the string it reads on in the zeros put there. A
-    symbol costs it less than 16 bits, an escaped one four more, and as many as these count up: a
-    nibble of 15 means at least as many nibbles, and that the next counts too. Honest symbols, below
-    2^24, count to 7. So few nibbles of 15 can follow each other that it stays inside the zeros.
+    CompressAI's decoder does not check where the string ends, so this function appends zeros. They
+    must be long enough for any string that passes the checks below. A symbol takes less than 16
+    bits. An escaped symbol also has a count of nibbles, and as many nibbles. A nibble of 15 extends
+    the count by the next nibble, so many of them in a row make a huge count. Valid symbols are
+    below 2^24 and need a count of at most 7. So the check refuses long runs of such nibbles.
+
+    Args:
+        indexes: the table of each symbol, int32 [1, C, h, w].
 
     Raises:
         BitstreamError: no encoder writes such a string.
@@ -32,17 +36,19 @@ def decode(entropy_model: EntropyModel, string: bytes, indexes: Tensor) -> Tenso
 
 
 def list_exceptions(indexes: Tensor, wanted: Tensor) -> bytes:
-    """One number for each step by which an index must move: 2 * gap, plus 1 if it moves down.
+    """The bytes that tell how `indexes` must change to become `wanted`, both [1, C, h, w].
 
-    The gap counts positions since the last such number, row by row. Numbers are written seven bits
-    a byte, the low ones first, the high bit on all but the last byte.
+    Each change of one index by 1 is one number: 2 * gap, plus 1 if the index decreases. The gap is
+    the distance in symbols to the change before, in the order of the flat tensor. A number is
+    written with seven bits in each byte, the low bits first. All its bytes but the last have the
+    high bit set.
     """
     moves = (wanted - indexes).flatten().numpy()
     written, last = bytearray(), 0
-    for position in np.flatnonzero(moves).tolist():
-        for _ in range(abs(int(moves[position]))):
-            number = 2 * (position - last) + int(moves[position] < 0)
-            last = position
+    for symbol in np.flatnonzero(moves).tolist():
+        for _ in range(abs(int(moves[symbol]))):
+            number = 2 * (symbol - last) + int(moves[symbol] < 0)
+            last = symbol
             while number >= 128:
                 written.append(number & 127 | 128)
                 number >>= 7
@@ -51,20 +57,23 @@ def list_exceptions(indexes: Tensor, wanted: Tensor) -> bytes:
 
 
 def apply_exceptions(indexes: Tensor, exceptions: bytes, tables: int) -> None:
-    """Move indexes, in place, as `list_exceptions` wrote; there are so many tables.
+    """Change `indexes` in place, as the bytes of `list_exceptions` tell.
+
+    Args:
+        tables: the number of tables; an index must be below it.
 
     Raises:
-        BitstreamError: they lead outside the picture or the tables.
+        BitstreamError: an exception leads outside the image or the tables.
     """
-    flat, position, number, shift = indexes.view(-1), 0, 0, 0
+    flat, symbol, number, shift = indexes.view(-1), 0, 0, 0
     for byte in exceptions:
         number |= (byte & 127) << shift
         shift += 7
         if byte < 128:
-            position += number >> 1
-            if position >= len(flat):
+            symbol += number >> 1
+            if symbol >= len(flat):
                 raise BitstreamError("damaged: an index exception lies outside the picture")
-            flat[position] += -1 if number & 1 else 1
+            flat[symbol] += -1 if number & 1 else 1
             number = shift = 0
     if shift or flat.min() < 0 or flat.max() >= tables:
         raise BitstreamError("damaged: its index exceptions make no sense")

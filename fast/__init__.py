@@ -1,1 +1,1 @@
-"""Exact, fast forms of a decoder's layers; pictures of any size in bounded memory."""
+"""Exact, fast forms of the networks' layers, and tiles that bound the memory of large images."""

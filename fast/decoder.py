@@ -1,6 +1,7 @@
-"""The decoder's end with fixed weights: its last three layers as one, squared error and all.
+"""The last three layers of a decoder with fixed weights, fused with the squared error.
 
-Nothing here approximates: results differ from CompressAI's by float rounding only.
+"Picture" here is the result of g_s, before it is cropped to the image's size.
+Nothing is approximated: results differ from CompressAI's by float rounding only.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from fast.layout import interleave, phases_of, rows_in, rows_of_image
 from fast.upsampling import UpsamplingKernel
 from metrics import squared_error
 
-STRIP_BYTES = 2**22  # of rows at a time in `ToPicture`
+STRIP_BYTES = 2**22  # size of the rows that `ToPicture` processes at a time on a CPU
 
 
 class FrozenDecoder(nn.Sequential):
-    """g_s with fixed weights: any layers, and `ToPicture` as the last."""
+    """g_s with fixed weights: any layers, then `ToPicture`."""
 
     def squared_error(
         self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
@@ -34,13 +35,14 @@ class FrozenDecoder(nn.Sequential):
 class ToPicture(nn.Module):
     """The decoder's last three layers with fixed weights: `upsample`, inverse GDN, `upsample`.
 
-    What lies between them takes the most memory of all. So on a CPU the last two work in strips of
-    rows, and the gradient of the squared error is computed along the way, in place: only the first
-    one's result is ever there as a whole. The four phases of the picture are one convolution (see
-    `phases_of`), which for few channels is faster than the transposed one.
+    The tensors between these layers take more memory than all others. So on a CPU the last two
+    layers work in strips of rows. The gradient of the squared error is computed strip by strip, in
+    place. Only the first layer's result is in memory as a whole. The last layer computes the four
+    phases of the picture by one convolution (see `phases_of`). With few channels this is faster
+    than a transposed convolution.
 
-    upsampling: the first of the three; beta [C], gamma [C, C]: see `gdn`; weight [C, C', 5, 5],
-    bias [C']: of the last.
+    upsampling: the first layer. beta [C], gamma [C, C]: the weights of the GDN, see `gdn`. weight
+    [C, C', 5, 5], bias [C']: the weights of the last layer.
     """
 
     def __init__(
@@ -75,50 +77,53 @@ class ToPicture(nn.Module):
     def squared_error(
         self, v: Tensor, target: Tensor, corner: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor]:
-        """The sum of squared errors of a part of the picture, and that part.
+        """The summed squared error of a part of the picture, and that part.
 
         Args:
             v: [B, C, h, w].
-            target: [B, C', H, W], what the picture should be from row and column `corner` on.
+            target: [B, C', H, W].
+            corner: the row and column of the picture where the target begins.
 
         Returns:
-            The sum [B], float64, with a gradient to v, once; and [B, C', H, W], which has none.
+            The sum [B] in float64, with a gradient to v that can be taken once, and the part
+            [B, C', H, W], which has no gradient.
         """
         return _SquaredError.apply(v, target, corner, self)
 
     def _begin(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, 2 h, 2 w], the first layer's result, and an empty picture, channels-last."""
+        """The first layer's result [B, C, 2 h, 2 w] and an empty picture, both channels-last."""
         x = self.upsampling(v).contiguous(memory_format=torch.channels_last)
         rows = x.new_empty(len(x), 2 * x.size(2), 2 * x.size(3), self.weight.size(1))
         return x, rows.permute(0, 3, 1, 2)
 
     def _strips(self, x: Tensor, picture: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Write the picture of x [B, C, H, W], rows first to last of an image at a time.
+        """Write the picture of x [B, C, H, W], strip by strip: rows first to last of one image.
 
-        Yields image, first, last and GDN's factors [last - first + 2, W, C], of one row more on
-        either side, as soon as the pixels of these rows are there. Then x may be changed up to row
-        last - 2: the next strip reads the others.
+        After each strip it yields image, first, last and GDN's factors [last - first + 2, W, C],
+        which cover one more row on either side. Then the caller may change x up to row last - 2;
+        the next strip still reads the later rows.
         """
         (channels, height, width), rows = x.shape[1:], x.size(2)
         beta, gamma = self.beta.to(x.dtype), self.gamma.to(x.dtype)
         if x.device.type == "cpu":
             rows = max(2, STRIP_BYTES // (channels * width * x.element_size()))
         rows = min(rows, height)
-        # GDN's factors and what it normalises, in the same place for all strips: it stays cached.
+        # GDN's factors and results. All strips use the same memory, so it stays in the cache.
         strips = x.new_empty(2, rows + 2, width, channels)
         for image in range(len(x)):
             for first in range(0, height, rows):
                 last = min(first + rows, height)
-                known, end = (first + 1 if first else 0), min(last + 1, height)
+                first_new, end = (first + 1 if first else 0), min(last + 1, height)
                 if first:
                     strips[:, :2] = strips[:, rows:]
                 else:
-                    strips[1, 0] = 0  # outside of the picture
+                    strips[1, 0] = 0  # zero padding above the image
                 strip = strips[:, : last - first + 2]
                 if last == height:
                     strip[1, -1] = 0
-                factor, normal = strip[:, known - first + 1 : end - first + 1].flatten(1, 2)
-                normalise(rows_of_image(x, image, known, end), beta, gamma, True, factor, normal)
+                factor, normal = strip[:, first_new - first + 1 : end - first + 1].flatten(1, 2)
+                x_rows = rows_of_image(x, image, first_new, end)
+                normalise(x_rows, beta, gamma, True, factor, normal)
                 padded = strip[1:].permute(0, 3, 1, 2)
                 phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
                 interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
@@ -133,7 +138,7 @@ class _SquaredError(torch.autograd.Function):
         for image, first, last, factor in stage._strips(x, picture):
             if not ctx.needs_input_grad[0]:
                 continue
-            # Rows of x of which all pixels that they reach are there, and were not before.
+            # The rows of x for which this strip completed the last of the pixels they reach.
             start, end = max(first - 1, 0), last if last == x.size(2) else last - 1
             error = _error_rows(picture[image], target[image], corner, 2 * start - 2, 2 * end + 1)
             to_normal = F.conv2d(error, weight, stride=2).to(x.dtype)  # [1, C, end - start, W]
@@ -147,15 +152,15 @@ class _SquaredError(torch.autograd.Function):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(gradient)
         (top, left), (height, width) = corner, target.shape[2:]
-        shown = picture[:, :, top : top + height, left : left + width].to(target.dtype)
-        ctx.mark_non_differentiable(shown)
-        return squared_error(shown, target), shown
+        part = picture[:, :, top : top + height, left : left + width].to(target.dtype)
+        ctx.mark_non_differentiable(part)
+        return squared_error(part, target), part
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):
         (gradient,) = ctx.saved_tensors
-        # In its place: autograd refuses a second pass over it.
+        # In place: autograd raises an error if a second pass reads a changed tensor.
         return gradient.mul_((2 * grad).to(gradient.dtype)[:, None, None, None]), None, None, None
 
 
@@ -164,8 +169,10 @@ def _error_rows(
 ) -> Tensor:
     """picture - target in rows first to last of the picture, [1, C', last - first, W + 4].
 
-    Zeros where there is no target, as in the two columns more on either side. picture [C', H, W];
-    target [C', h, w] from row and column `corner` on.
+    The result has two more columns on either side. It is 0 where there is no target.
+
+    Args:
+        picture: [C', H, W]; target: [C', h, w], which begins at row and column `corner`.
     """
     (top, left), (height, width) = corner, target.shape[1:]
     rows = target.new_zeros(1, last - first, picture.size(2) + 4, len(picture))

@@ -1,4 +1,4 @@
-"""Networks made ready: fixed weights for refinement, fast layers for training."""
+"""Prepares networks: fixed weights for refinement, fast layers for training."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from fast.upsampling import UpsamplingKernel
 
 
 class FastGDN(GDN):
-    """CompressAI's GDN, parameters, gradients and all; see `gdn`."""
+    """CompressAI's GDN with its trainable parameters, computed by `gdn`."""
 
     def __init__(self, layer: GDN):
         super().__init__(len(layer.beta), inverse=layer.inverse)
@@ -25,7 +25,7 @@ class FastGDN(GDN):
 
 
 class FrozenGDN(nn.Module):
-    """CompressAI's GDN with fixed weights, re-parametrised once; see `gdn`."""
+    """CompressAI's GDN with fixed weights, re-parametrised once, computed by `gdn`."""
 
     def __init__(self, layer: GDN, pool: Pool | None = None):
         super().__init__()
@@ -41,7 +41,7 @@ class FrozenGDN(nn.Module):
 
 
 class FrozenBottleneck(nn.Module):
-    """What rates of z need of CompressAI's EntropyBottleneck, its weights re-parametrised once."""
+    """CompressAI's EntropyBottleneck, reduced to rates of z; weights re-parametrised once."""
 
     def __init__(self, bottleneck: EntropyBottleneck):
         super().__init__()
@@ -57,7 +57,7 @@ class FrozenBottleneck(nn.Module):
                 self.register_buffer(f"factor_{index}", factor)
 
     def _logits_cumulative(self, inputs: Tensor, stop_gradient: bool) -> Tensor:
-        """Logits of the cumulative distribution, [N, 1, L], as CompressAI's method of this name."""
+        """Logits of the cumulative distribution, [N, 1, L]; CompressAI has a method like it."""
         logits = inputs.detach() if stop_gradient else inputs
         for index in range(self.layers):
             matrix, bias = getattr(self, f"matrix_{index}"), getattr(self, f"bias_{index}")
@@ -69,7 +69,7 @@ class FrozenBottleneck(nn.Module):
 
 
 def use_fast_layers(network: nn.Module) -> None:
-    """Make g_a and g_s ready for training, in place: `FastGDN`, channels-last memory."""
+    """Prepare g_a and g_s for training, in place: `FastGDN`, channels-last memory."""
     for part in (network.g_a, network.g_s):
         for index, layer in enumerate(part):
             if isinstance(layer, GDN):
@@ -78,15 +78,15 @@ def use_fast_layers(network: nn.Module) -> None:
 
 
 def is_frozen(network: nn.Module) -> bool:
-    """Whether `freeze_layers` was here."""
+    """Whether `freeze_layers` has changed this network."""
     return isinstance(network.g_s, FrozenDecoder)
 
 
 def freeze_layers(network: nn.Module) -> None:
-    """Make a network ready for refinement, in place: only latents will be optimised.
+    """Prepare a network for refinement, in place: its weights become constants.
 
-    Eval mode, weights without gradients, channels-last memory, the layers of this folder. To be
-    called on the device where the network will work.
+    Sets eval mode, weights without gradients, channels-last memory and the layers of this folder.
+    Call it after moving the network to its device.
 
     Raises:
         ValueError: the network is frozen already, or a transposed convolution is not CompressAI's
@@ -101,7 +101,7 @@ def freeze_layers(network: nn.Module) -> None:
             if isinstance(layer, GDN):
                 part[index] = FrozenGDN(layer, pool)
             elif isinstance(layer, nn.ConvTranspose2d):
-                # h_s is too small to gain by a pool and another form.
+                # h_s is too small to gain from a pool and Winograd.
                 part[index] = UpsamplingKernel.of(layer, None if part is network.h_s else pool)
     *layers, before, normalisation, last = network.g_s
     to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
@@ -110,5 +110,5 @@ def freeze_layers(network: nn.Module) -> None:
 
 
 def release_memory(network: nn.Module) -> None:
-    """Let a frozen network give back what it keeps for pictures of the size before."""
+    """Free the unused memory that a frozen network keeps for images of the last size."""
     network.g_s[-1].upsampling.pool.clear()

@@ -1,6 +1,6 @@
 """Generalised divisive normalisation (GDN) with an analytic backward pass and few temporaries.
 
-Nothing here approximates: results differ from CompressAI's by float rounding only.
+Nothing is approximated: results differ from CompressAI's by float rounding only.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from torch.autograd.function import once_differentiable
 from fast.layout import as_column, rows_in
 from fast.pool import Pool
 
-# On a CPU so many bytes of each tensor are worked on at a time: what fits into the caches.
+# A CPU processes this many bytes of each tensor at a time; they fit into its caches.
 CHUNK_BYTES = 2**21
 
 
 def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None = None) -> Tensor:
     """x / sqrt(beta + gamma x^2), or x * sqrt(...) when inverse (arXiv 1511.06281).
 
-    Two tensors are kept for the backward pass: x and the factor.
+    It keeps two tensors for the backward pass: x and the factor of x.
 
     Args:
-        x: [B, C, H, W]; beta: [C] and gamma: [C, C], not negative, re-parametrised already.
-        pool: where memory comes from; without it, from torch. With it one backward pass is all:
-            the gradient takes the factor's place.
+        x: [B, C, H, W]; beta: [C] and gamma: [C, C], both >= 0, re-parametrised already.
+        pool: the source of memory, torch by default. With a pool only one backward pass is
+            possible, because the gradient overwrites the factor.
 
     Returns:
-        [B, C, H, W], channels-last, with gradients to all three.
+        [B, C, H, W], channels-last, with gradients to x, beta and gamma.
     """
     return _GDN.apply(x, beta, gamma, inverse, pool)
 
@@ -59,11 +59,11 @@ class _GDN(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, factor, gamma = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        # Autograd refuses a second pass over a factor that was written to.
+        # With a pool: autograd raises an error if a second pass reads the overwritten factor.
         grad_x = torch.empty_like(x) if ctx.pool is None else factor
         weights = (None, None)
         if any(ctx.needs_input_grad[1:3]):
-            # Chunks add up: in bfloat16 most of them would be lost.
+            # A sum over chunks in bfloat16 would lose most of them.
             full = torch.promote_types(gamma.dtype, torch.float32)
             weights = gamma.new_zeros(len(gamma), dtype=full), torch.zeros_like(gamma, dtype=full)
         kept = rows_in(x), rows_in(factor)
@@ -74,7 +74,7 @@ class _GDN(torch.autograd.Function):
 def normalise(
     x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, factor: Tensor | None, out: Tensor
 ) -> None:
-    """GDN of pixels x [n, C] into `out`, and into `factor` the root of the norm, or 1 / it."""
+    """Write the GDN of pixels x [n, C] into `out`, and out / x into `factor`; both [n, C]."""
     root = torch.sqrt if inverse else torch.rsqrt
     square = None
     for x_part, factor_part, out_part in _chunks(x, x if factor is None else factor, out):
@@ -92,11 +92,12 @@ def normalise_backward(
     inverse: bool,
     grad_weights: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """The gradient to pixels x [n, C] into `grad_x`, which may be one of those kept.
+    """Write the gradient to pixels x into `grad_x`, which may be one of the tensors in `kept`.
 
     Args:
-        kept: x and the factor, as `normalise` had and gave them.
-        grad_weights: of beta and gamma, in float32; what they get is added, where they are given.
+        kept: x and the factor of `normalise`, [n, C] each.
+        grad: the gradient to the result of `normalise`, [n, C].
+        grad_weights: the gradients to beta and gamma, if wanted; this call adds to them.
     """
     x, factor = kept
     to_norm = None  # twice the gradient to the norm
@@ -119,12 +120,12 @@ def mix_channels(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """rows @ weight^T + bias, [n, C'], for pixels [n, C] and weight [C', C]."""
     if rows.device.type != "cpu":
         return F.linear(rows, weight, bias)
-    # A matrix product would go to MKL, which leaves half of an AMD processor's width unused.
+    # torch gives a matrix product to MKL, which uses half of an AMD processor's vector width.
     return rows_in(F.conv2d(as_column(rows), weight[:, :, None, None], bias))
 
 
 def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of tensors [n, C], a few rows at a time on a CPU."""
+    """Corresponding parts of tensors [n, C]: a few rows each on a CPU, else all."""
     count = len(rows[0])
     if count == 0:
         return iter(())
@@ -134,5 +135,5 @@ def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _like(buffer: Tensor | None, rows: Tensor) -> Tensor:
-    """A buffer shaped as `rows`: the part of the old one that is needed, or a new one."""
+    """A buffer shaped as `rows`: the first rows of the old buffer, or a new one."""
     return torch.empty_like(rows) if buffer is None else buffer[: len(rows)]

@@ -1,10 +1,10 @@
-"""Views of channels-last tensors as rows of pixels, and the four phases of an upsampled picture."""
+"""Channels-last tensors as rows of pixels, and the four phases of an upsampled tensor."""
 
 from torch import Tensor
 
 
 def as_column(rows: Tensor) -> Tensor:
-    """Pixels [n, C] as a channels-last picture [1, C, n, 1], a view."""
+    """Pixels [n, C] as a channels-last tensor [1, C, n, 1], a view."""
     return rows.view(1, len(rows), 1, rows.size(1)).permute(0, 3, 1, 2)
 
 
@@ -14,17 +14,20 @@ def rows_in(v: Tensor) -> Tensor:
 
 
 def rows_of_image(v: Tensor, image: int, first: int, last: int) -> Tensor:
-    """The same of some rows of one image, [(last - first) W, C]."""
+    """The pixels of rows first to last of one image of v, [(last - first) W, C], a view."""
     return v[image, :, first:last].permute(1, 2, 0).view(-1, v.size(1))
 
 
 def phases_of(weight: Tensor) -> Tensor:
-    """The kernel [2 * 2 * C', C, 3, 3] that computes the four phases of an upsampled picture.
+    """The kernel [2 * 2 * C', C, 3, 3] that computes the four phases of an upsampled tensor.
 
-    A transposed 5x5 convolution with stride 2 has, at an even place 2p, the taps 4, 2 and 0 on
-    p - 1, p and p + 1, and at 2p + 1 the taps 3 and 1 on p and p + 1. weight: [C, C', 5, 5].
+    In a transposed 5x5 convolution with stride 2, output pixel 2p weighs the input pixels p - 1, p
+    and p + 1 with taps 4, 2 and 0. Output pixel 2p + 1 weighs p and p + 1 with taps 3 and 1.
+
+    Args:
+        weight: [C, C', 5, 5], of the transposed convolution.
     """
-    taps = (((0, 4), (1, 2), (2, 0)), ((1, 3), (2, 1)))  # (place, tap) of even and odd
+    taps = (((0, 4), (1, 2), (2, 0)), ((1, 3), (2, 1)))  # (pixel, tap) of even and odd outputs
     phases = weight.new_zeros(2, 2, weight.size(1), weight.size(0), 3, 3)
     for odd_row, rows in enumerate(taps):
         for odd_column, columns in enumerate(taps):
@@ -35,11 +38,11 @@ def phases_of(weight: Tensor) -> Tensor:
 
 
 def interleave(phases: Tensor, picture: Tensor) -> None:
-    """Write four phases [B, 2 * 2 * C', H, W] into a channels-last picture [B, C', 2 H, 2 W].
+    """Write four phases [B, 2 * 2 * C', H, W] into a channels-last `picture` [B, C', 2 H, 2 W].
 
-    torch's pixel_shuffle takes three times as long on channels-last data.
+    On channels-last data torch's pixel_shuffle takes three times as long.
     """
     batch, channels, height, width = phases.shape
     rows = phases.permute(0, 2, 3, 1).reshape(batch, height, width, 2, channels // 2)
-    places = picture.permute(0, 2, 3, 1).view(batch, height, 2, width, channels // 2)
-    places.copy_(rows.transpose(2, 3))
+    pixels = picture.permute(0, 2, 3, 1).view(batch, height, 2, width, channels // 2)
+    pixels.copy_(rows.transpose(2, 3))

@@ -1,4 +1,4 @@
-"""How much memory a refinement takes, and which tiles make a picture fit."""
+"""The memory that a refinement takes, and the tiles that make an image fit into it."""
 
 import math
 from pathlib import Path
@@ -11,14 +11,15 @@ from common.errors import InputError
 from common.processes import processes_here
 from fast.tiles import HALO, STRIDE
 
-TILES = (256, 128, 64, 32, 16)  # sides of tiles, positions of y
+TILES = (256, 128, 64, 32, 16)  # sides, in positions of y
 
 
 class MemoryBound(NamedTuple):
-    """How much a refinement may take, bytes, for networks with N and M channels.
+    """The memory that a refinement needs and may take, in bytes, with N and M channels.
 
-    `base` is what the process holds without any picture, `per_latent` what it keeps per element of
-    y. What a picture takes was measured on a CPU, at N = 64 and 192, up to 24 megapixels.
+    `limit` is the memory that it may take, `base` the memory of the process without any image, and
+    `per_latent` the memory for one element of y. The constants were measured on a CPU, at N = 64
+    and 192, with up to 24 megapixels.
     """
 
     N: int
@@ -27,11 +28,11 @@ class MemoryBound(NamedTuple):
     base: float
     per_latent: float = 160
 
-    # Bytes: a pixel of g_s per channel N, and a pixel of the image.
+    # Bytes for each pixel: for each of the N channels inside g_s, and for the image.
     PER_ACTIVATION, PER_PIXEL = 9, 150
 
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
-        """Bytes that refining so many images of H, W takes, whole or in tiles."""
+        """Bytes to refine this many images of size (H, W), whole or in tiles of side `tile`."""
         pixels = images * size[0] * size[1]
         kept = pixels * (self.PER_PIXEL + self.per_latent * self.M / STRIDE**2)
         seen = pixels
@@ -40,15 +41,18 @@ class MemoryBound(NamedTuple):
         return self.base + kept + seen * self.PER_ACTIVATION * self.N
 
     def images(self, size: tuple[int, int]) -> int:
-        """How many whole images of H, W fit together, 1 at least."""
+        """How many whole images of size (H, W) fit together, at least 1."""
         one = self.needed(size) - self.base
         return max(1, int((self.limit - self.base) / one))
 
     def tile(self, size: tuple[int, int]) -> int | None:
-        """None where one whole image of H, W fits, else the side of the largest tile that does.
+        """The side of the largest tile that fits, in positions of y; None if the whole image fits.
+
+        Args:
+            size: H, W of the image.
 
         Raises:
-            InputError: none does.
+            InputError: no tile fits.
         """
         for side in (None, *TILES):
             if self.needed(size, tile=side) <= self.limit:
@@ -66,16 +70,16 @@ def memory_bound(
     M: int,
     max_memory_gb: float | None,
     device: torch.device,
-    one_for_all: bool = False,
-    vectors: int = 0,
+    share_one_gpu: bool = False,
+    extra_vectors: int = 0,
 ) -> MemoryBound:
-    """The bound that a config sets; else 0.9 of a GPU's memory, or 0.75 of the machine's.
+    """The memory bound of a config: `max_memory_gb`, or else 0.9 of a GPU's or 0.75 of all memory.
 
-    Processes that share a GPU or a machine share its memory.
+    Processes on the same GPU or machine share its memory equally.
 
     Args:
-        one_for_all: all processes of this machine use this one GPU.
-        vectors: how many vectors like the latents an optimizer keeps beyond Adam's two.
+        share_one_gpu: whether all processes of this machine use the same GPU.
+        extra_vectors: how many copies of the latents an optimizer keeps in addition to Adam's two.
 
     Raises:
         InputError: see `processes_here`.
@@ -85,16 +89,16 @@ def memory_bound(
     if max_memory_gb is not None:
         limit = max_memory_gb * 1e9
     elif on_gpu:
-        sharing = processes if one_for_all else -(-processes // torch.cuda.device_count())
+        sharing = processes if share_one_gpu else -(-processes // torch.cuda.device_count())
         limit = 0.9 * torch.cuda.get_device_properties(device).total_memory / sharing
     else:
         limit = 0.75 * _machine_memory() / processes
-    per_latent = MemoryBound._field_defaults["per_latent"] + 4 * vectors
+    per_latent = MemoryBound._field_defaults["per_latent"] + 4 * extra_vectors
     return MemoryBound(N, M, limit, 0.2e9 if on_gpu else 1.3e9, per_latent)
 
 
 def _machine_memory() -> float:
-    """Bytes of this machine, or of the container that this process runs in."""
+    """The memory in bytes of this machine, or of the container of this process."""
     limits = [float(psutil.virtual_memory().total)]
     for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, version 2 and 1
         path = Path("/sys/fs/cgroup") / file

@@ -1,8 +1,8 @@
-"""Pictures of any size in bounded memory: networks and their gradients tile by tile.
+"""Networks and their gradients, computed tile by tile, to bound the memory for large images.
 
-A position of y is 16x16 pixels. g_s computes a pixel from a bounded neighbourhood of y, and g_a a
-position of y from one of x, so tiles that overlap by it give the same as the whole picture, and so
-do sums over tiles; only float rounding differs.
+A position of y stands for 16x16 pixels. g_s computes a pixel from a bounded neighbourhood in y, and
+g_a computes a position of y from a bounded neighbourhood in x. So overlapping tiles give the same
+result as the whole image, and so do sums over tiles. Only float rounding differs.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ENCODER_TILE = 16  # positions of y
-STRIDE = 16  # pixels of x a position of y
-# Four 5x5 layers, each of twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 positions of y.
+ENCODER_TILE = 16  # side, in positions of y
+STRIDE = 16  # pixels of x for each position of y, in each direction
+# Four 5x5 layers, each at twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 < 2 positions of y.
 HALO = 2
-# Files become whole pictures up to here; beyond, tiles of 1024x1024 pixels. It depends on the
-# picture alone, so that all decoders do the same.
+# A decoder works on whole images up to this many pixels, else on tiles of 64 positions of y
+# (1024x1024 pixels). This depends only on the image's size, so all decoders do the same.
 WHOLE_PIXELS, CODING_TILE = 2**20, 64
 
 
 class Tile(NamedTuple):
-    """Rows and columns, in positions of y, that a tile gives, and of the window that it needs."""
+    """A tile in positions of y: the rows and columns of its result, and of its larger input."""
 
     core: tuple[slice, slice]
     window: tuple[slice, slice]
 
     def corner(self, unit: int) -> tuple[int, int]:
-        """Row and column at which the core begins in what the window gave."""
+        """The row and column, in pixels, of the core in the window; `unit` pixels per position."""
         top, left = (core.start - window.start for core, window in zip(*self, strict=True))
         return unit * top, unit * left
 
     def crop(self, v: Tensor, unit: int) -> Tensor:
-        """The core of what the window gave, [B, C, h * unit, w * unit]."""
+        """The core [B, C, h * unit, w * unit] of v, which is the result for the window."""
         (top, left), (rows, columns) = self.corner(unit), self.core
         height, width = (unit * (side.stop - side.start) for side in (rows, columns))
         return v[:, :, top : top + height, left : left + width]
 
 
 def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
-    """Tiles of at most side x side that cover a y of this height and width."""
+    """Tiles of at most side x side positions that cover a y of size (height, width)."""
     starts = [(top, left) for top in range(0, size[0], side) for left in range(0, size[1], side)]
     for corner in starts:
         core = tuple(
@@ -54,12 +54,12 @@ def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
 
 
 def coding_tile(size: tuple[int, int]) -> int | None:
-    """How large tiles are where a picture of H, W is coded; None is the whole picture."""
+    """The side of the coding tiles of an image of size (H, W); None is the whole image."""
     return CODING_TILE if size[0] * size[1] > WHOLE_PIXELS else None
 
 
 def cut(v: Tensor, part: tuple[slice, slice], unit: int) -> Tensor:
-    """The part of v [B, C, H, W] at rows and columns given in positions of y, of `unit` each."""
+    """The part of v [B, C, H, W] at these positions of y, of `unit` x `unit` pixels each."""
     rows, columns = (slice(unit * side.start, unit * side.stop) for side in part)
     return v[:, :, rows, columns]
 
@@ -68,12 +68,12 @@ def cut(v: Tensor, part: tuple[slice, slice], unit: int) -> Tensor:
 def in_tiles(
     network: Callable[[Tensor], Tensor], v: Tensor, side: int, unit: int, out_unit: int
 ) -> Tensor:
-    """network(v), channels-last, a few positions of y at a time.
+    """network(v), channels-last, computed tile by tile.
 
     Args:
-        network: g_a, for x [B, 3, 16 h, 16 w], or g_s, for y [B, M, h, w].
-        side: of a tile, in positions of y.
-        unit, out_unit: how many pixels a side of v, and of the result, are a position of y.
+        network: g_a, for v = x [B, 3, 16 h, 16 w], or g_s, for v = y [B, M, h, w].
+        side: the side of a tile, in positions of y.
+        unit, out_unit: how many rows of v, and of the result, make one position of y.
     """
     height, width = v.size(2) // unit, v.size(3) // unit
     out = None
@@ -93,18 +93,18 @@ def tiled_error(
     x: Tensor,
     side: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of squared errors of g_s(y_hat), cropped to x, tile by tile, and the picture itself.
+    """The summed squared error of g_s(y_hat), cropped to x, tile by tile, and x_hat itself.
 
-    The gradient to y_hat is computed along the way and kept; one tile's activations are all that is
-    in memory at a time.
+    The forward pass computes the gradient to y_hat too and keeps it. Only the activations of one
+    tile are in memory at a time.
 
     Args:
-        error_of: the same of a window of y_hat and the x that begins at a row and column of its
-            picture, as `models.squared_error_of`.
-        y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W]; side: in positions of y.
+        error_of: computes the same for one window of y_hat, see `Architecture.squared_error`.
+        y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W].
+        side: the side of a tile, in positions of y.
 
     Returns:
-        The sum [B], float64, and x_hat [B, 3, H, W], which has no gradient.
+        The sum [B] in float64, with a gradient to y_hat, and x_hat [B, 3, H, W] without one.
     """
     return _TiledError.apply(y_hat, x, error_of, side)
 
@@ -120,11 +120,11 @@ class _TiledError(torch.autograd.Function):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
-                error, shown = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
+                error, decoded = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
                 if needed:
                     (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
                     cut(gradient, tile.window, 1).add_(to_y_part)
-            x_hat_part.copy_(shown.detach())
+            x_hat_part.copy_(decoded.detach())
             total += error.detach()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(x_hat)

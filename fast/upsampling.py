@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 from fast.pool import Pool
 from fast.winograd import Winograd
 
-# Measured on two x86-64 cores: Winograd's form wins from so many channels and places on.
-FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PLACES = 96, 4096
+# Winograd's form is faster from these numbers on, measured on two x86-64 cores.
+FEWEST_WINOGRAD_CHANNELS, FEWEST_WINOGRAD_PIXELS = 96, 4096
 
 
 def upsample(x: Tensor, kernel: "UpsamplingKernel") -> Tensor:
-    """CompressAI's `deconv` with fixed weights: transposed 5x5 convolution, twice the size.
+    """CompressAI's `deconv` with fixed weights: a transposed 5x5 convolution with stride 2.
 
-    Keeps nothing for the backward pass.
+    It keeps no tensor for the backward pass.
 
     Args:
         x: [B, C, H, W].
@@ -32,7 +32,7 @@ def upsample(x: Tensor, kernel: "UpsamplingKernel") -> Tensor:
 class UpsamplingKernel(nn.Module):
     """A fixed kernel of `upsample`: weight [C, C', 5, 5], bias [C'].
 
-    On a CPU, with many channels and a pool, Winograd's minimal filtering serves (see `Winograd`).
+    On a CPU, with many channels and a pool, it uses Winograd's minimal filtering (see `Winograd`).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, pool: Pool | None = None):
@@ -54,26 +54,26 @@ class UpsamplingKernel(nn.Module):
         return cls(layer.weight, layer.bias, pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C', 2 H, 2 W] for x [B, C, H, W]."""
+        """See `upsample`: [B, C', 2 H, 2 W] for x [B, C, H, W]."""
         return upsample(x, self)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient to x, [B, C, H, W], for `grad` [B, C', 2 H, 2 W] to the result."""
+        """The gradient to x, [B, C, H, W]; `grad` [B, C', 2 H, 2 W] is that to the result."""
         if self.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
             return self.winograd.gradient(grad)
         return F.conv2d(grad, self.weight.to(grad.dtype), stride=2, padding=2)
 
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
-        """Whether Winograd's form serves for inputs of this size, on v's device, in its dtype."""
+        """Whether to use Winograd's form for inputs of this size, with v's device and dtype."""
         in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         pooled_on_cpu = v.device.type == "cpu" and self.pool is not None
         wide = min(self.weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
-        large = height * width >= FEWEST_WINOGRAD_PLACES
+        large = height * width >= FEWEST_WINOGRAD_PIXELS
         return in_float32 and pooled_on_cpu and wide and large
 
     @cached_property
     def winograd(self) -> Winograd:
-        """Made when it is first wanted: six times as large as the kernel itself."""
+        """Winograd's form, built on first use: it is six times as large as the kernel."""
         return Winograd(self.weight, self.pool)
 
 

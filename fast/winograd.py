@@ -9,19 +9,19 @@ from torch import Tensor
 from fast.layout import as_column, phases_of, rows_in
 from fast.pool import Pool
 
-WINOGRAD_TILES = 150  # at a time: measured on two x86-64 cores
+WINOGRAD_TILES = 150  # tiles processed at a time: fastest on two x86-64 cores
 
 
 class Winograd:
     """Winograd's minimal filtering F(4x4, 3x3) for the four phases of `upsample`.
 
-    See arXiv 1509.09308. A tile of 4x4 places takes 36 products a channel and phase instead of 100
-    on average. All phases share their input's points, so that one grouped 1x1 convolution, whose 36
-    groups are the points, does the work. In float32 the error is ten times that of direct
-    convolution, a few 1e-6 of the result.
+    See arXiv 1509.09308. A tile of 4x4 pixels takes 36 products for each channel and phase, direct
+    convolution 100 on average. All phases share the input's points. So one grouped 1x1 convolution,
+    with the 36 points as its groups, computes all products. In float32 the error is a few 1e-6 of
+    the result, ten times that of direct convolution.
     """
 
-    # To the points 0, 1, -1, 2, -2, infinity: of the input, of the kernel, and back.
+    # Transforms of input and kernel to the points 0, 1, -1, 2, -2, infinity, and of results back.
     INPUT = (
         (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
         (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
@@ -42,7 +42,7 @@ class Winograd:
         self.from_points = torch.kron(output, output).float()  # [16, 36]
         phases = phases_of(weight).unflatten(0, (4, -1))  # [4, C', C, 3, 3]
         taps = phases.new_empty(6, 6, *phases.shape[:3], dtype=torch.float32)
-        for index, phase in enumerate(phases):  # one at a time: in float64 they are large
+        for index, phase in enumerate(phases):  # one by one, because float64 takes much memory
             taps[:, :, index] = (kernel @ phase.double() @ kernel.t()).permute(2, 3, 0, 1)
         self.kernel = taps.flatten(0, 3)  # [36 * 4 C', C]
 
@@ -54,23 +54,23 @@ class Winograd:
         padded[:, :, 1 : height + 1, 1 : width + 1] = x
         padded = padded.permute(0, 2, 3, 1)  # [B, 4 down + 2, 4 across + 2, C]
         out = self.pool.empty(x, batch, len(bias), 8 * down, 8 * across)
-        places = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
+        pixels = out.permute(0, 2, 3, 1).view(batch, down, 4, 2, across, 4, 2, -1)
         for image, first, last in self._strips(batch, down, across):
             windows = padded[image, 4 * first : 4 * last + 2].unfold(0, 6, 4).unfold(1, 6, 4)
             values = self._values(windows.permute(0, 1, 3, 4, 2).reshape(-1, 36, channels))
             values = values.view(last - first, across, 4, 4, 2, 2, -1).permute(0, 2, 4, 1, 3, 5, 6)
-            torch.add(values, bias, out=places[image, first:last])
-            del values  # before the next strip takes as much memory
+            torch.add(values, bias, out=pixels[image, first:last])
+            del values  # frees its memory for the next strip
         if (height, width) == (4 * down, 4 * across):
             return out
-        # A layer that works in place may follow, and must not find a view.
+        # The next layer may work in place, which a view does not allow.
         out = out[:, :, : 2 * height, : 2 * width]
         return out.clone(memory_format=torch.channels_last)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient to x, [B, C, H, W], channels-last, for `grad` to the result of `upsample`.
+        """The gradient to x, [B, C, H, W]; `grad` [B, C', 2 H, 2 W] is that to `upsample`'s result.
 
-        It is the transpose of each of that one's steps, in reverse.
+        It applies the transposes of the operations of `upsample` in reverse order.
         """
         batch, height, width = grad.size(0), grad.size(2) // 2, grad.size(3) // 2
         down, across = -(-height // 4), -(-width // 4)  # tiles
@@ -86,18 +86,18 @@ class Winograd:
             values = grad[image, first:last].permute(0, 3, 1, 4, 2, 5, 6)
             windows = self._windows(values.reshape(rows * across, 16, -1))
             windows = windows.view(rows, across, 6, 6, channels).transpose(1, 2)
-            # [rows, 6, across, 6, C]: they overlap by 2
-            here = out[image, first:last, :, :across], windows[:, :4, :, :4]
+            # windows: [rows, 6, across, 6, C]; neighbours overlap by 2 rows or columns.
+            inside = out[image, first:last, :, :across], windows[:, :4, :, :4]
             below = out[image, first + 1 : last + 1, :2, :across], windows[:, 4:, :, :4]
             right = out[image, first:last, :, 1:, :2], windows[:, :4, :, 4:]
             corner = out[image, first + 1 : last + 1, :2, 1:, :2], windows[:, 4:, :, 4:]
-            for place, part in (here, below, right, corner):
-                place.add_(part)
-            del windows, here, below, right, corner, part  # as above
+            for target, part in (inside, below, right, corner):
+                target.add_(part)
+            del windows, inside, below, right, corner, part  # frees memory for the next strip
         return padded[:, :, 1 : height + 1, 1 : width + 1]
 
     def _values(self, windows: Tensor) -> Tensor:
-        """The 4x4 places of the four phases, [tiles, 16, 4 C'], of windows [tiles, 36, C]."""
+        """The 4x4 pixels of the four phases, [tiles, 16, 4 C'], for windows [tiles, 36, C]."""
         points = as_column((self.to_points @ windows).flatten(1))
         products = F.conv2d(points, self.kernel[:, :, None, None], groups=36)
         return self.from_points @ rows_in(products).view(len(windows), 36, -1)
@@ -109,7 +109,7 @@ class Winograd:
         return self.to_points.t() @ rows_in(points).view(len(values), 36, -1)
 
     def _strips(self, batch: int, down: int, across: int) -> Iterator[tuple[int, int, int]]:
-        """Image, first and last row of tiles of each part: what fits into the caches."""
+        """Image, first and last row of tiles of each strip; a strip fits into the CPU's caches."""
         rows = max(1, WINOGRAD_TILES // across)
         for image in range(batch):
             for first in range(0, down, rows):

@@ -1,1 +1,1 @@
-"""What surrounds the loop of refinement: its pace, its noise, its results, polish, targets."""
+"""Refinement of latents: pace, noise, evaluation, polish, targets, and the folder of a run."""

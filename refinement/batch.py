@@ -1,4 +1,4 @@
-"""A batch on its way: each image's noise and trajectory, and when the batch is evaluated."""
+"""A batch in refinement: the noise and the trajectory of each image, and its evaluations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,73 +18,74 @@ from metrics import picture_quality, psnr, to_8_bit
 from objectives import Problem, Terms
 from refinement.descent import Pace
 
-PICTURED_STEPS = (1, 500)  # beside the first and the last; as in the published code
+RECONSTRUCTED_STEPS = (1, 500)  # also the first and the last; as in the published code
 Metrics = dict[str, float | None]
 
 
 class ImageError(InputError):
-    """One image cannot be refined or coded; says why. The others go on."""
+    """One image cannot be refined or coded; the message says why. The other images go on."""
 
 
 @dataclass
 class Trajectory:
-    """One image's way, and the latents that were best when truly rounded.
+    """The evaluated steps of one image, and the latents with the lowest true loss.
 
-    rows: of each evaluated step, `step`, `temperature`, `lmbda`, and the metrics of `metrics_of` as
-    `relaxed_*` and `true_*`. clock: this image's share of the seconds at which each row was there.
-    base and best are rows; base_latents and latents are what belongs to them. pictures: by label,
-    x_hat [1, 3, H, W], kept only with `keeps_pictures`. stopped: why the loss was not finite.
-    settled: whether early stopping ended it.
+    rows: one row for each evaluated step, with `step`, `temperature`, `lmbda`, and the metrics of
+    `metrics_of` as `relaxed_*` and `true_*`. clock: for each row, the seconds since the start,
+    divided by the number of images in the batch. base, best: the first row, and the row with the
+    lowest true loss; base_latents, latents: the latents of these rows. reconstructions: x_hat
+    [1, 3, H, W] by label, only with `keeps_reconstructions`. stopped: the step at which the loss
+    was not finite, in words, or None. settled: whether early stopping ended the descent.
     """
 
     lmbda: float
-    keeps_pictures: bool = False
+    keeps_reconstructions: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
     base: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     latents: Latents | None = None
     base_latents: Latents | None = None
-    pictures: dict[str, Tensor] = field(default_factory=dict)
+    reconstructions: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
     settled: bool = False
 
     @property
-    def over(self) -> bool:
-        """Whether more steps are no use: the loss is not finite, or has settled."""
+    def ended(self) -> bool:
+        """Whether the descent has ended early: the loss is not finite, or has settled."""
         return self.settled or self.stopped is not None
 
     @property
     def true_losses(self) -> list[float]:
-        """The true loss at each row."""
+        """The true loss of each row."""
         return [row["true_loss"] for row in self.rows]
 
     @property
-    def lowest(self) -> float:
-        """The lowest true loss so far; infinite where none was finite."""
+    def lowest_loss(self) -> float:
+        """The lowest true loss so far; infinite if no loss was finite."""
         return self.best["true_loss"] if self.best else math.inf
 
     def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor, seconds: float) -> None:
-        """Add an evaluated step; keep copies of its latents and picture if it is the best."""
+        """Add the row of an evaluated step; if it is the best, copy its latents and x_hat."""
         self.rows.append(row)
         self.clock.append(seconds)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
-        if row["true_loss"] < self.lowest:
+        if row["true_loss"] < self.lowest_loss:
             self.best = row
             self.latents = {name: v.detach().clone() for name, v in latents.items()}
-            if self.keeps_pictures:
-                self.pictures["refined"] = x_hat.clone()
+            if self.keeps_reconstructions:
+                self.reconstructions["refined"] = x_hat.clone()
         if self.base is None:
             self.base, self.base_latents = row, self.latents
 
-    def keep_picture(self, label: str, x_hat: Tensor) -> None:
-        """Keep x_hat [1, 3, H, W] under a label, unless the image is over."""
-        if not self.over:
-            self.pictures[label] = x_hat.clone()
+    def keep_reconstruction(self, label: str, x_hat: Tensor) -> None:
+        """Copy x_hat [1, 3, H, W] under a label, unless the descent has ended."""
+        if not self.ended:
+            self.reconstructions[label] = x_hat.clone()
 
     def finite_latents(self) -> Latents:
-        """The best latents.
+        """The latents with the lowest true loss.
 
         Raises:
             ImageError: no step had a finite loss.
@@ -95,43 +96,46 @@ class Trajectory:
 
 
 def metrics_of(terms: Terms, x: Tensor) -> tuple[list[Metrics], Tensor]:
-    """Metrics of each image of x [B, 3, H, W] in [0, 1], and x_hat in 8 bits.
+    """The metrics of each image, and x_hat [B, 3, H, W] in 8-bit pixels.
 
-    loss; bpp, and bpp_y, bpp_z of each latent; mse and psnr_raw (dB) of the networks' floats; psnr
-    of clamped 8-bit pixels (dB); ms_ssim and ms_ssim_db of the same, None where a side is under 161
-    pixels.
+    Args:
+        x: [B, 3, H, W] in [0, 1].
+
+    Returns:
+        For each image: loss; bpp, bpp_y and bpp_z; mse and psnr_raw (dB) of x_hat in floats; psnr
+        (dB), ms_ssim and ms_ssim_db (dB) of x_hat in 8-bit pixels, see `picture_quality`.
     """
     columns = {"loss": terms.loss.tolist(), "bpp": terms.bpp.tolist()}
     columns |= {f"bpp_{name}": terms.rates[name].tolist() for name in sorted(terms.rates)}
     columns |= {"mse": terms.mse.tolist(), "psnr_raw": psnr(terms.mse).tolist()}
     x_hat = to_8_bit(terms.x_hat)
     rows = []
-    for values, shown, wanted in zip(
+    for values, one_x_hat, one_x in zip(
         zip(*columns.values(), strict=True), x_hat.split(1), x.split(1), strict=True
     ):
-        quality = picture_quality(shown, wanted)
+        quality = picture_quality(one_x_hat, one_x)
         rows.append({**dict(zip(columns, values, strict=True)), **quality})
     return rows, x_hat
 
 
 def row_of(at: dict[str, Any], relaxed: Metrics, true: Metrics) -> dict[str, Any]:
-    """A trajectory's row: where in the schedule it is, and both kinds of metrics."""
+    """One row of a trajectory: `at` has step, temperature and lmbda; the rest are metrics."""
     row = at | {f"relaxed_{key}": value for key, value in relaxed.items()}
     return row | {f"true_{key}": value for key, value in true.items()}
 
 
 def images_of(latents: Latents) -> Sequence[Latents]:
-    """The latents of each image of a batch."""
+    """The latents of each image of a batch, [1, C, h, w] each."""
     parts = {name: v.split(1) for name, v in latents.items()}
     count = len(next(iter(parts.values())))
     return [{name: part[index] for name, part in parts.items()} for index in range(count)]
 
 
 class ImageNoise:
-    """The random numbers of a batch: one generator an image, seeded anew for each step.
+    """The random numbers of a batch: one generator for each image, seeded again at each step.
 
     Args:
-        seeds: one an image.
+        seeds: one seed for each image.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
@@ -144,23 +148,23 @@ class ImageNoise:
     def of_images(
         cls, seed: int, names: Sequence[str], device: torch.device, trial: int = 0
     ) -> Self:
-        """The noise of images by their names, whichever they are refined with.
+        """The noise of named images; it does not depend on the other images of the batch.
 
         Args:
-            seed: of the run.
-            trial: other numbers for another refinement of the same image.
+            seed: the seed of the run.
+            trial: the number of the refinement of the same image; each has other noise.
         """
         return cls([seed_of(seed, name) + trial for name in names], device)
 
     def rounding(
         self, rounding: Rounding, step: int, position: float
     ) -> Callable[[Tensor], Tensor]:
-        """The relaxed rounding of centred latents v [B, ...] at a step, with fresh noise.
+        """The relaxed rounding of centred latents v [B, ...] at one step, with new noise.
 
-        However often a step asks, as LBFGS does, its noise is the same.
+        A second call for the same step has the same noise. LBFGS needs that.
 
         Args:
-            position: in the schedule of temperatures.
+            position: the position in the temperature schedule, in steps.
         """
         roundings = [
             rounding.at(position, generator.manual_seed(seed + step))
@@ -169,11 +173,11 @@ class ImageNoise:
         return image_by_image(roundings)
 
     def keep(self, index: int) -> None:
-        """Remember an image's state, from which `of_image` goes on."""
+        """Keep the state of an image's generator for `of_image`."""
         self._kept[index] = self._generators[index].get_state()
 
     def of_image(self, index: int) -> Generator:
-        """An image's generator: as it was kept, or as it is."""
+        """An image's generator, in the state that `keep` kept, if any."""
         generator = self._generators[index]
         if index in self._kept:
             generator.set_state(self._kept.pop(index))
@@ -181,7 +185,7 @@ class ImageNoise:
 
 
 def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """One rounding of v [B, ...] that lets each of B roundings have its image."""
+    """A rounding of v [B, ...] that applies the b-th of B roundings to the b-th image."""
     if len(roundings) == 1:
         return roundings[0]
     return lambda v: torch.cat(
@@ -190,10 +194,10 @@ def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[
 
 
 class Recorder:
-    """Evaluates a batch at some of its steps, one `Trajectory` an image.
+    """Evaluates a batch at some steps, and keeps one `Trajectory` for each image.
 
-    Every `eval_freq` steps, at the first and at the last one the latents are truly rounded and
-    evaluated, before that step's update. With `save_final` pictures of a few steps are kept.
+    It evaluates truly rounded latents at the first step, at the last one and at every `eval_freq`
+    steps, before the step's update. With `save_final` it also keeps x_hat at a few steps.
     """
 
     def __init__(
@@ -206,29 +210,29 @@ class Recorder:
     ):
         self.problem, self.rounding, self.noise, self.pace = problem, rounding, noise, pace
         self.early_stop = config.early_stop
-        self.eval_freq, self.keeps_pictures = config.eval_freq, config.dev_options.save_final
+        self.eval_freq, self.keeps_reconstructions = config.eval_freq, config.dev_options.save_final
         self.first_step = int(pace.position)
         lmbda = problem.objective.lmbda
-        self.trajectories = [Trajectory(lmbda, self.keeps_pictures) for _ in problem.x]
+        self.trajectories = [Trajectory(lmbda, self.keeps_reconstructions) for _ in problem.x]
 
     @property
-    def over(self) -> bool:
-        """Whether every image is over."""
-        return all(trajectory.over for trajectory in self.trajectories)
+    def ended(self) -> bool:
+        """Whether the descent of every image has ended."""
+        return all(trajectory.ended for trajectory in self.trajectories)
 
-    def visit(self, step: int, latents: Latents) -> None:
-        """Evaluate the step if it is due."""
-        due = step % self.eval_freq == 0 or step == self.first_step or self.pace.over
-        pictured = self.keeps_pictures and (
-            step in (self.first_step, *PICTURED_STEPS) or self.pace.over
+    def evaluate_if_due(self, step: int, latents: Latents) -> None:
+        """Evaluate the latents and keep x_hat, each only if it is due at this step."""
+        due = step % self.eval_freq == 0 or step == self.first_step or self.pace.at_end
+        keeps_x_hat = self.keeps_reconstructions and (
+            step in (self.first_step, *RECONSTRUCTED_STEPS) or self.pace.at_end
         )
-        if not due and not pictured:
+        if not due and not keeps_x_hat:
             return
         began = self.pace.elapsed
         with torch.no_grad():
             true, x_hat = metrics_of(self.problem.true(latents), self.problem.x)
-            if pictured:
-                self._keep_pictures(step, x_hat)
+            if keeps_x_hat:
+                self._keep_reconstructions(step, x_hat)
             if not due:
                 return
             relaxed_rounding = self.noise.rounding(self.rounding, step, self.pace.position)
@@ -241,27 +245,28 @@ class Recorder:
         rows = [row_of(at, *both) for both in zip(relaxed, true, strict=True)]
         self._add(rows, latents, x_hat)
         if step == self.first_step:
-            self.pace.set_aside(self.pace.elapsed - began)  # for the last evaluation
+            self.pace.set_aside(self.pace.elapsed - began)  # the last evaluation takes as long
 
-    def _keep_pictures(self, step: int, x_hat: Tensor) -> None:
+    def _keep_reconstructions(self, step: int, x_hat: Tensor) -> None:
         label = "base" if step == self.first_step else f"step_{step:04d}"
-        for trajectory, picture in zip(self.trajectories, x_hat.split(1), strict=True):
-            trajectory.keep_picture(label, picture)
+        for trajectory, one_x_hat in zip(self.trajectories, x_hat.split(1), strict=True):
+            trajectory.keep_reconstruction(label, one_x_hat)
 
     def _add(self, rows: list[dict], latents: Latents, x_hat: Tensor) -> None:
         seconds = self.pace.elapsed / len(rows)
         parts = zip(self.trajectories, rows, images_of(latents), x_hat.split(1), strict=True)
-        for index, (trajectory, row, own, picture) in enumerate(parts):
-            if not trajectory.over:
-                trajectory.add(row, own, picture, seconds)
+        for index, (trajectory, row, image_latents, one_x_hat) in enumerate(parts):
+            if not trajectory.ended:
+                trajectory.add(row, image_latents, one_x_hat, seconds)
                 if self.early_stop and self.early_stop.settled(trajectory.true_losses):
                     trajectory.settled = True
-                    # The polish goes on with this noise, as if the image were alone.
+                    # The polish continues this noise, as it would without the other images.
                     self.noise.keep(index)
 
     def progress_of(self, losses: Tensor) -> tuple[Tensor, float]:
-        """Means over the images that go on: of their relaxed losses [B], and of the lowest true."""
-        going = [index for index, one in enumerate(self.trajectories) if not one.over]
-        # An index would wait for a GPU.
-        shown = losses if len(going) == len(self.trajectories) else losses[going]
-        return shown.mean(), fmean(self.trajectories[index].lowest for index in going)
+        """The means of `losses` [B] and of the lowest true losses, over images not yet ended."""
+        active = [index for index, one in enumerate(self.trajectories) if not one.ended]
+        # Indexing would wait for the GPU.
+        active_losses = losses if len(active) == len(self.trajectories) else losses[active]
+        lowest_losses = (self.trajectories[index].lowest_loss for index in active)
+        return active_losses.mean(), fmean(lowest_losses)

@@ -1,4 +1,4 @@
-"""How latents descend: the optimizer, and how fast a run moves through its schedule."""
+"""The descent of the latents: the optimizer, and how fast a run moves through its schedule."""
 
 import math
 import time
@@ -9,20 +9,20 @@ import torch
 from architectures import Latents
 from config import Optimizer, RefineConfig
 
-LBFGS_HISTORY = 100  # torch's own
-PROBES = 16  # of the curvature, before the first pass of polish
+LBFGS_HISTORY = 100  # torch's default
+PROBES = 16  # random draws that estimate the curvature before the first pass of polish
 
 
 def cost_in_steps(passes: int) -> int:
-    """About how many steps of refinement take as long as so many passes of polish, and probes."""
+    """The time of `passes` passes of polish and their probes, in steps of the descent; rough."""
     return PROBES + passes if passes else 0
 
 
-LEAST_POLISH = cost_in_steps(4)  # steps: with less time left than they take there is no polish
+LEAST_POLISH = cost_in_steps(4)  # steps; polish is skipped if less time than they take is left
 
 
 def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of the latents that a config names."""
+    """The optimizer of the latents, as a config's `optimizer` section sets it."""
     moved = list(latents.values())
     if options.name == "adam":
         return torch.optim.Adam(moved, lr=options.lr, fused=True)
@@ -32,27 +32,27 @@ def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimiz
 
 
 def pace_of(config: RefineConfig, images: int, first_step: int = 0) -> "Pace":
-    """The schedule of a batch of so many images; its clock starts now."""
+    """The pace of a batch of `images` images; its clock starts now."""
     steps, polishing = config.tot_inference_iterations, cost_in_steps(config.polish_passes)
     seconds = config.max_seconds * images if config.max_seconds else None
     return Pace(first_step, steps, seconds, polishing / (steps + polishing), LEAST_POLISH)
 
 
 class Pace:
-    """Where in its schedule each step of a run stands: at its own number.
+    """The position of a run in its schedule; each step moves it on by one.
 
-    With a time limit a step moves on by more than one position where the measured speed asks for
-    it, so that the schedule ends with the time, however long it is.
+    A time limit may be too short for all steps. Then each step moves on by more than one position,
+    as the measured speed demands, and the schedule ends when the time ends.
 
     Args:
-        first, last: the schedule's first position and its end.
-        seconds: the time limit, from now on.
-        reserve: the fraction of `seconds` that is left to what comes after this schedule.
-        least_steps: where the reserve is shorter than so many steps, none is kept.
-        clock: a time in seconds.
+        first, last: the schedule's first position and its end, in steps.
+        seconds: the time limit, counted from now; None for no limit.
+        reserve: the fraction of `seconds` in [0, 1] that is kept for the work after this schedule.
+        least_steps: no reserve is kept if it is shorter than this number of steps.
+        clock: returns the time in seconds.
 
-    `steps_taken` counts the calls of `advance`; with a time limit `step_seconds` is the mean time
-    of a step, the first one left out, and 0 before the second.
+    `steps_taken` counts the calls of `advance`. With a time limit `step_seconds` is the mean time
+    of a step without the first one. It is 0 before the second step.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class Pace:
         self.step_seconds = 0.0
 
     @property
-    def over(self) -> bool:
-        """Whether the schedule is at its end."""
+    def at_end(self) -> bool:
+        """Whether the position is at the end of the schedule."""
         return self.position >= self.last
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since this pace was created."""
         return self.clock() - self.start
 
     def set_aside(self, seconds: float) -> None:
-        """Keep so much of the time for something else."""
+        """Shorten the time limit, if there is one, by this many seconds."""
         if self.seconds is not None:
             self.seconds -= seconds
 
     def advance(self) -> None:
-        """Move on after a step. The first step's time says little about the others' time."""
+        """Move on after a step. The first step is slower than the others, so it is not timed."""
         self.steps_taken += 1
         stride = 1
         if self.seconds is not None:
@@ -104,6 +104,6 @@ class Pace:
         self.position = min(self.position + stride, self.last)
 
     def _reserved_seconds(self) -> float:
-        """The time that is kept for what comes after."""
+        """The seconds that are kept for the work after this schedule."""
         reserved = self.reserve * self.seconds
         return reserved if reserved >= self.least_steps * self.step_seconds else 0.0

@@ -1,10 +1,11 @@
-"""Moves of single symbols of y by one, after annealing: a search on the integers themselves.
+"""Polish: a search on the integers themselves, which moves symbols of y by one, after annealing.
 
-Annealing ends near, not at, the best integers. At a rounded point the rate of every move of one
-symbol is exact, and what it does to the distortion is known to second order. Moves are drawn with
-probability exp(-change / temperature), none with that of no change (a heat bath), in every
-neighbourhood of the picture at once; one evaluation then gives the gradient at the new point. As
-the temperature, in bits, falls, less and less is moved for the worse. The best point counts.
+Annealing ends near the best integers, but not at them. From rounded latents we know the exact
+change in rate that a move of one symbol causes, and the change in distortion to second order. A
+move is drawn with probability proportional to exp(-change / temperature). "No move" has change 0
+(a heat bath). Each pass draws moves in all neighbourhoods of the image at once. One evaluation then
+gives the gradient at the new point. The temperature, in bits, falls from pass to pass, and with it
+the number of moves that raise the loss. The point with the lowest loss is kept.
 
 Drawing moves by their first-order change is Gibbs with gradients (Grathwohl et al. 2021,
 arXiv 2102.04509); the exact rate, the curvature and the parallel moves are ours.
@@ -26,19 +27,19 @@ from refinement.descent import LEAST_POLISH, PROBES, Pace
 from rounding.noise import gumbel_noise
 
 HOT, COLD = 0.5, 0.02  # bits
-REACH = 1  # positions of y around a move where no other is made in the same pass
-# How far curvatures lie from the product of their channel's and their position's mean, relatively:
-# measured on the model of lambda 0.01.
+REACH = 1  # positions of y: two moves of one pass are farther apart than this
+# The relative deviation of a curvature from the product of its channel's and its position's mean;
+# measured with the model of lambda 0.01.
 SPREAD = 0.18
 LEAST_CURVATURE = 1e-3  # bits
 
 
 class Point(NamedTuple):
-    """Integers y [B, M, h, w], and what they cost, in bits: an image's bits plus its distortion."""
+    """Integers y, and their loss in bits: the rate plus the weighted squared error."""
 
-    y: Tensor
+    y: Tensor  # [B, M, h, w], minus the centre of its group
     rate: Tensor  # [B, M, h, w]
-    gradient: Tensor  # [B, M, h, w], of the distortion
+    gradient: Tensor  # [B, M, h, w], of the weighted squared error
     loss: Tensor  # [B]
     x_hat: Tensor
 
@@ -51,15 +52,15 @@ def polish(
     generator: Generator | None = None,
     on_pass: Callable[[Tensor], None] = lambda gain: None,
 ) -> Latents:
-    """Latents on their lattice whose true loss is not above that of `latents`.
+    """Latents on their lattice; their true loss is not above that of `latents`.
 
-    Symbols of the last group of the walk, y, are moved. The groups before it are only rounded.
+    The polish moves the symbols of the last group of the walk, y. It only rounds the groups before.
 
     Args:
-        pace: passes, from 0. Each takes an evaluation of g_s and its gradient. Before the first one
-            the curvature takes `PROBES` of them, and the point to begin with one more.
-        generator: of all noise, on x's device.
-        on_pass: called after every pass with what has been gained so far, in bits [B].
+        pace: counts passes from 0. A pass evaluates g_s and its gradient once. The start takes
+            `PROBES` + 1 evaluations: for the curvature and for the first point.
+        generator: the source of all noise, on x's device; None is torch's global generator.
+        on_pass: called after each pass with the decrease of the loss since the start, bits [B].
     """
     bits_per_error = problem.objective.bits_per_error(problem.x.size(1))
     walk = problem.model.round(latents, torch.round, problem.size)
@@ -74,50 +75,51 @@ def polish(
         loss = rate.flatten(1).sum(1) + bits_per_error * error
         return Point(y, rate, bits_per_error * gradient, loss, x_hat)
 
-    here = point_of(torch.round(latents[group.name] - group.centre))
-    best, first, lowest = here.y, here.loss, here.loss
-    curvature = bits_per_error * _curvature(problem, here, group.centre, generator)
-    while not pace.over:
+    point = point_of(torch.round(latents[group.name] - group.centre))
+    best, first_loss, lowest_loss = point.y, point.loss, point.loss
+    curvature = bits_per_error * _curvature(problem, point, group.centre, generator)
+    while not pace.at_end:
         temperature = HOT * (COLD / HOT) ** (pace.position / pace.last)
-        moves = _drawn_moves(here, rate_of, curvature, temperature, generator)
-        there = point_of(here.y + moves)
-        # What a move did to its own gradient tells its curvature without noise.
-        seen = (moves * (there.gradient - here.gradient) / 2).clamp_min(LEAST_CURVATURE)
-        curvature = torch.where(moves != 0, seen, curvature)
-        here = there
-        lower = (here.loss < lowest)[:, None, None, None]
-        best, lowest = torch.where(lower, here.y, best), torch.minimum(here.loss, lowest)
+        moves = _draw_moves(point, rate_of, curvature, temperature, generator)
+        moved = point_of(point.y + moves)
+        # The change of a symbol's gradient after its move gives its curvature without noise.
+        measured = (moves * (moved.gradient - point.gradient) / 2).clamp_min(LEAST_CURVATURE)
+        curvature = torch.where(moves != 0, measured, curvature)
+        point = moved
+        lower = (point.loss < lowest_loss)[:, None, None, None]
+        best = torch.where(lower, point.y, best)
+        lowest_loss = torch.minimum(point.loss, lowest_loss)
         pace.advance()
-        on_pass(first - lowest)
+        on_pass(first_loss - lowest_loss)
     polished = walk.values | {group.name: best + group.centre}
     return {name: polished[name] for name in latents}
 
 
-def _drawn_moves(
-    here: Point,
+def _draw_moves(
+    point: Point,
     rate_of: Callable[[Tensor], Tensor],
     curvature: Tensor,
     temperature: float,
     generator: Generator | None,
 ) -> Tensor:
-    """Moves of -1, 0 or 1, [B, M, h, w]: at most one in a position of y and `REACH` around it."""
+    """Moves of -1, 0 or 1, [B, M, h, w]; two moves are more than `REACH` positions apart."""
     up, down = (
-        (here.rate - rate_of(here.y + move) - move * here.gradient - curvature) / temperature
-        + gumbel_noise(here.y, generator)
+        (point.rate - rate_of(point.y + move) - move * point.gradient - curvature) / temperature
+        + gumbel_noise(point.y, generator)
         for move in (1, -1)
     )
-    # The largest of scores with Gumbel noise is a draw from their softmax.
+    # Gumbel-max: the largest score plus Gumbel noise is a draw from the scores' softmax.
     score, channel = torch.maximum(up, down).max(1, keepdim=True)  # [B, 1, h, w]
     highest = F.max_pool2d(score, 2 * REACH + 1, 1, REACH)
     picked = (score == highest) & (score > gumbel_noise(score, generator))
-    moves = torch.zeros_like(here.y).scatter_(1, channel, picked.to(here.y.dtype))
+    moves = torch.zeros_like(point.y).scatter_(1, channel, picked.to(point.y.dtype))
     return torch.where(up > down, moves, -moves)
 
 
 def _error_and_gradient(
     problem: Problem, y_hat: Tensor, x: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error to x [B], x_hat like x, and the error's gradient like y_hat."""
+    """The squared error [B], x_hat shaped as x, and the error's gradient shaped as y_hat."""
     with torch.enable_grad():
         y_hat = y_hat.detach().requires_grad_()
         error, x_hat = problem.squared_error(y_hat, x)
@@ -126,25 +128,25 @@ def _error_and_gradient(
 
 
 def _curvature(
-    problem: Problem, here: Point, centre: Tensor, generator: Generator | None
+    problem: Problem, point: Point, centre: Tensor, generator: Generator | None
 ) -> Tensor:
-    """Half the second derivative of the squared error to each element of y, shaped as it is.
+    """Half the second derivative of the squared error to each element of y, shaped as y.
 
-    That is the squared norm of x_hat's derivative J, without g_s's own curvature. It is the mean of
-    (J^T r)^2 over noise r of unit variance, and J^T r is half the gradient for a target that is r
-    away from x_hat. So few draws are pulled towards what their channel and position have on
-    average.
+    We ignore the curvature of g_s itself. Then it is the squared norm of J, the derivative of x_hat
+    to the element. This norm is the mean of (J^T r)^2 over noise r of unit variance. J^T r is half
+    the gradient for the target x_hat - r. Few draws give a noisy mean, so it is shrunk towards the
+    product of its channel's and its position's mean.
     """
-    total = torch.zeros_like(here.y)
+    total = torch.zeros_like(point.y)
     for _ in range(PROBES):
-        noise = torch.empty_like(here.x_hat).normal_(generator=generator)
-        gradient = _error_and_gradient(problem, here.y + centre, here.x_hat - noise)[2]
+        noise = torch.empty_like(point.x_hat).normal_(generator=generator)
+        gradient = _error_and_gradient(problem, point.y + centre, point.x_hat - noise)[2]
         total += (gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)
     mean = drawn.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
     typical = of_channel * of_position / mean
-    # A draw's relative variance is 2 / PROBES.
+    # `drawn` has a relative variance of 2 / PROBES.
     trust = SPREAD**2 / (SPREAD**2 + 2 / PROBES)
     return typical + trust * (drawn - typical)
 
@@ -157,36 +159,36 @@ def polish_batch(
     pace: Pace,
     progress: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Polish the best latents of each image; one more row of its trajectory says what that gave.
+    """Polish the best latents of each image, and add a row with the result to its trajectory.
 
-    With `max_seconds` each image has its share of the time that is left. An image whose loss became
-    infinite keeps the best that it had.
+    With `max_seconds` the images share the time that is left. An image whose loss became infinite
+    is not polished.
 
     Args:
-        pace: that of the steps before.
+        pace: the pace of the descent before.
+        progress: called after each pass with two mean true losses, both the same.
     """
     problems = list(problem.images())
-    left = [index for index, one in enumerate(trajectories) if not one.stopped]
-    for nth, index in enumerate(left):
-        own, trajectory = problems[index], trajectories[index]
+    remaining = [index for index, one in enumerate(trajectories) if not one.stopped]
+    for polished, index in enumerate(remaining):
+        image_problem, trajectory = problems[index], trajectories[index]
         seconds = None
         if config.max_seconds:
             seconds = _share_of_time(config.max_seconds * len(problems), pace, len(problems),
-                                     len(left) - nth)  # fmt: skip
-            if seconds < LEAST_POLISH * pace.step_seconds / len(
-                problems
-            ):  # of a step of the whole batch
+                                     len(remaining) - polished)  # fmt: skip
+            step_seconds = pace.step_seconds / len(problems)  # a step of the batch moves them all
+            if seconds < LEAST_POLISH * step_seconds:
                 break
         passes = Pace(0, config.polish_passes, seconds)
         generator = noise.of_image(index)
-        lowest = fmean(trajectories[index].lowest for index in left)
+        mean_loss = fmean(trajectories[index].lowest_loss for index in remaining)
 
-        def on_pass(gain: Tensor, lowest: float = lowest) -> None:
-            loss = lowest - gain.mean() / problem.pixels / len(left)
-            progress(loss, loss)  # nothing is relaxed any more
+        def on_pass(gain: Tensor, mean_loss: float = mean_loss) -> None:
+            loss = mean_loss - gain.mean() / problem.pixels / len(remaining)
+            progress(loss, loss)  # polish has no relaxed loss
 
-        latents = polish(own, trajectory.latents, passes, generator, on_pass)
-        (metrics,), x_hat = metrics_of(own.true(latents), own.x)
+        latents = polish(image_problem, trajectory.latents, passes, generator, on_pass)
+        (metrics,), x_hat = metrics_of(image_problem.true(latents), image_problem.x)
         step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
         row = row_of(at, metrics, metrics)
@@ -194,11 +196,12 @@ def polish_batch(
 
 
 def _share_of_time(limit: float, pace: Pace, images: int, waiting: int) -> float:
-    """Seconds of an image's polish, its evaluation at the end not counted.
+    """The seconds for the polish of one image, without its evaluation at the end.
 
     Args:
-        limit: seconds of the whole batch; pace.seconds is less by two evaluations of all images.
-        images: in the batch; waiting: those that are still to be polished.
+        limit: the seconds of the whole batch. `pace.seconds` is shorter by the time of two
+            evaluations of the batch.
+        images: how many images the batch has; waiting: how many are not yet polished.
     """
     evaluation = (limit - pace.seconds) / (2 * images)
     return (limit - pace.elapsed) / waiting - evaluation

@@ -1,4 +1,4 @@
-"""What a refined image gives to its run's folder, and the files that are made of it."""
+"""The result of one image's refinement, and its compressed files."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,11 @@ from refinement.batch import ImageError, Trajectory
 
 @dataclass(frozen=True)
 class Coded:
-    """The refined image as a file, and what the files of base and refined latents measure."""
+    """The compressed file of a refined image, and the measures of its base and refined files.
+
+    bitstream: the file of the refined latents. measures: those of `file_measures`, by `base` and
+    `refined`.
+    """
 
     bitstream: bytes
     measures: dict[str, dict[str, Any]]
@@ -23,8 +27,8 @@ class Coded:
 class Refined:
     """One refined image.
 
-    symbols: the best integers, y [1, M, h, w] and z [1, N, h', w']. coded: with files alone.
-    target: what a record says of the target, where there was one.
+    symbols: the best integers, y [1, M, h, w] and z [1, N, h', w']. coded: the compressed file, if
+    files are wanted. target: the target's part of the image's record, if there is a target.
     """
 
     trajectory: Trajectory
@@ -39,7 +43,7 @@ def result_of(
     target: dict[str, Any] | None = None,
     coder: Coder | None = None,
 ) -> Refined:
-    """The result of one image's refinement, with its files where there is a coder.
+    """The result of one image's refinement, with its compressed files if there is a coder.
 
     Raises:
         ImageError: no loss was finite, or its latents cannot be coded.
@@ -54,9 +58,9 @@ def result_of(
 
 
 def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded:
-    """Code one image's base and refined latents; measure rate and quality on the decoded files.
+    """Code one image's base and refined latents, decode both files, and measure them.
 
-    The trajectory's pictures become those of the files.
+    The decoded images replace the reconstructions that the trajectory keeps.
 
     Raises:
         BitstreamError: see `encode_latents`.
@@ -66,6 +70,6 @@ def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded
         data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
         x_hat = decode_picture(coder, data)
         measures[label] = file_measures(data, x_hat, problem.x)
-        if label in trajectory.pictures:
-            trajectory.pictures[label] = to_8_bit(x_hat)
+        if label in trajectory.reconstructions:
+            trajectory.reconstructions[label] = to_8_bit(x_hat)
     return Coded(data, measures)

@@ -1,15 +1,15 @@
-"""A refinement's folder: what is in it, what of it is done, and how results get there.
+"""The folder of a refinement run: its files, its finished images, and how results are saved.
 
 Each file is whole or absent. results/<save_name>/
     config.json          the config with every default filled in
-    images.jsonl         one record an image, written the moment it is done; `clock` has the
-                         seconds at which each row of its trajectory was there
+    images.jsonl         one record for each image, written as soon as the image is done; `clock`
+                         has the time of each row of its trajectory, in seconds
     latents/*.npz        the refined integer latents
-    bitstreams/*.olc     the refined images as files, with `save_bitstreams`
+    bitstreams/*.olc     the refined images as compressed files, with `save_bitstreams`
     trajectories/*.csv   each metric at each evaluated step, per image
-    reconstructions/     pictures, with `save_final`
-    log.txt              all that the run said
-    and what `reports.run_report` makes of these at the end
+    reconstructions/     images as PNG, with `save_final`
+    log.txt              all messages of the run
+    and the tables and plots of `reports.run_report`, at the end
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ from common.resuming import ANOTHER_RUN, config_file_of, refuse_another_config, 
 from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
 
-# Keys that may change between a run and its resumption: they change no image's result beyond float
-# rounding (another device does; the records say which it was, and are compared).
+# Keys that may differ when a run is resumed, because they change results by float rounding at most.
+# Another device changes more, so `_refuse_other_facts` compares the devices of the records.
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
     "batch_size", "tracker", "device", "max_memory_gb",
@@ -52,16 +52,17 @@ FREE_KEYS = frozenset((
 
 
 def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) -> "Run":
-    """The run's folder, `output_dir/save_name`, new or to be resumed; logging goes there too.
+    """Open the run's folder, `output_dir/save_name`, new or resumed, and start its log there.
 
     Args:
         images: the data set of the config.
-        facts: what is true of the run as a whole: method, params, overridden, lmbda, weights, N, M
-            and `machine_facts`.
+        facts: the settings of the whole run: method, params, overridden, lmbda, weights, N, M and
+            `machine_facts`.
 
     Raises:
-        InputError: the folder holds results and `resume` is off, or they were made with another
-            config or other weights.
+        InputError: the folder holds results and `resume` is off, or these were made with another
+            config, other weights or another device.
+        OSError: a file cannot be written.
     """
     folder = Path(config.output_dir) / config.save_name
     names = images.names[: config.image_count]
@@ -83,9 +84,10 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
 
 
 class Run:
-    """One run's folder as one process sees it; made by `open_run`.
+    """The folder of one run, for one process; `open_run` creates it.
 
-    names: the images of the run. todo: those that this process has to refine.
+    names: the images of the run. todo: the images that this process has to refine. failed: by
+    image, why it was skipped.
     """
 
     def __init__(
@@ -98,27 +100,27 @@ class Run:
         self.names = names
         self.todo: list[str] = []
         self.failed: dict[str, str] = {}
-        own = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
-        self._own_path = folder / own
+        file_name = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
+        self._records_path = folder / file_name
         self._mentioned: set[str] = set()
         self._track = open_tracker(config.tracker, config.save_name, folder, resolved(config))
 
-    # --- on the way
+    # --- while it runs
 
     def split(self, batch: Sequence[LoadedImage], reason: str) -> None:
-        """Log that the images of a batch, which cannot be refined together, go one by one."""
+        """Log that a batch cannot be refined together, so its images follow one by one."""
         log.warning("%s and %d more: %s; one by one now", batch[0].name, len(batch) - 1,
                     reason)  # fmt: skip
 
     def skip(self, name: str, reason: str) -> None:
-        """Note an image that could not be refined; the run goes on and its exit code says so."""
+        """Log why an image was not refined. The run goes on, and its exit code will be 1."""
         log.warning("%s: skipped: %s", name, reason)
         self.failed[name] = reason
 
     def begin(self, batch: Sequence[LoadedImage]) -> Progress:
-        """A bar for a batch of images on a terminal, lines elsewhere.
+        """The progress of a batch: a bar on a terminal, lines elsewhere.
 
-        What was converted in the images is logged, each kind of conversion once.
+        It also logs how images were converted, each kind of conversion once.
         """
         for image in batch:
             for note in image.notes:
@@ -132,9 +134,9 @@ class Run:
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
     def save(self, image: LoadedImage, result: Refined, cost: Cost) -> bool:
-        """Write all results of one image; its record comes last and makes it done.
+        """Write all results of one image. The record comes last and marks the image as done.
 
-        An image whose files cannot be written is skipped.
+        If a file cannot be written, the image is skipped.
 
         Returns:
             Whether the files were written.
@@ -142,7 +144,7 @@ class Run:
         name, record = image.name, self._record(image, result, cost)
         try:
             self._write_files(image, result)
-            append_record(self._own_path, record)
+            append_record(self._records_path, record)
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
             return False
@@ -162,8 +164,10 @@ class Run:
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
         if self.config.dev_options.save_final:
-            pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
-            for label, x in {"original": image.x, **pictures}.items():
+            images = {"original": image.x}
+            for label, x_hat in result.trajectory.reconstructions.items():
+                images[label] = x_hat[0]
+            for label, x in images.items():
                 save_picture(self._file("reconstructions", name) / f"{label}.png", x)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -199,17 +203,17 @@ class Run:
     # --- the end
 
     def gather_failures(self) -> dict[str, str]:
-        """Why each skipped image of all processes failed; every rank must call this at the end.
+        """The skipped images of all processes, and why; every rank must call this at the end.
 
-        It returns when all processes have done their images.
+        It returns when all processes are done with their images.
         """
         parts = gather(self.ranks, self.failed)
         return {name: reason for part in parts for name, reason in part.items()}
 
     def merge_records(self) -> list[Record]:
-        """The records of this run's images in order; images.jsonl has those of all ranks then.
+        """The records of this run's images in order; writes those of all ranks into images.jsonl.
 
-        For the first rank, after `gather_failures`.
+        Only the first rank may call this, after `gather_failures`.
 
         Raises:
             OSError: images.jsonl cannot be written.
@@ -218,13 +222,13 @@ class Run:
         return [records[name] for name in self.names if name in records]
 
 
-# --- what is to be done ---------------------------------------------------------------------------
+# --- images still to refine -----------------------------------------------------------------------
 
 
 def _find_undone(folder: Path, config: RefineConfig, names: Sequence[str]) -> list[str]:
-    """Those of these images that are to be refined; what is wrong with earlier results is logged.
+    """The images that are still to be refined; logs the faults of earlier results.
 
-    An image whose files are not whole is to be done again, and its record is dropped.
+    If a file of an image is damaged, its record is dropped and the image is refined again.
     """
     path = folder / "images.jsonl"
     found = read_records(path)
@@ -242,7 +246,7 @@ def _find_undone(folder: Path, config: RefineConfig, names: Sequence[str]) -> li
 
 
 def _announce(config: RefineConfig, images: Images, facts: Record, done: int) -> None:
-    """Log what is refined, how, and how much of it is done already."""
+    """Log the images, the method, and how many images are done already."""
     found, wanted = len(images.names), config.image_count
     target, passes = config.target, config.polish_passes
     goal = (
@@ -271,11 +275,11 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
 
 
 def _hyper_parameters(facts: Record) -> str:
-    """Their names and values; where the config replaced the method's own value, that too."""
-    own = facts["overridden"]
+    """Their names and values, and the method's own value if the config replaced it."""
+    defaults = facts["overridden"]
     return ", ".join(
         f"{key} {_short(value)}"
-        + (f" as the config says, not its own {_short(own[key])}" if key in own else "")
+        + (f" as the config says, not its own {_short(defaults[key])}" if key in defaults else "")
         for key, value in facts["params"].items()
     )
 
@@ -284,7 +288,7 @@ def _hyper_parameters(facts: Record) -> str:
 
 
 def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
-    """Make the folder, or see that this run may go on in it, and drop what a killed run left."""
+    """Make the folder, or check that this run may resume in it, and drop unfinished files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for file in folder.glob("images*.jsonl") if file.stat().st_size]
     if files and not config.resume:
@@ -307,7 +311,7 @@ def _stored_config(folder: Path, config: RefineConfig) -> Record:
     with config_file_of(folder) as path:
         values, overrides = read_json_object(path), []
         if "crop_seed" not in values:
-            # It came later: until then the seed of the noise placed the crops too.
+            # Older runs have no crop_seed: the seed of the noise also chose their crops.
             of_crops = values.get("seed", 0) if config.dev_options.pathology else config.crop_seed
             overrides = [f"crop_seed={of_crops}"]
         return resolved(load_config(path, RefineConfig, overrides))
@@ -323,7 +327,7 @@ def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:
 
 
 def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
-    """Whether all files of an image's record are in the run's folder and can be read."""
+    """Whether the run's folder has all files that belong to a record, and they can be read."""
     name = record["name"]
     try:
         table = pd.read_csv(result_file(folder, "trajectories", name, ".csv"))
@@ -340,17 +344,17 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
                 path = result_file(folder, "reconstructions", name) / f"{label}.png"
                 with Image.open(path) as image:
                     image.load()
-    except Exception:  # damaged files make their readers raise dozens of kinds
+    except Exception:  # readers of damaged files raise dozens of types
         return False
     rows = len(record.get("clock", steps))  # records of older runs have no clock
     return sound and all(shapes) and len(steps) == rows and steps.iloc[-1] == record["steps"]
 
 
-# --- records and their words ----------------------------------------------------------------------
+# --- records as dicts and words -------------------------------------------------------------------
 
 
 def _side(row: Record) -> Record:
-    """The true metrics of a trajectory's row, and both losses, as a record names them."""
+    """The true metrics and both losses of a trajectory's row, under a record's names."""
     true = {key.removeprefix("true_"): row[key] for key in row if key.startswith("true_")}
     loss = true.pop("loss")
     return {**true, "true_loss": loss, "relaxed_loss": row["relaxed_loss"]}
@@ -359,7 +363,7 @@ def _side(row: Record) -> Record:
 def _in_words(record: Record) -> str:
     base, refined = record["base"], record["refined"]
     loss = f"loss {percent_change(base['true_loss'], refined['true_loss']):+.2f} %"
-    if record.get("target"):  # losses at a lambda that was searched say little
+    if record.get("target"):  # losses of different lambdas cannot be compared
         loss = f"lambda {record['lmbda']:.4g}"
     return (
         f"{rate_of(base):.4f} bpp {_db(base)} -> {rate_of(refined):.4f} bpp {_db(refined)}, {loss}"
@@ -371,5 +375,5 @@ def _db(side: Record) -> str:
 
 
 def _short(value: Any) -> str:
-    """A hyper-parameter's value; numbers with six digits."""
+    """The value of a hyper-parameter as text; numbers have six digits."""
     return f"{value:.6g}" if type(value) in (int, float) else str(value)

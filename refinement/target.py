@@ -1,4 +1,4 @@
-"""That lambda at which an image's file has a wanted size or quality."""
+"""The search for the lambda at which an image's file has a wanted size or quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from refinement.batch import Trajectory
 
 
 class Start(NamedTuple):
-    """Where a refinement begins: latents, the step of the schedule, and which noise it has."""
+    """The start of a refinement: its latents, its step in the schedule, and the noise's number."""
 
     latents: Latents
     step: int = 0
@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """A refinement at one lambda, and what its file measured."""
+    """A refinement at one lambda, and the bpp or PSNR (dB) of its file."""
 
     trajectory: Trajectory
     measured: float
@@ -38,22 +38,22 @@ def refine_to_target(
     refine_at: Callable[[float, Start], Trajectory],
     note: Callable[[str], None],
 ) -> tuple[Trajectory, dict[str, Any]]:
-    """Refine one image at that lambda at which its file meets the target of a search.
+    """Refine one image, and search the lambda at which its file meets a target.
 
-    The whole run comes first, at the lambda that the unrefined file suggests. Then runs over the
-    second half of the schedule mend lambda, each from the latents of the one before. The trial that
-    is closest counts.
+    The first trial runs the whole schedule, at a lambda that the unrefined file suggests. Each
+    later trial corrects lambda and runs the second half of the schedule. It starts from the latents
+    of the trial before. The trial closest to the target is the result.
 
     Args:
-        steps: of the whole schedule.
-        refine_at: refines at a lambda.
-        note: called with a line on each trial.
+        steps: the number of steps of the whole schedule.
+        refine_at: refines the image at a lambda, from a start.
+        note: called with one line on each trial.
 
     Returns:
-        One trajectory over all trials, and what a record says of the target.
+        One trajectory over all trials, and the target's part of the image's record.
 
     Raises:
-        BitstreamError: latents on the way cannot be coded.
+        BitstreamError: the latents of a trial cannot be coded.
         ImageError: the loss is not finite at the start.
     """
     target = search.target
@@ -79,11 +79,11 @@ def refine_to_target(
         "kind": target.kind, "wanted": target.wanted, "got": chosen.measured,
         "met": target.miss(chosen.measured) <= 1, "stretches": len(trials),
     }  # fmt: skip
-    return in_a_row([trial.trajectory for trial in trials], chosen.trajectory), outcome
+    return concatenate([trial.trajectory for trial in trials], chosen.trajectory), outcome
 
 
 def measure(problem: Problem, coder: Coder, latents: Latents, target: Target) -> float:
-    """The bpp of the file of one image's latents, or the PSNR (dB) of its picture.
+    """The bpp of the file of one image's latents, or the PSNR (dB) of the decoded image.
 
     Raises:
         BitstreamError: see `encode_latents`.
@@ -96,89 +96,94 @@ def measure(problem: Problem, coder: Coder, latents: Latents, target: Target) ->
 
 
 class LambdaSearch:
-    """Which lambda to try next for files to meet a target: secants in log lambda.
+    """A secant search in log lambda for files that meet a target.
 
-    A larger lambda gives a larger file of a better picture. A trial's latents have not yet followed
-    its lambda all the way, which flattens a secant: of the last three the steepest counts.
+    A larger lambda gives a larger file and a better image. The latents of a trial have not adapted
+    to its lambda completely, which makes a secant too flat. So the steepest of the last three is
+    used.
     """
 
-    # Of log bpp, and of PSNR in dB, per unit of log lambda: about what the bundled models have.
+    # log bpp, or PSNR in dB, per unit of log lambda: the slopes of the bundled models, roughly.
     SLOPES = MappingProxyType({"bpp": 0.17, "psnr": 0.8})
-    TRIALS, LONGEST_STEP, REACH = 10, math.log(4), math.log(1024)
+    TRIALS, LONGEST_MOVE, REACH = 10, math.log(4), math.log(1024)
 
     def __init__(self, target: Target, lmbda: float, train_lambda: float):
         self.target = target
         self.goes_on, self.trials = True, 0
-        self.last: tuple[float, float] | None = None  # position, and how far its file was off
+        self.last: tuple[float, float] | None = None  # log lambda, and the error of its file
         self.secants: list[float] = []
-        self.position, centre = math.log(lmbda), math.log(train_lambda)
+        self.log_lmbda, centre = math.log(lmbda), math.log(train_lambda)
         self.bounds = (
-            min(centre - self.REACH, self.position),
-            max(centre + self.REACH, self.position),
+            min(centre - self.REACH, self.log_lmbda),
+            max(centre + self.REACH, self.log_lmbda),
         )
 
     @property
     def lmbda(self) -> float:
         """The lambda to try."""
-        return math.exp(self.position)
+        return math.exp(self.log_lmbda)
 
     def begin(self, unrefined: float) -> None:
-        """Set the first lambda from what the unrefined file measured."""
+        """Set the first lambda from the bpp or PSNR (dB) of the unrefined file."""
         slope = self.SLOPES[self.target.kind]
-        self.position = self._step(self.position, self._off(unrefined), slope)
+        self.log_lmbda = self._move(self.log_lmbda, self._error(unrefined), slope)
 
     def add(self, measured: float) -> None:
-        """Add what this lambda gave: the next one is set, or the search ends (`goes_on`)."""
-        off, slope = self._off(measured), self.SLOPES[self.target.kind]
-        if self.last is not None and self.last[0] != self.position:
-            position, before = self.last
-            self.secants.append((off - before) / (self.position - position))
+        """Add the bpp or PSNR at this lambda; set the next one, or set `goes_on` to False."""
+        error, slope = self._error(measured), self.SLOPES[self.target.kind]
+        if self.last is not None and self.last[0] != self.log_lmbda:
+            last_log_lmbda, last_error = self.last
+            self.secants.append((error - last_error) / (self.log_lmbda - last_log_lmbda))
         if self.secants:
             slope = min(max(*self.secants[-3:], 0.3 * slope), 4 * slope)
-        following = self._step(self.position, off, slope)
-        gained = self.last is None or abs(self.last[1]) - abs(off) > 0.005
-        stuck = following == self.position and not gained
+        following = self._move(self.log_lmbda, error, slope)
+        closer = self.last is None or abs(self.last[1]) - abs(error) > 0.005
+        stuck = following == self.log_lmbda and not closer
         self.trials += 1
         self.goes_on = self.target.miss(measured) > 1 and not stuck and self.trials < self.TRIALS
-        self.last, self.position = (self.position, off), following
+        self.last, self.log_lmbda = (self.log_lmbda, error), following
 
-    def _off(self, measured: float) -> float:
+    def _error(self, measured: float) -> float:
         wanted = self.target.wanted
         if self.target.kind == "bpp":
             return math.log(measured / wanted)
         return min(measured, 99.0) - wanted
 
-    def _step(self, position: float, off: float, slope: float) -> float:
-        step = min(max(-off / slope, -self.LONGEST_STEP), self.LONGEST_STEP)
-        return min(max(position + step, self.bounds[0]), self.bounds[1])
+    def _move(self, log_lmbda: float, error: float, slope: float) -> float:
+        move = min(max(-error / slope, -self.LONGEST_MOVE), self.LONGEST_MOVE)
+        return min(max(log_lmbda + move, self.bounds[0]), self.bounds[1])
 
 
-def in_a_row(trajectories: Sequence[Trajectory], chosen: Trajectory) -> Trajectory:
-    """The chosen one of several trajectories, with the rows of all, and the base of the first.
+def concatenate(trajectories: Sequence[Trajectory], chosen: Trajectory) -> Trajectory:
+    """One trajectory with the rows of all, the base of the first, and the result of `chosen`.
 
-    Steps and seconds count on. The base's loss is that at the chosen lambda.
+    Steps and seconds go on from one trajectory to the next. The base's loss is computed again, at
+    the chosen lambda.
     """
     rows: list[dict[str, Any]] = []
     clock: list[float] = []
     for trajectory in trajectories:
         first = trajectory.rows[0]["step"]
-        taken, seconds = (rows[-1]["step"], clock[-1]) if rows else (0, 0.0)
+        last_step, seconds = (rows[-1]["step"], clock[-1]) if rows else (0, 0.0)
         for row in trajectory.rows:
-            row["step"] += taken - first  # in place: `best` is one of them
-        # Where one run ends the next one begins: its first row would stand there twice.
-        own = slice(1 if rows else 0, None)
-        rows += trajectory.rows[own]
-        clock += [seconds + time for time in trajectory.clock[own]]
+            row["step"] += last_step - first  # in place, because `best` is one of these rows
+        # The first row of a later trajectory repeats the last latents of the one before.
+        new = slice(1 if rows else 0, None)
+        rows += trajectory.rows[new]
+        clock += [seconds + time for time in trajectory.clock[new]]
     first = trajectories[0]
     base, objective = dict(first.base), RateDistortion(chosen.lmbda)
     for kind in ("relaxed", "true"):
         base[f"{kind}_loss"] = objective(base[f"{kind}_bpp"], base[f"{kind}_mse"])
-    kept = {"base": first.pictures.get("base"), "refined": chosen.pictures.get("refined")}
+    kept = {
+        "base": first.reconstructions.get("base"),
+        "refined": chosen.reconstructions.get("refined"),
+    }
     return replace(
         chosen,
         base=base,
         base_latents=first.base_latents,
         rows=rows,
         clock=clock,
-        pictures={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
+        reconstructions={label: x_hat for label, x_hat in kept.items() if x_hat is not None},
     )

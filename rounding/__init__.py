@@ -1,1 +1,1 @@
-"""How the functions of `experimental_inference_methods` are registered, found and called."""
+"""Registers, finds and calls the functions of `experimental_inference_methods`."""

@@ -1,4 +1,4 @@
-"""Candidates of a rounding, and the draw among them that two and three classes share."""
+"""Integer candidates of a rounding, and the random draw among them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,31 +10,31 @@ from torch.autograd.function import once_differentiable
 
 from rounding.noise import open_uniform
 
-# Below this the Gumbel noise is lost in float32 and a draw is hard rounding already.
+# At a lower tau float32 would lose the Gumbel noise, and a draw is hard rounding already.
 TAU_MIN = 1e-8
 
-# v [...] -> K candidates and the distances to them, both [K, ...]
+# v [...] -> K candidates and the distances of v to them, both [K, ...]
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def floor_ceil(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Two candidates and the distances to them, in [0, 1 - 1e-5]; both [2, ...] for v [...]."""
+    """floor(v) and ceil(v), and the distances to them in [0, 1 - 1e-5]; both [2, ...]."""
     candidates = torch.stack((v.floor(), v.ceil())).detach()  # [2, ...]
     return candidates, (v - candidates).abs().clamp(max=1 - 1e-5)
 
 
 def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Three candidates round(v) + {-1, 0, 1} and the distances, in [0, 1.5]; both [3, ...]."""
+    """round(v) + {-1, 0, 1}, and the distances to them in [0, 1.5]; both [3, ...]."""
     nearest = v.round().detach()
     candidates = torch.stack((nearest - 1, nearest, nearest + 1))  # [3, ...]
     return candidates, (v - candidates).abs()
 
 
 def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> Tensor:
-    """Weights over the first axis: softmax((logits / tau + Gumbel noise) / tau), [K, ...].
+    """Weights softmax((logits / tau + Gumbel noise) / tau) over the first axis, [K, ...].
 
-    tau scales the logits and relaxes the sample (arXiv 2006.04240). For K = 2 one logistic draw,
-    the difference of two Gumbel draws, and one sigmoid are the same.
+    tau scales the logits and relaxes the sample (arXiv 2006.04240). For K = 2 one sigmoid of one
+    logistic draw gives the same: a logistic draw is the difference of two Gumbel draws.
     """
     tau = max(tau, TAU_MIN)
     if len(logits) == 2:
@@ -53,22 +53,22 @@ def sample_candidates(
     generator: Generator | None,
     **params: Any,
 ) -> Tensor:
-    """v [...] rounded by a draw: candidates weighted by `gumbel_softmax` of their scores.
+    """The relaxed rounding of v, any shape: a sum of candidates, weighted by `gumbel_softmax`.
 
     Args:
-        score: distances, and `params`, to logits.
+        score: maps distances and `params` to logits.
     """
     return CandidateSample.apply(v, candidates, partial(score, **params), tau, generator)
 
 
 class CandidateSample(torch.autograd.Function):
-    """The sum of candidates weighted by `gumbel_softmax`, and its derivative, in one go.
+    """The weighted sum of candidates; the forward pass computes its derivative too.
 
-    Each element is independent of the others. So one derivative for each is all that the backward
-    pass needs, and on a CPU the latents of a large picture are worked on a few at a time.
+    The elements of v are independent. So the backward pass needs only one derivative for each
+    element, and a CPU can process the elements chunk by chunk.
     """
 
-    ELEMENTS = 2**17  # at a time, on a CPU
+    CHUNK = 2**17  # elements that a CPU processes at a time
 
     @staticmethod
     def forward(
@@ -79,10 +79,10 @@ class CandidateSample(torch.autograd.Function):
         tau: float,
         generator: Generator | None,
     ) -> Tensor:
-        """v_hat, shaped as v."""
+        """The relaxed rounding v_hat, shaped as v."""
         flat = _in_memory_order(v)
         v_hat, derivative = torch.empty_like(flat), torch.empty_like(flat)
-        count = CandidateSample.ELEMENTS if v.device.type == "cpu" else max(len(flat), 1)
+        count = CandidateSample.CHUNK if v.device.type == "cpu" else max(len(flat), 1)
         parts = (whole.split(count) for whole in (flat, v_hat, derivative))
         for v_part, v_hat_part, derivative_part in zip(*parts, strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
@@ -93,7 +93,7 @@ class CandidateSample(torch.autograd.Function):
             torch.sum(candidates * weights, dim=0, out=v_hat_part)
             if not ctx.needs_input_grad[0]:
                 continue
-            # The derivative to each logit, which tau divides twice.
+            # The derivative of v_hat to the logits; the factor 1 / tau^2 follows below.
             to_logits = (candidates - v_hat_part).mul_(weights)
             (to_v,) = torch.autograd.grad(logits, v_part, to_logits)
             torch.mul(to_v, max(tau, TAU_MIN) ** -2, out=derivative_part)
@@ -103,13 +103,13 @@ class CandidateSample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient to v, and none to the rest."""
+        """The gradient to v; the other arguments have none."""
         (derivative,) = ctx.saved_tensors
         return grad * _in_memory_order(grad, back=derivative), None, None, None, None
 
 
 def _in_memory_order(v: Tensor, back: Tensor | None = None) -> Tensor:
-    """v, or `back` shaped as v: channels-last [B, C, H, W] to and from a flat view; others too."""
+    """v as a flat tensor in the order of its memory; with `back`, flat `back` shaped as v again."""
     if v.dim() != 4:
         return v.reshape(-1) if back is None else back.view(v.shape)
     v = v.permute(0, 2, 3, 1)  # [B, H, W, C]

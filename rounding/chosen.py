@@ -1,4 +1,4 @@
-"""The rounding that a config, or a caller, chooses: a method with all that it needs."""
+"""A rounding method with its settings, from a config or from arguments."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from schemas.refine import RefineConfig
 class Rounding:
     """A method with its hyper-parameters and its temperature schedule, ready to be called.
 
-    overridden: the method's own values of hyper-parameters for which a published key has another.
+    overridden: the method's own default of each hyper-parameter that a published key replaced.
     """
 
     method: str
@@ -29,24 +29,26 @@ class Rounding:
 
     @property
     def name(self) -> str:
-        """The method as a reader names it, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
+        """The method's full name, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
         return self.method if self.logits is None else f"{self.method}/{self.logits}"
 
     def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
-        """Relaxed rounding of centred latents v, any shape, at temperature tau."""
+        """The relaxed rounding of centred latents v, any shape, at temperature tau in [0, 1]."""
         return self.sample(v, tau, generator, **self.params)
 
     def at(self, step: float, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
-        """The rounding of one optimisation step, as `models.rd_pass` takes it: v -> v_hat."""
+        """The rounding v -> v_hat at one step of the schedule, as `Problem.relaxed` takes it."""
         return partial(self, tau=self.temperature(step), generator=generator)
 
 
 def build_rounding(
     method: str, logits: str | None = None, *, temperature: Temperature, **params: Any
 ) -> Rounding:
-    """A rounding by its JSON names, with `params` as its hyper-parameters.
+    """The rounding with these JSON names.
 
-    `temperature` holds unless the method has a schedule of its own (sga, danneal).
+    Args:
+        temperature: ignored by methods with a schedule of their own (sga, danneal).
+        params: hyper-parameters; the method's defaults fill in the others.
 
     Raises:
         InputError: see `find_method` and `bind_params`.
@@ -67,8 +69,8 @@ def _with_params(
 def rounding_from_config(config: RefineConfig) -> Rounding:
     """The one rounding that a refinement config switches on.
 
-    Published hyper-parameters (scale_factor, 3c_power, ...) stand in every published JSON and
-    reach the methods that have them; those in `rounding_params` must all be the method's own.
+    Every published JSON has the published hyper-parameters (scale_factor, 3c_power, ...), so a
+    method ignores those that it does not have. It must have all those of `rounding_params`.
 
     Raises:
         InputError: an unknown method, function or temperature schedule, or a wrong hyper-parameter.

@@ -1,4 +1,4 @@
-"""Random draws shaped as a tensor, from the generator that is given."""
+"""Random tensors, drawn from a given generator; None is torch's global generator."""
 
 import torch
 from torch import Generator, Tensor
@@ -17,7 +17,7 @@ def normal_noise(like: Tensor, generator: Generator | None) -> Tensor:
 def open_uniform(like: Tensor, generator: Generator | None) -> Tensor:
     """Independent uniform draws from (0, 1), neither 0 nor 1, shaped as `like`.
 
-    Their logarithms replace torch's own exponential draws, which take six times as long.
+    Minus their logarithm is an exponential draw; torch's own takes six times as long.
     """
     epsilon = torch.finfo(like.dtype).eps
     return torch.empty_like(like).uniform_(epsilon / 4, 1 - epsilon / 2, generator=generator)

@@ -1,4 +1,4 @@
-"""The registry of roundings: every method under its JSON names, with its hyper-parameters."""
+"""The registry of rounding methods, by their JSON names, with their hyper-parameters."""
 
 import inspect
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from rounding.temperature import Temperature
 
 @dataclass(frozen=True)
 class Method:
-    """One registered rounding.
+    """One registered rounding method.
 
-    sample: (v, tau, generator, **hyper-parameters) to v_hat.
-    score, candidates: of a draw among candidates; else None.
-    temperature: the method's own, which replaces the config's.
-    defaults: of its hyper-parameters; `inspect.Parameter.empty` for one without a default.
-    kinds: types of its hyper-parameters, with ranges where they are annotated.
+    sample: maps (v, tau, generator, **hyper_parameters) to v_hat.
+    score, candidates: the two functions of a draw among candidates; None for other methods.
+    temperature: the method's own schedule, which replaces the config's; None if it has none.
+    defaults: each hyper-parameter's default, `inspect.Parameter.empty` if it has none.
+    kinds: each hyper-parameter's type, with its range if that is annotated.
     """
 
     sample: Callable[..., Tensor]
@@ -48,12 +48,12 @@ def rounding_method(
     Args:
         name: the flag in `improving_methods`.
         logits: the name in `sga_logits_params.logits`, for families of several functions.
-        candidates: `floor_ceil` or `nearest_three`; the decorated function is then a score.
-        temperature: a schedule of the method's own; without it the config's holds.
+        candidates: `floor_ceil` or `nearest_three`, if the decorated function is a score.
+        temperature: the method's own schedule; by default the config's is used.
 
-    The function's keyword-only arguments are its hyper-parameters. Their defaults hold where the
-    config has no value. Their annotations say which values are taken; without one, a default that
-    is a number asks for a number.
+    The function's keyword-only arguments are its hyper-parameters. Their defaults are used if the
+    config has no value. Their annotations define the allowed values. Without an annotation, a
+    number as default allows numbers only.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,9 +62,9 @@ def rounding_method(
         else:
             sample, score = partial(sample_candidates, candidates, function), function
         parameters = inspect.signature(function).parameters.values()
-        own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-        defaults = {key: p.default for key, p in own.items()}
-        kinds = {key: _kind_of(p) for key, p in own.items()}
+        hyper = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        defaults = {key: p.default for key, p in hyper.items()}
+        kinds = {key: _kind_of(p) for key, p in hyper.items()}
         METHODS[name, logits] = Method(sample, score, candidates, temperature, defaults, kinds)
         return function
 
@@ -78,10 +78,10 @@ def _kind_of(parameter: inspect.Parameter) -> Any:
 
 
 def find_method(method: str, logits: str | None = None) -> Method:
-    """The registered method of these JSON names.
+    """The registered method with these JSON names.
 
     Raises:
-        InputError: no such method, or no such function in its family; names what there is.
+        InputError: no such method, or no such function in its family; lists the registered names.
     """
     families = {name for name, function in METHODS if function is not None}
     if method in families:
@@ -107,19 +107,19 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, Any]:
     """The method's hyper-parameters: its defaults, overridden by `params`.
 
-    JSON names (`3c_power`, `3c_factor`) and the functions' own (`power`, `factor`) both count.
+    `params` may have JSON names (`3c_power`, `3c_factor`) or Python names (`power`, `factor`).
 
     Raises:
-        InputError: a hyper-parameter the method does not have, one without a default is missing,
-            or one of the wrong type or out of range.
+        InputError: the method does not have a hyper-parameter; one without a default is missing;
+            or a value has the wrong type or is out of range.
     """
-    given = {PYTHON_NAMES.get(key, key): value for key, value in params.items()}
-    if len(given) < len(params):
+    by_python_name = {PYTHON_NAMES.get(key, key): value for key, value in params.items()}
+    if len(by_python_name) < len(params):
         raise InputError(f"{name}: a hyper-parameter is given with and without its 3c_ prefix")
     has = ", ".join(sorted(method.defaults)) or "none"
-    for key in given.keys() - method.defaults.keys():
+    for key in by_python_name.keys() - method.defaults.keys():
         raise InputError(f"{name} has no hyper-parameter {key!r}; it has {has}")
-    bound = {**method.defaults, **given}
+    bound = {**method.defaults, **by_python_name}
     for key, value in bound.items():
         if value is inspect.Parameter.empty:
             raise InputError(
@@ -136,10 +136,10 @@ def bind_params(method: Method, name: str, params: dict[str, Any]) -> dict[str, 
 def rounding_logits(
     v: Tensor, method: str, logits: str | None = None, **params: Any
 ) -> tuple[Tensor, Tensor]:
-    """Candidates and their logits at temperature 1, both [..., K], for centred latents v [...].
+    """The candidates and their logits, both [..., K], of centred latents v [...].
 
     Raises:
-        InputError: the method has no candidates, or see `find_method` and `bind_params`.
+        InputError: the method has no candidates; see also `find_method` and `bind_params`.
     """
     found = find_method(method, logits)
     if found.score is None:

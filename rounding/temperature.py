@@ -1,11 +1,11 @@
-"""Temperatures: schedules by their JSON names, and what a method is annealed with."""
+"""Temperature schedules by their JSON names, and the temperature of a method over the steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.errors import InputError
 
-# (step, rate, ub, steps) -> tau, before it is clipped
+# (step, rate, ub, steps) -> tau, not yet clipped
 Schedule = Callable[[float, float, float, int], float]
 
 SCHEDULES: dict[str, Schedule] = {}
@@ -14,8 +14,8 @@ SCHEDULES: dict[str, Schedule] = {}
 def temperature_schedule(name: str) -> Callable[[Schedule], Schedule]:
     """Decorator: register a schedule under its JSON name, a value of `temp_schedule`.
 
-    The function gets the step (0 is the first), `temp_rate`, the upper bound `ub` and the number of
-    steps of the run, and returns a temperature, which is clipped to the bounds afterwards.
+    The function takes the step (0 is the first), `temp_rate`, the upper bound `ub` and the number
+    of steps of the run. It returns a temperature, which `Temperature` clips to the bounds.
     """
 
     def register(schedule: Schedule) -> Schedule:
@@ -26,10 +26,10 @@ def temperature_schedule(name: str) -> Callable[[Schedule], Schedule]:
 
 
 def find_schedule(name: str) -> Schedule:
-    """The registered schedule of this name.
+    """The registered schedule with this name.
 
     Raises:
-        InputError: no such schedule; names what there is.
+        InputError: no such schedule; lists the registered names.
     """
     if name not in SCHEDULES:
         known = ", ".join(sorted(SCHEDULES))
@@ -39,7 +39,9 @@ def find_schedule(name: str) -> Schedule:
 
 @dataclass(frozen=True)
 class Temperature:
-    """tau(t), annealed by a registered schedule and clipped to [lb, ub].
+    """The temperature tau at each step: a registered schedule, clipped to [lb, ub].
+
+    rate, steps: arguments of the schedule, see `temperature_schedule`.
 
     Raises:
         InputError: no such schedule.
@@ -55,6 +57,6 @@ class Temperature:
         find_schedule(self.schedule)
 
     def __call__(self, step: float) -> float:
-        """The temperature of optimisation step `step` (0 is the first)."""
+        """The temperature at step `step` (0 is the first); may lie between two steps."""
         tau = find_schedule(self.schedule)(step, self.rate, self.ub, self.steps)
         return min(max(tau, self.lb), self.ub)

@@ -60,9 +60,9 @@ def test_a_batch_is_refined_as_its_images_are(model, config_values, write_config
         for row, expected in zip(ours.rows, alone.rows, strict=True):
             for metric in ("relaxed_loss", "true_loss", "true_psnr"):
                 assert row[metric] == pytest.approx(expected[metric], rel=1e-3)
-        for label, picture in alone.pictures.items():
-            assert ours.pictures[label].shape == picture.shape
-            assert (ours.pictures[label] - picture).abs().mean() < 1e-3
+        for label, picture in alone.reconstructions.items():
+            assert ours.reconstructions[label].shape == picture.shape
+            assert (ours.reconstructions[label] - picture).abs().mean() < 1e-3
 
 
 def test_an_image_that_has_no_finite_loss_leaves_the_others_alone(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import benchmark
-from benchmark import main, summed_up
+from benchmark import main, summarise
 from benchmarks.refinement_loops import plain_round
 from benchmarks.variant import SCHEDULE
 from experimental_inference_methods import build_rounding, gumbel_softmax, rounding_logits
@@ -67,7 +67,7 @@ def test_the_plain_loop_draws_from_the_same_distribution():
 
 def test_medians_and_extremes_of_turns():
     rows = [{"seconds": s, "peak_mb": p, "N": 4} for s, p in ((3.5, 10), (1.0, 40), (2.0, 20))]
-    got = summed_up(rows)
+    got = summarise(rows)
     assert got == {"seconds": 2.0, "fastest": 1.0, "slowest": 3.5, "peak_mb": 20, "N": 4}
 
 
@@ -88,7 +88,7 @@ def test_all_loops_stand_beside_the_plain_ones(
     def in_turns(kind, names, *_):
         assert (kind, list(names)) == (arguments[0], loops)
         turn = {"peak_mb": 5, "N": 8, "size": [64, 64]}
-        return {name: summed_up([turn | {"seconds": place}]) for place, name in enumerate(names, 1)}
+        return {name: summarise([turn | {"seconds": place}]) for place, name in enumerate(names, 1)}
 
     monkeypatch.setattr(benchmark, "in_turns", in_turns)
     path = tmp_path / "figures.json"

@@ -111,7 +111,7 @@ def test_gdn_in_bfloat16_keeps_its_type():
 def test_every_form_of_upsampling_is_the_transposed_convolution(monkeypatch, channels, form, size):
     if form == "winograd":
         monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 7)
-        monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
+        monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PIXELS", 1)
         monkeypatch.setattr("fast.winograd.WINOGRAD_TILES", 3)
     torch.manual_seed(0)
     weight, bias = torch.randn(*channels, 5, 5), torch.randn(channels[1])
@@ -133,7 +133,7 @@ def test_every_form_of_upsampling_is_the_transposed_convolution(monkeypatch, cha
 def test_upsampling_may_be_followed_by_a_layer_that_works_in_place(monkeypatch):
     """h_s has LeakyReLU(inplace=True) after it."""
     monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 4)
-    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PIXELS", 1)
     for channels in (3, 8):  # directly, and Winograd's form with a cropped result
         kernel = UpsamplingKernel(torch.randn(8, channels, 5, 5), torch.randn(channels), Pool())
         x = torch.randn(1, 8, 3, 5, requires_grad=True)
@@ -187,7 +187,7 @@ def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size,
 @pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: "-".join(filter(None, k)))
 @pytest.mark.parametrize("tau", [1.0, 0.4])
 def test_the_one_derivative_kept_is_the_numerical_one(monkeypatch, key, tau):
-    monkeypatch.setattr("rounding.candidates.CandidateSample.ELEMENTS", 5)
+    monkeypatch.setattr("rounding.candidates.CandidateSample.CHUNK", 5)
     rounding = build_rounding(*key, temperature=Temperature(0.0, 1.0))
     v = torch.tensor([-2.3, -1.1, -0.6, 0.1, 0.35, 0.8, 1.7, 2.45], dtype=torch.float64)
     v = v.reshape(1, 2, 2, 2).requires_grad_()
@@ -253,7 +253,7 @@ def test_winograds_form_within_a_frozen_model(monkeypatch, precision, tile):
     """In float32 near CompressAI's; in bfloat16, where it does not serve, roughly so."""
     torch.manual_seed(0)
     monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_CHANNELS", 8)
-    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PLACES", 1)
+    monkeypatch.setattr("fast.upsampling.FEWEST_WINOGRAD_PIXELS", 1)
     stock = build_model(Channels(N=8, M=8))
     stock.network.eval()
     frozen = freeze(copy.deepcopy(stock))

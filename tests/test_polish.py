@@ -58,21 +58,21 @@ def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
     def any_moves(here, *_):
         return torch.randint(-1, 2, here.y.shape, generator=random).to(here.y.dtype)
 
-    monkeypatch.setattr(polishing, "_drawn_moves", any_moves)
+    monkeypatch.setattr(polishing, "_draw_moves", any_moves)
     polished = polish(problem_of(model, x), latents, Pace(0, 5))
     assert _true_loss(model, x, polished) <= before * (1 + 1e-6)
 
 
 def _record_of_moves(monkeypatch, model, x, passes, **settings):
     """What each pass knew, (point, rate_of, curvature), the moves it drew, and the result."""
-    passed, draw = [], polishing._drawn_moves
+    passed, draw = [], polishing._draw_moves
 
     def noted(here, rate_of, curvature, temperature, generator):
         moves = draw(here, rate_of, curvature, temperature, generator)
         passed.append((here, rate_of, curvature, moves))
         return moves
 
-    monkeypatch.setattr(polishing, "_drawn_moves", noted)
+    monkeypatch.setattr(polishing, "_draw_moves", noted)
     for name, value in settings.items():
         monkeypatch.setattr(polishing, name, value)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def test_the_temperature_of_moves_falls_by_equal_ratios(model, x, monkeypatch):
         seen.append(temperature)
         return torch.zeros_like(here.y)
 
-    monkeypatch.setattr(polishing, "_drawn_moves", no_moves)
+    monkeypatch.setattr(polishing, "_draw_moves", no_moves)
     polish(problem_of(model, x), model.analyze(x), Pace(0, 9))
     # from half a bit to a fiftieth, where a tenth pass would be
     assert [*seen, 0.02] == pytest.approx(np.geomspace(0.5, 0.02, 10).tolist())
@@ -176,7 +176,7 @@ def test_moves_are_drawn_by_their_change(temperature):
     wide = [v[None, :, None, None].expand_as(y) for v in (gradient, curvature)]
     here = polishing.Point(y, rate_of(y), wide[0], None, None)
     generator = torch.Generator().manual_seed(0)
-    moves = polishing._drawn_moves(here, rate_of, wide[1], temperature, generator)
+    moves = polishing._draw_moves(here, rate_of, wide[1], temperature, generator)
     assert moves.abs().sum(1).max() == 1
     changes = np.concatenate([
         [0.0], (rate_up + gradient + curvature).numpy(), (rate_down - gradient + curvature).numpy()

@@ -178,7 +178,7 @@ def test_pictures_do_not_change_the_result(model, config_values, write_config):
     overrides = ["dev_options.save_final=true"]
     _, pictured = _refine_photo(model, overrides, config_values, write_config)
     assert pictured.rows == plain.rows
-    assert {"base", "refined", "step_0001", "step_0008"} == set(pictured.pictures)
+    assert {"base", "refined", "step_0001", "step_0008"} == set(pictured.reconstructions)
 
 
 def test_the_temperature_schedule_of_the_json_is_the_one_that_runs(config_values, write_config):

@@ -281,4 +281,4 @@ def test_pictures_are_kept_only_where_they_are_wanted(model, config_values, writ
             write_config(config_values), RefineConfig, [f"dev_options.save_final={wanted}"]
         )
         (result,) = refined(problem_of(model, x), config, [0])
-        assert result.pictures.keys() == labels
+        assert result.reconstructions.keys() == labels

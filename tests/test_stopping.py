@@ -42,7 +42,7 @@ def test_the_schedule_ends_with_the_time(seconds, steps, slower):
     clock = Clock()
     pace = Pace(0, 500, seconds, clock=clock)
     positions = []
-    while not pace.over:
+    while not pace.at_end:
         positions.append(pace.position)
         halfway = slower if pace.elapsed > seconds / 2 else 1
         clock.now += 0.3 if pace.steps_taken == 0 else 0.1 * halfway
@@ -61,7 +61,7 @@ def test_the_schedule_ends_with_the_time(seconds, steps, slower):
 def test_without_a_time_limit_each_step_stands_at_its_number():
     pace = Pace(3, 9)
     positions = []
-    while not pace.over:
+    while not pace.at_end:
         positions.append(pace.position)
         pace.advance()
     assert positions == [3, 4, 5, 6, 7, 8]
@@ -224,7 +224,7 @@ def test_too_short_a_time_is_all_for_the_steps(timed_refine):
 def test_a_slow_first_step_is_no_measure_of_the_others():
     clock = Clock()
     pace = Pace(0, 500, 10, clock=clock)
-    while not pace.over:
+    while not pace.at_end:
         clock.now += 0.1 if pace.steps_taken else 3.0
         pace.advance()
     assert pace.steps_taken == pytest.approx(71, abs=2)
@@ -235,7 +235,7 @@ def test_what_comes_after_the_schedule_has_its_share_of_the_time():
     for least, end in ((15, 8), (30, 10)):
         clock = Clock()
         pace = Pace(0, 500, 10, 0.2, least, clock)
-        while not pace.over:
+        while not pace.at_end:
             clock.now += 0.1
             pace.advance()
         assert pace.elapsed == pytest.approx(end, abs=0.3)

@@ -91,7 +91,7 @@ def test_the_bound_is_the_configs_or_a_part_of_the_machines(monkeypatch):
         monkeypatch.setenv(name, str(value))
     assert memory_bound(8, 8, None, device).limit == alone / 2
     size = (1600, 1600)
-    more = memory_bound(8, 8, 3.5, device, vectors=200).needed(size)
+    more = memory_bound(8, 8, 3.5, device, extra_vectors=200).needed(size)
     assert more - memory_bound(8, 8, 3.5, device).needed(size) == 200 * 4 * 8 * 100 * 100
 
 
