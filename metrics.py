@@ -4,7 +4,7 @@ Sums over rows run in float64, so that the reported digits do not depend on how 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -150,7 +150,7 @@ def _apart(unit: str, anchor: Sequence[float], test: Sequence[float]) -> str:
     return f"curves do not overlap: {ranges}"
 
 
-def _delta(function, anchor: Curve, test: Curve, method: str) -> float:
+def _delta(function: Callable[..., float], anchor: Curve, test: Curve, method: str) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a small overlap, which callers say themselves
         return float(function(*anchor, *test, method, require_matching_points=False))

@@ -73,6 +73,8 @@ class CoderScales(nn.Module):
     The gradient is that of the scales before. Maps a tensor of any shape.
     """
 
+    scale_table: Tensor
+
     def __init__(self, lower_bound: nn.Module, scale_table: Tensor):
         super().__init__()
         self.lower_bound = lower_bound

@@ -12,6 +12,7 @@ from common.processes import processes_here
 from fast.tiles import HALO, STRIDE
 
 TILES = (256, 128, 64, 32, 16)  # sides of tiles, positions of y
+PER_ACTIVATION, PER_PIXEL = 9, 150  # bytes: a pixel of g_s per channel N, and one of the image
 
 
 class MemoryBound(NamedTuple):
@@ -27,17 +28,14 @@ class MemoryBound(NamedTuple):
     base: float
     per_latent: float = 160
 
-    # Bytes: a pixel of g_s per channel N, and a pixel of the image.
-    PER_ACTIVATION, PER_PIXEL = 9, 150
-
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
         """Bytes that refining so many images of H, W takes, whole or in tiles."""
         pixels = images * size[0] * size[1]
-        kept = pixels * (self.PER_PIXEL + self.per_latent * self.M / STRIDE**2)
+        kept = pixels * (PER_PIXEL + self.per_latent * self.M / STRIDE**2)
         seen = pixels
         if tile is not None:
             seen = min(pixels, images * (STRIDE * (tile + 2 * HALO)) ** 2)
-        return self.base + kept + seen * self.PER_ACTIVATION * self.N
+        return self.base + kept + seen * PER_ACTIVATION * self.N
 
     def images(self, size: tuple[int, int]) -> int:
         """How many whole images of H, W fit together, 1 at least."""

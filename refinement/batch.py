@@ -32,19 +32,20 @@ class Trajectory:
 
     rows: of each evaluated step, `step`, `temperature`, `lmbda`, and the metrics of `metrics_of` as
     `relaxed_*` and `true_*`. clock: this image's share of the seconds at which each row was there.
-    base and best are rows; base_latents and latents are what belongs to them. pictures: by label,
-    x_hat [1, 3, H, W], kept only with `keeps_pictures`. stopped: why the loss was not finite.
-    settled: whether early stopping ended it.
+    base and best are rows; base_latents and latents are what belongs to them. They are empty before
+    the first row, and all but base where that one's loss is not finite. pictures: by label, x_hat
+    [1, 3, H, W], kept only with `keeps_pictures`. stopped: why the loss was not finite. settled:
+    whether early stopping ended it.
     """
 
     lmbda: float
     keeps_pictures: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
-    base: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    latents: Latents | None = None
-    base_latents: Latents | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    latents: Latents = field(default_factory=dict)
+    base_latents: Latents = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
     settled: bool = False
@@ -75,7 +76,7 @@ class Trajectory:
             self.latents = {name: v.detach().clone() for name, v in latents.items()}
             if self.keeps_pictures:
                 self.pictures["refined"] = x_hat.clone()
-        if self.base is None:
+        if not self.base:
             self.base, self.base_latents = row, self.latents
 
     def keep_picture(self, label: str, x_hat: Tensor) -> None:
@@ -89,7 +90,7 @@ class Trajectory:
         Raises:
             ImageError: no step had a finite loss.
         """
-        if self.latents is None:
+        if not self.latents:
             raise ImageError("its loss is not finite even before refinement")
         return self.latents
 

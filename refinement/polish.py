@@ -169,14 +169,10 @@ def polish_batch(
     left = [index for index, one in enumerate(trajectories) if not one.stopped]
     for nth, index in enumerate(left):
         own, trajectory = problems[index], trajectories[index]
-        seconds = None
-        if config.max_seconds:
-            seconds = _share_of_time(config.max_seconds * len(problems), pace, len(problems),
-                                     len(left) - nth)  # fmt: skip
-            if seconds < LEAST_POLISH * pace.step_seconds / len(
-                problems
-            ):  # of a step of the whole batch
-                break
+        seconds = _share_of_time(config.max_seconds, pace, len(problems), len(left) - nth)
+        shortest = LEAST_POLISH * pace.step_seconds / len(problems)  # of a step of the whole batch
+        if seconds is not None and seconds < shortest:
+            break
         passes = Pace(0, config.polish_passes, seconds)
         generator = noise.of_image(index)
         lowest = fmean(trajectories[index].lowest for index in left)
@@ -185,7 +181,7 @@ def polish_batch(
             loss = lowest - gain.mean() / problem.pixels / len(left)
             progress(loss, loss)  # nothing is relaxed any more
 
-        latents = polish(own, trajectory.latents, passes, generator, on_pass)
+        latents = polish(own, trajectory.finite_latents(), passes, generator, on_pass)
         (metrics,), x_hat = metrics_of(own.true(latents), own.x)
         step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
@@ -193,12 +189,17 @@ def polish_batch(
         trajectory.add(row, latents, x_hat, trajectory.clock[-1] + passes.elapsed)
 
 
-def _share_of_time(limit: float, pace: Pace, images: int, waiting: int) -> float:
-    """Seconds of an image's polish, its evaluation at the end not counted.
+def _share_of_time(
+    max_seconds: float | None, pace: Pace, images: int, waiting: int
+) -> float | None:
+    """Seconds of an image's polish, its evaluation at the end not counted; None without a limit.
 
     Args:
-        limit: seconds of the whole batch; pace.seconds is less by two evaluations of all images.
+        max_seconds: of an image; pace.seconds, of them all, is less by two evaluations of each.
         images: in the batch; waiting: those that are still to be polished.
     """
+    if not max_seconds or pace.seconds is None:
+        return None
+    limit = max_seconds * images
     evaluation = (limit - pace.seconds) / (2 * images)
     return (limit - pace.elapsed) / waiting - evaluation

@@ -152,8 +152,9 @@ class Run:
             log.warning("%s: not sent to the tracker: %s", name, reason_of(error))
         if stopped := result.trajectory.stopped:
             log.warning("%s: stopped, %s; kept step %d", name, stopped, record["best_step"])
-        if result.target and not result.target["met"]:
-            words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
+        target = self.config.target
+        if target and result.target and not result.target["met"]:
+            words = [target.in_words(result.target[key]) for key in ("wanted", "got")]
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  cost.seconds)  # fmt: skip
@@ -163,7 +164,7 @@ class Run:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
         if self.config.dev_options.save_final:
             pictures = {label: x_hat[0] for label, x_hat in result.trajectory.pictures.items()}
-            for label, x in {"original": image.x, **pictures}.items():
+            for label, x in {"original": image.pixels(), **pictures}.items():
                 save_picture(self._file("reconstructions", name) / f"{label}.png", x)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
@@ -172,17 +173,17 @@ class Run:
         write_whole(
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
-        if result.coded is not None:
+        if (coded := result.coded) is not None:
             write_whole(
                 self._file("bitstreams", name, SUFFIX),
-                lambda file: file.write_bytes(result.coded.bitstream),
+                lambda file: file.write_bytes(coded.bitstream),
             )
 
     def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
-        trajectory = result.trajectory
+        trajectory, x = result.trajectory, image.pixels()
         files = result.coded.measures if result.coded else {}
         return {
-            "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
+            "name": image.name, "width": x.size(2), "height": x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
             "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
