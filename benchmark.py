@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {"refine": time_refinement, "training": time_training, "loader": time_loaders,
              "codec": time_codec}  # fmt: skip
     chosen = parts if arguments.command == "all" else {arguments.command: parts[arguments.command]}
-    results = {"machine": machine_facts(torch.device("cpu")), "cores": os.cpu_count()}
+    results: dict[str, Any] = {
+        "machine": machine_facts(torch.device("cpu")),
+        "cores": os.cpu_count(),
+    }
     for number, (name, run) in enumerate(chosen.items()):
         print("\n" * bool(number), end="")
         results[name] = run(arguments)
@@ -220,7 +223,8 @@ def measure(arguments: argparse.Namespace) -> int:
                          "multiples of 64")  # fmt: skip
     else:
         x = x.expand(arguments.images, -1, -1, -1).contiguous()
-    watch, times = Stopwatch(torch.device("cpu")), []
+    times: list[float] = []
+    watch = Stopwatch(torch.device("cpu"))
     step = variant.make_step(model, x)
     while len(times) < 4 or (sum(times) < 3 and len(times) < 30):
         start = time.perf_counter()

@@ -106,18 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     existing = [job.target for job in jobs if (folder / job.target).exists()]
     if existing and not arguments.overwrite:
         raise InputError(f"{folder / existing[0]} is there already: see --overwrite")
+    act: Callable[[], int]
     with named_checkpoint():
-        if arguments.command == "decompress":
-            act = partial(decompress_file, build_coder(load_checkpoint(arguments.checkpoint)))
-        elif arguments.refine is None:
-            act = partial(compress_image, build_coder(load_checkpoint(arguments.checkpoint)))
+        if arguments.command == "compress":
+            act = partial(compress_images, jobs, chosen_compressor(arguments), folder)
         else:
-            act = refining_compressor(arguments.refine, arguments.checkpoint, arguments.lmbda)
+            coder = build_coder(load_checkpoint(arguments.checkpoint))
+            act = partial(for_each, jobs, partial(decompress_file, coder, folder))
     # Fail now, not after the first image, if the folder cannot be written to.
     write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()
-    if arguments.command == "compress":
-        return compress_images(jobs, act, folder)
-    return for_each(jobs, partial(act, folder))
+    return act()
 
 
 @contextmanager
@@ -237,12 +235,11 @@ def compress_images(jobs: Sequence[Job], compressor: Compressor, folder: Path) -
 
     def compress(job: Job) -> None:
         image = ImageFiles(find_images(job.source))[0]
-        if image.x is None:
-            raise InputError(image.error)
+        x = image.pixels()
         data, row = compressor(image)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
-        print(line(label_of(job.target), f"{image.x.size(2)}x{image.x.size(1)}", row))
+        print(line(label_of(job.target), f"{x.size(2)}x{x.size(1)}", row))
         for note in image.notes:
             print(f"{printable(str(job.source))}: {note}", file=sys.stderr)
 
@@ -256,9 +253,20 @@ def compress_images(jobs: Sequence[Job], compressor: Compressor, folder: Path) -
     return exit_code
 
 
+def chosen_compressor(arguments: argparse.Namespace) -> Compressor:
+    """What compresses an image, after refinement or without it.
+
+    Raises:
+        InputError: see `refining_compressor`.
+    """
+    if arguments.refine is not None:
+        return refining_compressor(arguments.refine, arguments.checkpoint, arguments.lmbda)
+    return partial(compress_image, build_coder(load_checkpoint(arguments.checkpoint)))
+
+
 def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
     """The file of an image's unrefined latents; see `compress_picture`."""
-    return compress_picture(coder, image.x[None])
+    return compress_picture(coder, image.pixels()[None])
 
 
 def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
@@ -271,7 +279,7 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
     Raises:
         BitstreamError: see `encode_latents`.
     """
-    start, tile = time.perf_counter(), coding_tile(x.shape[2:])
+    start, tile = time.perf_counter(), coding_tile((x.size(2), x.size(3)))
     problem = Problem(coder.model, x, RateDistortion(0.0), tile)
     latents = coder.model.analyze(x)
     data = encode_latents(coder, coder.model.symbols(latents, problem.size), problem.size)
@@ -314,10 +322,10 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
         with Progress(image.name, steps + config.polish_passes, config.print_freq) as progress:
             result = refiner.refine_image(image, progress)
         coded = time.perf_counter()
-        decode_picture(refiner.coder, result.coded.bitstream)
+        decode_picture(refiner.file_coder, result.file.bitstream)
         times = {"coding": coded - start, "decoding": time.perf_counter() - coded}
         estimate = {"estimate": result.trajectory.best["true_bpp"]}
-        return result.coded.bitstream, {**result.coded.measures["refined"], **estimate, **times}
+        return result.file.bitstream, {**result.file.measures["refined"], **estimate, **times}
 
     return compress
 

@@ -20,7 +20,14 @@ from pydantic import BaseModel, ValidationError
 from common.command_line import script_parser
 from common.errors import InputError
 from common.files import user_path
-from schemas.base import Channels, ModelOfLambda, Positive, Section, channels_of_lambda
+from schemas.base import (
+    Channels,
+    ModelOfLambda,
+    Positive,
+    ScriptConfig,
+    Section,
+    channels_of_lambda,
+)
 from schemas.compare import CompareConfig, ComparedMethod, ComparedModel, folder_name
 from schemas.pretrain import LearningRate, PretrainConfig
 from schemas.refine import (
@@ -60,6 +67,7 @@ __all__ = [
 ]
 
 Schema = TypeVar("Schema", bound=BaseModel)
+OfScript = TypeVar("OfScript", bound=ScriptConfig)
 
 
 def load_config(
@@ -115,11 +123,11 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 
 def parse_command_line(
-    schema: type[Schema],
+    schema: type[OfScript],
     docstring: str,
     argv: Sequence[str] | None = None,
     flags: dict[str, str] | None = None,
-) -> Schema:
+) -> OfScript:
     """The checked config of `--config JSON [--images PATH] [--set key.sub=value ...]`.
 
     Args:
@@ -145,7 +153,7 @@ def parse_command_line(
 
 
 def _config_parser(
-    schema: type[Schema], docstring: str, flags: dict[str, str]
+    schema: type[BaseModel], docstring: str, flags: dict[str, str]
 ) -> argparse.ArgumentParser:
     parser = script_parser(docstring)
     own = "your own images, a folder or a file, instead of the config's"
@@ -179,7 +187,7 @@ def _config_parser(
     return parser
 
 
-def _overrides_for_images(schema: type[Schema], images: str, config: str) -> list[str]:
+def _overrides_for_images(schema: type[ScriptConfig], images: str, config: str) -> list[str]:
     """What `--images` stands for, as `--set` would say it."""
     if not Path(images).exists():
         raise InputError(f"--images {images}: no such file or folder")

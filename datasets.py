@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def clic_tfrecords(data_dir: str | None = None) -> TfrecordIndex:
         index = index_files(files, None)
     except OSError as error:
         raise InputError(f"{key}: {error.filename}: {error.strerror}") from None
-    return index._replace(resized=(True,) * len(files))
+    return replace(index, resized=(True,) * len(files))
 
 
 # --- the command line ----------------------------------------------------------------------------

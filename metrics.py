@@ -4,7 +4,7 @@ Sums over rows run in float64, so that the reported digits do not depend on how 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -156,7 +156,7 @@ def _no_overlap(unit: str, anchor: Sequence[float], test: Sequence[float]) -> st
     return f"curves do not overlap: {ranges}"
 
 
-def _delta(function, anchor: Curve, test: Curve, method: str) -> float:
+def _delta(function: Callable[..., float], anchor: Curve, test: Curve, method: str) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # callers report a small overlap themselves
         return float(function(*anchor, *test, method, require_matching_points=False))

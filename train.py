@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
     test_images = open_test_images(config)
+    left_out = test_images.passed_over if test_images is not None else ""
     if config.test:
         run = open_training_run(config, ranks)
-        run.mention_passed_over("path_test_data", test_images.passed_over)
+        run.mention_passed_over("path_test_data", left_out)
         model = run.model_to_test().to(device)
         return run.report_test(validate(model, test_images, config.train_lambda, ranks))
 
@@ -70,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
     )
     run.announce(state.step, model, data, device)
-    if test_images is not None:
-        run.mention_passed_over("path_test_data", test_images.passed_over)
+    run.mention_passed_over("path_test_data", left_out)
 
     window, due = Window(ranks, config.batch_size), False
     # Closed on every way out: its workers do not end by SIGTERM.

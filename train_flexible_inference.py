@@ -18,7 +18,7 @@ from itertools import count, groupby, islice
 from typing import Any
 
 from common.errors import InputError, exits_with_one_line
-from config import RefineConfig, parse_command_line
+from config import RefineConfig, Target, parse_command_line
 
 # isort: split
 import torch
@@ -166,6 +166,17 @@ class Refiner:
     config: RefineConfig
     bound: MemoryBound
 
+    @property
+    def file_coder(self) -> Coder:
+        """The coder, where files are wanted.
+
+        Raises:
+            ValueError: none are.
+        """
+        if self.coder is None:
+            raise ValueError("the config asks for no files: there is no coder")
+        return self.coder
+
     def most_at_once(self, size: tuple[int, int]) -> int:
         """How many images of size (H, W) are refined together."""
         return min(self.config.images_at_once, self.bound.images(size))
@@ -188,15 +199,9 @@ class Refiner:
         done = []
         with self._named_failures(batch):
             problem = self._problem_of(batch)
-            if self.config.target is None:
-                names = [image.name for image in batch]
-                outcomes = refine(problem, self.rounding, self.config, names, progress)
-                targets = [None] * len(outcomes)
-            else:
-                outcome, target = self._refine_to_target(problem, batch[0].name, progress)
-                outcomes, targets = [outcome], [target]
-            for image, image_problem, *outcome in zip(
-                batch, problem.images(), outcomes, targets, strict=True
+            outcomes = self._outcomes_of(problem, [image.name for image in batch], progress)
+            for image, image_problem, outcome in zip(
+                batch, problem.images(), outcomes, strict=True
             ):
                 try:
                     done.append((image, result_of(image_problem, *outcome, self.coder)))
@@ -218,9 +223,7 @@ class Refiner:
         return result
 
     def _problem_of(self, batch: Sequence[LoadedImage]) -> Problem:
-        if batch[0].x is None:
-            raise ImageError(batch[0].error)
-        x = torch.stack([image.x for image in batch]).to(self.model.device)  # [B, 3, H, W]
+        x = torch.stack([image.pixels() for image in batch]).to(self.model.device)  # [B, 3, H, W]
         release_memory(self.model.network)
         return Problem(
             self.model,
@@ -230,8 +233,19 @@ class Refiner:
             getattr(torch, self.config.precision),
         )
 
+    def _outcomes_of(
+        self, problem: Problem, names: Sequence[str], progress: Progress
+    ) -> Sequence[tuple[Trajectory, dict[str, Any] | None]]:
+        """Each image's trajectory, and what its record says of the target, where there is one."""
+        if self.config.target is not None:
+            return [self._refine_to_target(self.config.target, problem, names[0], progress)]
+        return [
+            (trajectory, None)
+            for trajectory in refine(problem, self.rounding, self.config, names, progress)
+        ]
+
     def _refine_to_target(
-        self, problem: Problem, name: str, progress: Progress
+        self, target: Target, problem: Problem, name: str, progress: Progress
     ) -> tuple[Trajectory, dict[str, Any]]:
         config = self.config
 
@@ -241,9 +255,9 @@ class Refiner:
             (trajectory,) = refine(problem_at, self.rounding, config, [name], progress, start)
             return trajectory
 
-        search = LambdaSearch(config.target, config.lmbda, config.train_lambda)
+        search = LambdaSearch(target, config.lmbda, config.train_lambda)
         steps = config.tot_inference_iterations
-        return refine_to_target(problem, self.coder, search, steps, refine_at, progress.note)
+        return refine_to_target(problem, self.file_coder, search, steps, refine_at, progress.note)
 
     @contextmanager
     def _named_failures(self, batch: Sequence[LoadedImage]) -> Iterator[None]:
@@ -279,7 +293,7 @@ def equal_sized(
     """
 
     def shape(image: LoadedImage) -> tuple[int, int] | None:
-        return None if image.x is None else tuple(image.x.shape[1:])
+        return None if image.x is None else (image.x.size(1), image.x.size(2))
 
     for size, equal in groupby(images, shape):
         while batch := list(islice(equal, 1 if size is None else most(size))):
@@ -321,8 +335,9 @@ def refine(
         losses = relaxed.loss.detach()  # [B]
         objective = weight * relaxed.loss.sum()
         objective.backward()
-        for v in latents.values():  # LBFGS needs contiguous gradients, not channels-last
-            v.grad = v.grad.contiguous() if config.optimizer.name == "LBFGS" else v.grad
+        for v in latents.values() if config.optimizer.name == "LBFGS" else ():
+            if v.grad is not None:
+                v.grad = v.grad.contiguous()  # LBFGS needs contiguous gradients, not channels-last
         return objective
 
     for step in count(int(pace.position)):
@@ -330,7 +345,7 @@ def refine(
         if pace.at_end or recorder.ended:
             break
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # a loss may be a tensor
         pace.advance()
         progress(*recorder.progress_of(losses))
     if config.polish_passes:

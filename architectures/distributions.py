@@ -72,6 +72,8 @@ class CoderScales(nn.Module):
     the table unchanged (straight-through).
     """
 
+    scale_table: Tensor
+
     def __init__(self, lower_bound: nn.Module, scale_table: Tensor):
         super().__init__()
         self.lower_bound = lower_bound

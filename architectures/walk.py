@@ -23,7 +23,9 @@ Latents = dict[str, Tensor]  # by name: y [B, M, h, w], z [B, N, h', w'] and the
 class Distribution(Protocol):
     """The distribution of a group's values, as rates and the entropy coder need it."""
 
-    coder: EntropyModel
+    @property
+    def coder(self) -> EntropyModel:
+        """What turns symbols into bytes and back."""
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
         """p(v_hat) of each symbol, shaped as v_hat, in [1e-9, 1], in float32 or float64."""

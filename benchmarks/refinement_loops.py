@@ -49,7 +49,10 @@ def plain_round(v: Tensor, tau: float) -> Tensor:
     u = (0.98 * (v.unsqueeze(-1) - candidates).abs() / 1.5).clamp(1e-6, 1 - 1e-6)
     p = torch.sigmoid(-1.4 * torch.logit(u)).clamp_min(1e-6)
     logits = 1.4 * p.log()
-    sampler = torch.distributions.RelaxedOneHotCategorical(tau, logits=logits / tau)
+    sampler = torch.distributions.RelaxedOneHotCategorical(
+        tau,  # type: ignore[arg-type]  # a number will do
+        logits=logits / tau,
+    )
     return (sampler.rsample() * candidates).sum(dim=-1)
 
 

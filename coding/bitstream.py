@@ -2,31 +2,35 @@
 
 import struct
 import zlib
-from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from common.errors import InputError
 from common.limits import MAX_PIXELS
 
 MAGIC, VERSION, SUFFIX = b"OLC", 1, ".olc"
-# name, type as in Python's struct (little-endian), meaning
-HEADER = (
-    ("magic", "3s", "OLC"),
-    ("version", "B", "of this layout: 1"),
-    ("height", "I", "of the picture, pixels"),
-    ("width", "I", "of the picture, pixels"),
-    ("N", "H", "channels of z"),
-    ("M", "H", "channels of y"),
-    ("weights", "4s", "start of the weights' SHA-256"),
-    ("tables", "I", "CRC-32 of the coders' tables, see `build_coder`"),
-    ("z_bytes", "I", "length of the string of z, which follows the header"),
-    ("exception_bytes", "H", "length of the index exceptions, which follow it; y's string is last"),
-    ("symbols", "I", "CRC-32 of height, width, z and y, little-endian int32, row by row"),
-    ("file", "I", "CRC-32 of the whole file, with zeros for this field"),
+
+
+class Header(NamedTuple):
+    """What a file begins with; each field has its type as in Python's struct (little-endian)."""
+
+    magic: Annotated[bytes, "3s"]  # OLC
+    version: Annotated[int, "B"]  # of this layout: 1
+    height: Annotated[int, "I"]  # of the picture, pixels
+    width: Annotated[int, "I"]  # of the picture, pixels
+    N: Annotated[int, "H"]  # channels of z
+    M: Annotated[int, "H"]  # channels of y
+    weights: Annotated[bytes, "4s"]  # start of the weights' SHA-256
+    tables: Annotated[int, "I"]  # CRC-32 of the coders' tables, see `build_coder`
+    z_bytes: Annotated[int, "I"]  # length of the string of z, which follows the header
+    exception_bytes: Annotated[int, "H"]  # length of the index exceptions; y's string is last
+    symbols: Annotated[int, "I"]  # CRC-32 of height, width, z and y, little-endian int32, by row
+    file: Annotated[int, "I"]  # CRC-32 of the whole file, with zeros for this field
+
+
+LAYOUT = struct.Struct(
+    "<" + "".join(kind.__metadata__[0] for kind in Header.__annotations__.values())
 )
-LAYOUT = struct.Struct("<" + "".join(code for _, code, _ in HEADER))
-Header = namedtuple("Header", [name for name, _, _ in HEADER])
 
 
 class BitstreamError(InputError):

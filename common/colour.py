@@ -70,6 +70,7 @@ def _to_srgb_from(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.Imag
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether the colours of a grid are what sRGB's are: there are dozens of sRGB profiles."""
+    grid: np.ndarray
     if mode == "L":
         grid = np.arange(256, dtype=np.uint8)[None]  # [1, 256]
     elif mode == "RGB":

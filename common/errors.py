@@ -1,11 +1,11 @@
 """Errors that a user causes, and how a script ends with one line for them."""
 
 import functools
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from common.files import printable
 
@@ -23,7 +23,7 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         # Names may hold what the console's encoding has no letters for.
-        with suppress(AttributeError):
+        if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)

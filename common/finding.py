@@ -114,7 +114,8 @@ class _Search:
         self._suffixes: dict[str, set[str]] = {}
         self._met: set[tuple[int, int]] = set()
         # Linked folders last: a folder goes by its own name, not by a link's.
-        self._folders, self._linked = deque([root]), deque()
+        self._folders = deque([root])
+        self._linked: deque[Path] = deque()
         while self._folders or self._linked:
             self._search((self._folders or self._linked).popleft())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import RandomResizedCrop
 
+from common.errors import InputError
 from common.files import printable, write_whole
 from common.finding import Found
 from common.pictures import Picture, read_picture
@@ -28,6 +29,16 @@ class LoadedImage(NamedTuple):
     x: Tensor | None
     notes: tuple[str, ...] = ()
     error: str | None = None
+
+    def pixels(self) -> Tensor:
+        """x.
+
+        Raises:
+            InputError: the file cannot be read; says why.
+        """
+        if self.x is None:
+            raise InputError(self.error)
+        return self.x
 
 
 class Images(Protocol):

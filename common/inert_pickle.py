@@ -26,7 +26,7 @@ class Inert(dict):
     It keeps the items of a dictionary's subclass, for weights may be among them.
     """
 
-    __hash__ = object.__hash__  # objects serve as keys and in sets
+    __hash__ = object.__hash__  # type: ignore[assignment]  # dict has none; these serve as keys
     __eq__ = object.__eq__
 
     def __init__(self, name: str):
@@ -41,7 +41,15 @@ class Inert(dict):
     extend = add = append
 
 
-def _plain_tensor(storage, offset, size, stride, requires_grad, hooks, *metadata) -> Tensor:
+def _plain_tensor(
+    storage: torch.TypedStorage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+    hooks: object,
+    *metadata: object,
+) -> Tensor:
     return torch._utils._rebuild_tensor_v2(
         storage, offset, size, stride, False, OrderedDict(), *metadata
     )
@@ -72,6 +80,9 @@ class Unpickler(pickle._Unpickler):
     """The standard library's reader with every step that looks up, calls or sets state replaced."""
 
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
+    # The base class sets both; the stubs do not have them.
+    stack: list[Any]
+    append: Callable[[object], None]
 
     def find_class(self, module: str, name: str) -> Inert | type:
         """An inert stand-in; nothing is imported. torch knows untyped storages by identity."""

@@ -81,7 +81,7 @@ def _decoded(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] =
     """The picture in a file's bytes; `profile` stands for one that was taken out of them."""
     found, deep = list(notes), decode_tiff(data) if is_tiff(data) else None
     if deep is None:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         if image.format == "JPEG2000":
             image, scaled = decode_jpeg2000(image, data)
             found += scaled
@@ -90,7 +90,8 @@ def _decoded(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] =
         found += scaled
     refuse_too_large(*image.size)
     kind = image.format
-    layout = str(image.tile[0].args) if getattr(image, "tile", None) else ""
+    tiles = getattr(image, "tile", None)
+    layout = str(tiles[0].args) if tiles else ""
     if _has_more_frames(image):
         found.append(FIRST_FRAME)
     orientation = _orientation(image)
@@ -157,7 +158,7 @@ def _apart(
         key = image.info.get("transparency")
         if shallow and isinstance(key, tuple):  # of 16 bits, where the pixels have 8 by now
             image.info["transparency"] = tuple(value >> 8 for value in key)
-        elif layout in ("L;2", "L;4"):  # of 2 or 4 bits, where the pixels have 8
+        elif isinstance(key, int) and layout in ("L;2", "L;4"):  # of so few bits, not of 8
             image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[layout]
         rgba = image.convert("RGBA")
         colours = rgba.convert("RGB") if mode not in ("1", "L", "LA", "La") else rgba.getchannel(0)

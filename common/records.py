@@ -154,4 +154,5 @@ def result_file(folder: Path, kind: str, name: str, suffix: str = "") -> Path:
 
 def rate_of(side: Record) -> float:
     """Bits per pixel of a side's file or, where no file was written, the estimate."""
-    return side.get("file_bpp", side["bpp"])
+    estimate: float = side["bpp"]
+    return side.get("file_bpp", estimate)

@@ -21,7 +21,7 @@ INK_SET, DOT_RANGE, SUBSAMPLING, REFERENCE, DNG_VERSION = 332, 336, 530, 532, 50
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 # Samples of a colour, Pillow's mode for them in 8 bits.
-COLOURS = {
+COLOURS: dict[int, tuple[int, str]] = {
     PHOTOMETRIC.MINISWHITE: (1, "L"),
     PHOTOMETRIC.MINISBLACK: (1, "L"),
     PHOTOMETRIC.RGB: (3, "RGB"),
@@ -32,7 +32,7 @@ COLOURS = {
 }
 # The compressions that Pillow's libtiff always has; the others are tifffile's.
 PILLOW_UNPACKS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
-KINDS = {
+KINDS: dict[int, str] = {
     SAMPLEFORMAT.INT: "signed",
     SAMPLEFORMAT.IEEEFP: "floating-point",
     SAMPLEFORMAT.COMPLEXINT: "complex",
@@ -62,7 +62,7 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if not len(file.pages):
             raise ValueError("truncated or damaged: a TIFF without a page")
-        page = file.pages[0]
+        page = file.pages.first
         if not page.imagewidth * page.imagelength:
             raise ValueError("truncated or damaged: a TIFF without a picture")
         refuse_too_large(page.imagewidth, page.imagelength)
@@ -147,7 +147,7 @@ def _samples(page: tifffile.TiffPage) -> np.ndarray:
 
 def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image, tuple[str, ...]]:
     """The 8-bit picture of samples [H, W, S], and what was done to them."""
-    bits, photometric = _bits(page), page.photometric
+    bits, photometric = _bits(page), PHOTOMETRIC(page.photometric)
     if photometric not in COLOURS:
         raise ValueError(f"{photometric.name} that Pillow does not read; {REMEDY}")
     if photometric == PHOTOMETRIC.CIELAB and samples.shape[2] == 1:
@@ -158,12 +158,14 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
     if colour.shape[2] < count:
         raise ValueError(f"{samples.shape[2]} samples a pixel, not {photometric.name}'s {count}")
     kinds = _extra_kinds(page, extra.shape[2])
-    notes = () if bits == 8 else (f"{bits} bits scaled to 8",)
+    notes: tuple[str, ...] = () if bits == 8 else (f"{bits} bits scaled to 8",)
     known = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
     alpha = next((i for i, kind in enumerate(kinds) if kind in known), None)
     if len(kinds) > (alpha is not None):
         notes += ("channels without a stated meaning left out",)
     if photometric == PHOTOMETRIC.PALETTE:
+        if page.colormap is None:
+            raise ValueError("truncated or damaged: a TIFF without its palette")
         colour, bits = page.colormap[:, colour[:, :, 0]].transpose(1, 2, 0), 16
     elif photometric == PHOTOMETRIC.MINISWHITE:
         colour = 2**bits - 1 - colour

@@ -165,16 +165,18 @@ def find_state_dict(checkpoint: object, source: str, module: str) -> dict[str, T
     if not networks:
         return _other_weights(checkpoint, tables, source)
     weights = _choose(networks, source)
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if isinstance(value, Inert):
             raise _refusal(source, f"{name} is no tensor, but of {value.name}; {SAVE_ALONE}")
-    return weights
+        tensors[name] = value
+    return tensors
 
 
 def _dictionaries_in(checkpoint: object) -> Iterator[Table]:
     """Every dictionary and the keys that lead to it, the outer ones first; optimizers unopened."""
     seen = set()  # a dictionary can be saved twice, or inside itself
-    queue = deque([((), checkpoint)])
+    queue: deque[tuple[tuple[str, ...], object]] = deque([((), checkpoint)])
     while queue:
         place, value = queue.popleft()
         if id(value) in seen or not isinstance(value, dict | list | tuple):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fast.autograd import Context
 from fast.gdn import normalise, normalise_backward
 from fast.layout import interleave, phases_of, rows_in, rows_of_image
 from fast.upsampling import UpsamplingKernel
@@ -19,17 +20,23 @@ from metrics import squared_error
 STRIP_BYTES = 2**22  # size of the rows that `ToPicture` processes at a time on a CPU
 
 
-class FrozenDecoder(nn.Sequential):
+class FrozenDecoder(nn.Module):
     """g_s with fixed weights: any layers, then `ToPicture`."""
+
+    def __init__(self, *layers: nn.Module, to_picture: "ToPicture"):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.to_picture = to_picture
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        """See `ToPicture.forward`; y_hat [B, M, h, w]."""
+        return self.to_picture(self.layers(y_hat))
 
     def squared_error(
         self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor]:
         """See `ToPicture.squared_error`; y_hat [B, M, h, w], x [B, 3, H, W]."""
-        *layers, to_picture = self
-        for layer in layers:
-            y_hat = layer(y_hat)
-        return to_picture.squared_error(y_hat, x, corner)
+        return self.to_picture.squared_error(self.layers(y_hat), x, corner)
 
 
 class ToPicture(nn.Module):
@@ -44,6 +51,12 @@ class ToPicture(nn.Module):
     upsampling: the first layer. beta [C], gamma [C, C]: the weights of the GDN, see `gdn`. weight
     [C, C', 5, 5], bias [C']: the weights of the last layer.
     """
+
+    beta: Tensor
+    gamma: Tensor
+    weight: Tensor
+    phases: Tensor
+    phases_bias: Tensor
 
     def __init__(
         self,
@@ -132,7 +145,9 @@ class ToPicture(nn.Module):
 
 class _SquaredError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v: Tensor, target: Tensor, corner, stage: ToPicture) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Context, v: Tensor, target: Tensor, corner: tuple[int, int], stage: ToPicture
+    ) -> tuple[Tensor, Tensor]:
         x, picture = stage._begin(v)
         weight, gamma = stage.weight.to(x.dtype), stage.gamma.to(x.dtype)
         for image, first, last, factor in stage._strips(x, picture):
@@ -158,7 +173,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _: Tensor):
+    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place: autograd raises an error if a second pass reads a changed tensor.
         return gradient.mul_((2 * grad).to(gradient.dtype)[:, None, None, None]), None, None, None

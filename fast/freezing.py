@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.compressai import GDN, EntropyBottleneck
+from common.compressai import GDN, CompressionModel, EntropyBottleneck
 from fast.decoder import FrozenDecoder, ToPicture
 from fast.gdn import gdn
 from fast.pool import Pool
@@ -26,6 +26,9 @@ class FastGDN(GDN):
 
 class FrozenGDN(nn.Module):
     """CompressAI's GDN with fixed weights, re-parametrised once, computed by `gdn`."""
+
+    beta: Tensor
+    gamma: Tensor
 
     def __init__(self, layer: GDN, pool: Pool | None = None):
         super().__init__()
@@ -68,7 +71,7 @@ class FrozenBottleneck(nn.Module):
         return logits
 
 
-def use_fast_layers(network: nn.Module) -> None:
+def use_fast_layers(network: CompressionModel) -> None:
     """Prepare g_a and g_s for training, in place: `FastGDN`, channels-last memory."""
     for part in (network.g_a, network.g_s):
         for index, layer in enumerate(part):
@@ -77,12 +80,12 @@ def use_fast_layers(network: nn.Module) -> None:
     network.train().to(memory_format=torch.channels_last)
 
 
-def is_frozen(network: nn.Module) -> bool:
+def is_frozen(network: CompressionModel) -> bool:
     """Whether `freeze_layers` has changed this network."""
     return isinstance(network.g_s, FrozenDecoder)
 
 
-def freeze_layers(network: nn.Module) -> None:
+def freeze_layers(network: CompressionModel) -> None:
     """Prepare a network for refinement, in place: its weights become constants.
 
     Sets eval mode, weights without gradients, channels-last memory and the layers of this folder.
@@ -105,10 +108,10 @@ def freeze_layers(network: nn.Module) -> None:
                 part[index] = UpsamplingKernel.of(layer, None if part is network.h_s else pool)
     *layers, before, normalisation, last = network.g_s
     to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
-    network.g_s = FrozenDecoder(*layers, to_picture)
+    network.g_s = FrozenDecoder(*layers, to_picture=to_picture)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def release_memory(network: nn.Module) -> None:
+def release_memory(network: CompressionModel) -> None:
     """Free the unused memory that a frozen network keeps for images of the last size."""
-    network.g_s[-1].upsampling.pool.clear()
+    network.g_s.to_picture.upsampling.pool.clear()

@@ -4,12 +4,14 @@ Nothing is approximated: results differ from CompressAI's by float rounding only
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast.autograd import Context
 from fast.layout import as_column, rows_in
 from fast.pool import Pool
 
@@ -33,9 +35,16 @@ def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None
     return _GDN.apply(x, beta, gamma, inverse, pool)
 
 
+class _Context(Context, Protocol):
+    inverse: bool
+    pool: Pool | None
+
+
 class _GDN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None
+    ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         beta, gamma = beta.to(x.dtype), gamma.to(x.dtype)
         out = torch.empty_like(x) if pool is None else pool.empty(x, *x.shape)
@@ -56,19 +65,21 @@ class _GDN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(
+        ctx: _Context, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, factor, gamma = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         # With a pool: autograd raises an error if a second pass reads the overwritten factor.
         grad_x = torch.empty_like(x) if ctx.pool is None else factor
-        weights = (None, None)
+        weights = None
         if any(ctx.needs_input_grad[1:3]):
             # A sum over chunks in bfloat16 would lose most of them.
             full = torch.promote_types(gamma.dtype, torch.float32)
             weights = gamma.new_zeros(len(gamma), dtype=full), torch.zeros_like(gamma, dtype=full)
         kept = rows_in(x), rows_in(factor)
         normalise_backward(kept, rows_in(grad), rows_in(grad_x), gamma, ctx.inverse, weights)
-        return grad_x, *weights, None, None
+        return grad_x, *(weights or (None, None)), None, None
 
 
 def normalise(
@@ -90,7 +101,7 @@ def normalise_backward(
     grad_x: Tensor,
     gamma: Tensor,
     inverse: bool,
-    grad_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    grad_weights: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the gradient to pixels x into `grad_x`, which may be one of the tensors in `kept`.
 
@@ -101,7 +112,6 @@ def normalise_backward(
     """
     x, factor = kept
     to_norm = None  # twice the gradient to the norm
-    grad_beta, grad_gamma = grad_weights
     from_norm = gamma.t().contiguous()
     for x_part, factor_part, grad_part, out in _chunks(x, factor, grad, grad_x):
         to_norm = torch.mul(grad_part, x_part, out=_like(to_norm, x_part))
@@ -110,7 +120,8 @@ def normalise_backward(
         else:
             to_norm.mul_(factor_part).mul_(factor_part).mul_(factor_part).neg_()
         to_x = mix_channels(to_norm, from_norm)
-        if grad_beta is not None:
+        if grad_weights is not None:
+            grad_beta, grad_gamma = grad_weights
             grad_beta.add_(to_norm.sum(0), alpha=0.5)
             grad_gamma.add_(to_norm.t() @ x_part.square(), alpha=0.5)
         torch.addcmul(to_x.mul_(x_part), grad_part, factor_part, out=out)

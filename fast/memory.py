@@ -12,6 +12,8 @@ from common.processes import processes_here
 from fast.tiles import HALO, STRIDE
 
 TILES = (256, 128, 64, 32, 16)  # sides, in positions of y
+# Bytes for each pixel: for each of the N channels inside g_s, and for the image.
+PER_ACTIVATION, PER_PIXEL = 9, 150
 
 
 class MemoryBound(NamedTuple):
@@ -28,17 +30,14 @@ class MemoryBound(NamedTuple):
     base: float
     per_latent: float = 160
 
-    # Bytes for each pixel: for each of the N channels inside g_s, and for the image.
-    PER_ACTIVATION, PER_PIXEL = 9, 150
-
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
         """Bytes to refine this many images of size (H, W), whole or in tiles of side `tile`."""
         pixels = images * size[0] * size[1]
-        kept = pixels * (self.PER_PIXEL + self.per_latent * self.M / STRIDE**2)
+        kept = pixels * (PER_PIXEL + self.per_latent * self.M / STRIDE**2)
         seen = pixels
         if tile is not None:
             seen = min(pixels, images * (STRIDE * (tile + 2 * HALO)) ** 2)
-        return self.base + kept + seen * self.PER_ACTIVATION * self.N
+        return self.base + kept + seen * PER_ACTIVATION * self.N
 
     def images(self, size: tuple[int, int]) -> int:
         """How many whole images of size (H, W) fit together, at least 1."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast.autograd import Context
+
 ENCODER_TILE = 16  # side, in positions of y
 STRIDE = 16  # pixels of x for each position of y, in each direction
 # Four 5x5 layers, each at twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 < 2 positions of y.
@@ -19,6 +21,10 @@ HALO = 2
 # A decoder works on whole images up to this many pixels, else on tiles of 64 positions of y
 # (1024x1024 pixels). This depends only on the image's size, so all decoders do the same.
 WHOLE_PIXELS, CODING_TILE = 2**20, 64
+
+
+# See `Architecture.squared_error`.
+ErrorOf = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 
 class Tile(NamedTuple):
@@ -43,14 +49,15 @@ def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
     """Tiles of at most side x side positions that cover a y of size (height, width)."""
     starts = [(top, left) for top in range(0, size[0], side) for left in range(0, size[1], side)]
     for corner in starts:
-        core = tuple(
+        rows, columns = (
             slice(start, min(start + side, end)) for start, end in zip(corner, size, strict=True)
         )
-        window = tuple(
-            slice(max(part.start - HALO, 0), min(part.stop + HALO, end))
-            for part, end in zip(core, size, strict=True)
-        )
-        yield Tile(core, window)
+        window = _with_halo(rows, size[0]), _with_halo(columns, size[1])
+        yield Tile((rows, columns), window)
+
+
+def _with_halo(part: slice, end: int) -> slice:
+    return slice(max(part.start - HALO, 0), min(part.stop + HALO, end))
 
 
 def coding_tile(size: tuple[int, int]) -> int | None:
@@ -74,6 +81,9 @@ def in_tiles(
         network: g_a, for v = x [B, 3, 16 h, 16 w], or g_s, for v = y [B, M, h, w].
         side: the side of a tile, in positions of y.
         unit, out_unit: how many rows of v, and of the result, make one position of y.
+
+    Raises:
+        ValueError: v has no position of y.
     """
     height, width = v.size(2) // unit, v.size(3) // unit
     out = None
@@ -84,11 +94,13 @@ def in_tiles(
             out = torch.empty(shape, dtype=part.dtype, device=part.device,
                               memory_format=torch.channels_last)  # fmt: skip
         cut(out, tile.core, out_unit).copy_(part)
+    if out is None:
+        raise ValueError(f"no position of y in {tuple(v.shape)}")
     return out
 
 
 def tiled_error(
-    error_of: Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]],
+    error_of: ErrorOf,
     y_hat: Tensor,
     x: Tensor,
     side: int,
@@ -111,17 +123,19 @@ def tiled_error(
 
 class _TiledError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_hat: Tensor, x: Tensor, error_of, side: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Context, y_hat: Tensor, x: Tensor, error_of: ErrorOf, side: int
+    ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(y_hat) if needed else None
         x_hat = torch.empty_like(x)
         total = x.new_zeros(len(x), dtype=torch.float64)
-        for tile in tiles_of(y_hat.shape[2:], side):
+        for tile in tiles_of((y_hat.size(2), y_hat.size(3)), side):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
                 error, decoded = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
-                if needed:
+                if gradient is not None:
                     (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
                     cut(gradient, tile.window, 1).add_(to_y_part)
             x_hat_part.copy_(decoded.detach())
@@ -132,6 +146,6 @@ class _TiledError(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, to_total: Tensor, _: Tensor):
+    def backward(ctx: Context, to_total: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * to_total.to(gradient.dtype)[:, None, None, None], None, None, None

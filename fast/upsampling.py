@@ -1,13 +1,14 @@
 """Transposed convolution with fixed weights, the decoder's upsampling; see `UpsamplingKernel`."""
 
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fast.autograd import Context
 from fast.pool import Pool
 from fast.winograd import Winograd
 
@@ -34,6 +35,9 @@ class UpsamplingKernel(nn.Module):
 
     On a CPU, with many channels and a pool, it uses Winograd's minimal filtering (see `Winograd`).
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, pool: Pool | None = None):
         super().__init__()
@@ -74,14 +78,19 @@ class UpsamplingKernel(nn.Module):
     @cached_property
     def winograd(self) -> Winograd:
         """Winograd's form, built on first use: it is six times as large as the kernel."""
-        return Winograd(self.weight, self.pool)
+        return Winograd(self.weight, self.pool or Pool())
+
+
+class _Context(Context, Protocol):
+    kernel: UpsamplingKernel
+    dtype: torch.dtype
 
 
 class _Upsample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: UpsamplingKernel) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, kernel: UpsamplingKernel) -> Tensor:
         ctx.kernel, ctx.dtype = kernel, x.dtype
-        if kernel.has_winograd(*x.shape[2:], x):
+        if kernel.has_winograd(x.size(2), x.size(3), x):
             return kernel.winograd.upsample(x, kernel.bias)
         return F.conv_transpose2d(
             x, kernel.weight, kernel.bias, stride=2, padding=2, output_padding=1
@@ -89,5 +98,5 @@ class _Upsample(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.kernel.gradient(grad).to(ctx.dtype), None

@@ -107,7 +107,8 @@ def train_step(
     terms = network(x)
     # The two losses have no parameter in common, so one backward serves both optimizers.
     (terms["loss"] + terms["aux_loss"]).backward()
-    if not get_total_norm([p.grad for p in network.parameters()]).isfinite():
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if not get_total_norm(gradients).isfinite():
         return None
     for group in state.optimizer.param_groups:
         group["lr"] = lr

@@ -9,8 +9,9 @@ import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ LENGTH_BYTES, HEAD_BYTES, FRAME_BYTES = 8, 12, 16
 INDEX_NAME = ".record_index.npz"
 
 
-class TfrecordIndex(NamedTuple):
+@dataclass(frozen=True)
+class TfrecordIndex:
     """Where each of the n examples of some tfrecord files lies.
 
     `resized` says of each file whether its crops are random resized ones, as CLIC's are. `damaged`
@@ -122,7 +124,8 @@ def index_files(files: Sequence[Path], cache: Path | None) -> TfrecordIndex:
 def _index_of(files: Sequence[Path], places: np.ndarray, damaged: dict[str, str]) -> TfrecordIndex:
     """places: int64 [n, 3], each example's file, offset and length."""
     names = tuple(str(file) for file in files)
-    return TfrecordIndex(names, (False,) * len(names), *places.astype(np.int64).T, damaged)
+    file, offset, length = places.astype(np.int64).T
+    return TfrecordIndex(names, (False,) * len(names), file, offset, length, damaged)
 
 
 def stamp_of(files: Iterable[tuple[str, Path]]) -> str:

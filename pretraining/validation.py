@@ -52,7 +52,7 @@ def measure(
         (image,) = images.load([name])
         if image.x is None:
             return {"name": name, "error": image.error}
-        tile = tested_tile(image.x.shape[1:], bound)
+        tile = tested_tile((image.x.size(1), image.x.size(2)), bound)
         x = image.x[None].to(model.device)  # [1, 3, H, W]
         terms = Problem(model, x, RateDistortion(lmbda), tile).true(model.analyze(x))
         rates = {f"bpp_{latent}": rate.item() for latent, rate in sorted(terms.rates.items())}

@@ -33,7 +33,8 @@ class Trajectory:
     rows: one row for each evaluated step, with `step`, `temperature`, `lmbda`, and the metrics of
     `metrics_of` as `relaxed_*` and `true_*`. clock: for each row, the seconds since the start,
     divided by the number of images in the batch. base, best: the first row, and the row with the
-    lowest true loss; base_latents, latents: the latents of these rows. reconstructions: x_hat
+    lowest true loss; base_latents, latents: the latents of these rows. All four are empty before
+    the first row, and all but base are empty where its loss is not finite. reconstructions: x_hat
     [1, 3, H, W] by label, only with `keeps_reconstructions`. stopped: the step at which the loss
     was not finite, in words, or None. settled: whether early stopping ended the descent.
     """
@@ -42,10 +43,10 @@ class Trajectory:
     keeps_reconstructions: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
-    base: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    latents: Latents | None = None
-    base_latents: Latents | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    latents: Latents = field(default_factory=dict)
+    base_latents: Latents = field(default_factory=dict)
     reconstructions: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
     settled: bool = False
@@ -76,7 +77,7 @@ class Trajectory:
             self.latents = {name: v.detach().clone() for name, v in latents.items()}
             if self.keeps_reconstructions:
                 self.reconstructions["refined"] = x_hat.clone()
-        if self.base is None:
+        if not self.base:
             self.base, self.base_latents = row, self.latents
 
     def keep_reconstruction(self, label: str, x_hat: Tensor) -> None:
@@ -90,7 +91,7 @@ class Trajectory:
         Raises:
             ImageError: no step had a finite loss.
         """
-        if self.latents is None:
+        if not self.latents:
             raise ImageError("its loss is not finite even before refinement")
         return self.latents
 

@@ -89,7 +89,7 @@ class Pace:
     def advance(self) -> None:
         """Move on after a step. The first step is slower than the others, so it is not timed."""
         self.steps_taken += 1
-        stride = 1
+        stride: float = 1
         if self.seconds is not None:
             elapsed, steps_left = self.elapsed, math.inf
             if self.steps_taken == 1:
@@ -97,13 +97,13 @@ class Pace:
             else:
                 others = self.steps_taken - 1
                 self.step_seconds = (elapsed - self._first_step_seconds) / others
-                left = self.seconds - self._reserved_seconds() - elapsed
+                left = self.seconds - self._reserved_of(self.seconds) - elapsed
                 steps_left = round(left / self.step_seconds)
             out_of_time = steps_left <= 1 or elapsed >= self.seconds
             stride = self.last if out_of_time else max(1, (self.last - self.position) / steps_left)
         self.position = min(self.position + stride, self.last)
 
-    def _reserved_seconds(self) -> float:
+    def _reserved_of(self, seconds: float) -> float:
         """The seconds that are kept for the work after this schedule."""
-        reserved = self.reserve * self.seconds
+        reserved = self.reserve * seconds
         return reserved if reserved >= self.least_steps * self.step_seconds else 0.0

@@ -172,13 +172,11 @@ def polish_batch(
     remaining = [index for index, one in enumerate(trajectories) if not one.stopped]
     for polished, index in enumerate(remaining):
         image_problem, trajectory = problems[index], trajectories[index]
-        seconds = None
-        if config.max_seconds:
-            seconds = _share_of_time(config.max_seconds * len(problems), pace, len(problems),
-                                     len(remaining) - polished)  # fmt: skip
-            step_seconds = pace.step_seconds / len(problems)  # a step of the batch moves them all
-            if seconds < LEAST_POLISH * step_seconds:
-                break
+        waiting = len(remaining) - polished
+        seconds = _share_of_time(config.max_seconds, pace, len(problems), waiting)
+        step_seconds = pace.step_seconds / len(problems)  # a step of the batch moves them all
+        if seconds is not None and seconds < LEAST_POLISH * step_seconds:
+            break
         passes = Pace(0, config.polish_passes, seconds)
         generator = noise.of_image(index)
         mean_loss = fmean(trajectories[index].lowest_loss for index in remaining)
@@ -187,7 +185,7 @@ def polish_batch(
             loss = mean_loss - gain.mean() / problem.pixels / len(remaining)
             progress(loss, loss)  # polish has no relaxed loss
 
-        latents = polish(image_problem, trajectory.latents, passes, generator, on_pass)
+        latents = polish(image_problem, trajectory.finite_latents(), passes, generator, on_pass)
         (metrics,), x_hat = metrics_of(image_problem.true(latents), image_problem.x)
         step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
@@ -195,13 +193,18 @@ def polish_batch(
         trajectory.add(row, latents, x_hat, trajectory.clock[-1] + passes.elapsed)
 
 
-def _share_of_time(limit: float, pace: Pace, images: int, waiting: int) -> float:
-    """The seconds for the polish of one image, without its evaluation at the end.
+def _share_of_time(
+    max_seconds: float | None, pace: Pace, images: int, waiting: int
+) -> float | None:
+    """The seconds for the polish of one image, without its evaluation at the end; None: no limit.
 
     Args:
-        limit: the seconds of the whole batch. `pace.seconds` is shorter by the time of two
-            evaluations of the batch.
+        max_seconds: for each image. `pace.seconds`, of the whole batch, is shorter by the time of
+            two evaluations of the batch.
         images: how many images the batch has; waiting: how many are not yet polished.
     """
+    if not max_seconds or pace.seconds is None:
+        return None
+    limit = max_seconds * images
     evaluation = (limit - pace.seconds) / (2 * images)
     return (limit - pace.elapsed) / waiting - evaluation

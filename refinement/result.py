@@ -36,6 +36,17 @@ class Refined:
     coded: Coded | None = None
     target: dict[str, Any] | None = field(default=None)
 
+    @property
+    def file(self) -> Coded:
+        """The image as a file.
+
+        Raises:
+            ValueError: it was refined without a coder.
+        """
+        if self.coded is None:
+            raise ValueError("refined without a coder: there is no file")
+        return self.coded
+
 
 def result_of(
     problem: Problem,
@@ -65,7 +76,8 @@ def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded
     Raises:
         BitstreamError: see `encode_latents`.
     """
-    measures, data = {}, b""
+    measures: dict[str, dict[str, Any]] = {}
+    data = b""
     for label, latents in (("base", trajectory.base_latents), ("refined", trajectory.latents)):
         data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
         x_hat = decode_picture(coder, data)

@@ -154,8 +154,9 @@ class Run:
             log.warning("%s: not sent to the tracker: %s", name, reason_of(error))
         if stopped := result.trajectory.stopped:
             log.warning("%s: stopped, %s; kept step %d", name, stopped, record["best_step"])
-        if result.target and not result.target["met"]:
-            words = [self.config.target.in_words(result.target[key]) for key in ("wanted", "got")]
+        target = self.config.target
+        if target and result.target and not result.target["met"]:
+            words = [target.in_words(result.target[key]) for key in ("wanted", "got")]
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  cost.seconds)  # fmt: skip
@@ -164,7 +165,7 @@ class Run:
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
         if self.config.dev_options.save_final:
-            images = {"original": image.x}
+            images = {"original": image.pixels()}
             for label, x_hat in result.trajectory.reconstructions.items():
                 images[label] = x_hat[0]
             for label, x in images.items():
@@ -176,17 +177,17 @@ class Run:
         write_whole(
             self._file("latents", name, ".npz"), lambda file: np.savez_compressed(file, **arrays)
         )
-        if result.coded is not None:
+        if (coded := result.coded) is not None:
             write_whole(
                 self._file("bitstreams", name, SUFFIX),
-                lambda file: file.write_bytes(result.coded.bitstream),
+                lambda file: file.write_bytes(coded.bitstream),
             )
 
     def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
-        trajectory = result.trajectory
+        trajectory, x = result.trajectory, image.pixels()
         files = result.coded.measures if result.coded else {}
         return {
-            "name": image.name, "width": image.x.size(2), "height": image.x.size(1),
+            "name": image.name, "width": x.size(2), "height": x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
             "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,

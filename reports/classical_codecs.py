@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -17,7 +18,7 @@ from metrics import picture_quality
 from reports.comparison_tables import QUALITIES
 
 # Pillow's name of the format, the option that sets the quality, its values, and other options.
-CODECS = {
+CODECS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any]]] = {
     "JPEG": ("JPEG", "quality", (5, 10, 20, 35, 50, 70, 85), {"optimize": True}),
     "JPEG 2000": ("JPEG2000", "quality_layers", (200, 120, 80, 50, 30, 20, 12),
                   {"quality_mode": "rates"}),

@@ -84,7 +84,9 @@ def write_report(
     text = markdown(table)
     write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
     write_for_compressai(folder, points)
-    names = {model: list(own["image"].unique()) for model, own in shared.groupby("model")}
+    names: dict[str, Sequence[str]] = {
+        model: list(own["image"].unique()) for model, own in shared.groupby("model")
+    }
     plots = all_plots(config, runs, refine_config, images, curves, names)
     pictures = _write_plots(folder, plots)
     page = write_page(folder / "report.html", config, shared, table, bd, pictures)

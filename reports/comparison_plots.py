@@ -6,6 +6,7 @@ others' curves apart from the methods'.
 
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -192,14 +193,15 @@ def plot_details(name: str, details: Sequence[Detail]) -> Figure:
 
 def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
     """Where the bits of y are: in base, with each method, and what the last method changed."""
-    coded = [detail for detail in details if detail.bits is not None]
-    maps: list[tuple[str, Tensor, dict[str, float | str]]] = []
-    highest = max(detail.bits.max().item() for detail in coded) / 256
-    for detail in coded:
-        maps.append((detail.label, detail.bits / 256, {"vmin": 0, "vmax": highest}))
-    change = (coded[-1].bits - coded[0].bits) / 256
+    coded = [(detail.label, detail.bits / 256) for detail in details if detail.bits is not None]
+    maps: list[tuple[str, Tensor, dict[str, Any]]] = []
+    highest = max(bits.max().item() for _, bits in coded)
+    for label, bits in coded:
+        maps.append((label, bits, {"vmin": 0, "vmax": highest}))
+    (base, base_bits), (last, last_bits) = coded[0], coded[-1]
+    change = last_bits - base_bits
     limit = change.abs().max().item() or 1.0
-    maps.append((f"{coded[-1].label} less {coded[0].label}", change,
+    maps.append((f"{last} less {base}", change,
                  {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r"}))  # fmt: skip
     columns = min(len(maps), 3)
     rows = -(-len(maps) // columns)

@@ -30,8 +30,8 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     Args:
         names: the images that count.
     """
-    found = {run: read_records(run.folder / "images.jsonl") for run in runs}
-    found = {run: [one[name] for name in names if name in one] for run, one in found.items()}
+    known = {run: read_records(run.folder / "images.jsonl") for run in runs}
+    found = {run: [one[name] for name in names if name in one] for run, one in known.items()}
     files = all("file_bpp" in record["refined"] for one in found.values() for record in one)
     rows = []
     for run, records in found.items():
@@ -181,14 +181,14 @@ def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 
 
 def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> Record:
-    sides = [Curve(list(side["bpp"]), list(side["psnr"])) for side in (anchor, test)]
+    known, tested = (Curve(list(side["bpp"]), list(side["psnr"])) for side in (anchor, test))
     row: Record = {"points": f"{len(anchor)} and {len(test)}"}
     if len(anchor) and len(test):
-        row["overlap"] = overlap(sides[0].db, sides[1].db) if len(anchor) + len(test) > 2 else 0.0
+        row["overlap"] = overlap(known.db, tested.db) if len(anchor) + len(test) > 2 else 0.0
     try:
         for method in ("akima", "pchip"):
-            row[f"bd_rate_{method}"] = bd_rate(*sides, method)
-            row[f"bd_psnr_{method}"] = bd_psnr(*sides, method)
+            row[f"bd_rate_{method}"] = bd_rate(known, tested, method)
+            row[f"bd_psnr_{method}"] = bd_psnr(known, tested, method)
     except CurvesDoNotCompareError as error:
         row["reason"] = str(error)
     return row

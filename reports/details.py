@@ -42,9 +42,10 @@ def details_of(
     Args:
         runs: of one model. config: of any of them.
     """
-    records = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
+    found = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
+    records = [record for record in found if record]
     (image,) = images.load([name], 0)
-    if image.x is None or not all(records) or image.x[0].numel() > LARGEST_SHOWN:
+    if image.x is None or len(records) < len(runs) or image.x[0].numel() > LARGEST_SHOWN:
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
     model = freeze(load_checkpoint(config.pretrain), config.coder_scales)

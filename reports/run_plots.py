@@ -93,8 +93,9 @@ def plot_rate_distortion(records: Sequence[Record]) -> Figure:
         axis.annotate("", xy=mean["refined"], xytext=mean["base"],
                       arrowprops={"arrowstyle": "->", "lw": 2})  # fmt: skip
         axis.annotate("mean", mean["base"], textcoords="offset points", xytext=(6, 3))
-    axis.scatter(*points["base"].T, color=RELAXED, label="base", zorder=3, s=22)
-    axis.scatter(*points["refined"].T, color=TRUE, label="refined", zorder=3, s=22)
+    for side, color in (("base", RELAXED), ("refined", TRUE)):
+        bpp, db = points[side].T
+        axis.scatter(bpp, db, color=color, label=side, zorder=3, s=22)
     if len(known) <= 12:
         for record, point in zip(known, points["refined"], strict=True):
             axis.annotate(

@@ -83,9 +83,8 @@ def find_method(method: str, logits: str | None = None) -> Method:
     Raises:
         InputError: no such method, or no such function in its family; lists the registered names.
     """
-    families = {name for name, function in METHODS if function is not None}
-    if method in families:
-        known = sorted(function for name, function in METHODS if name == method)
+    known = sorted(function for name, function in METHODS if name == method and function)
+    if known:
         if logits not in known:
             raise InputError(
                 f"dev_options.sga_logits_params.logits = {logits!r}: {method} has "
@@ -142,8 +141,8 @@ def rounding_logits(
         InputError: the method has no candidates; see also `find_method` and `bind_params`.
     """
     found = find_method(method, logits)
-    if found.score is None:
+    if found.score is None or found.candidates is None:
         raise InputError(f"{method} rounds without candidates, so it has no logits")
     candidates, distance = found.candidates(v)  # [K, ...]
-    logits = found.score(distance, **bind_params(found, method, params))
-    return candidates.movedim(0, -1), logits.movedim(0, -1)
+    scores = found.score(distance, **bind_params(found, method, params))
+    return candidates.movedim(0, -1), scores.movedim(0, -1)

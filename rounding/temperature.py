@@ -53,7 +53,7 @@ class Temperature:
     lb: float = 0.0
     steps: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         find_schedule(self.schedule)
 
     def __call__(self, step: float) -> float:

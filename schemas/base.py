@@ -1,6 +1,6 @@
 """What all schemas share: the kinds of their values, and the network that both scripts name."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,15 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class ScriptConfig(Section):
+    """What a script reads with `--config`."""
+
+    @staticmethod
+    def keys_for_images(path: str) -> dict[str, Any]:
+        """What `--images PATH` sets, by dotted key; each script's config says it."""
+        raise NotImplementedError
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from schemas.base import SAVE_NAME, Count, Index, Positive, Section, TorchSeed, UserPath
+from schemas.base import (
+    SAVE_NAME,
+    Count,
+    Index,
+    Positive,
+    ScriptConfig,
+    Section,
+    TorchSeed,
+    UserPath,
+)
 from schemas.refine import DATA_SETS
 
 ShortName = Annotated[str, Field(pattern=r"^\S(.{0,60}\S)?$")]
@@ -62,7 +71,7 @@ class ComparedModel(Section):
 Codec = Literal["JPEG", "JPEG 2000", "WebP", "AVIF"]
 
 
-class CompareConfig(Section):
+class CompareConfig(ScriptConfig):
     """What `compare.py` reads: every method with every model and seed over one image set."""
 
     save_name: str = Field(pattern=SAVE_NAME)

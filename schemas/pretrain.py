@@ -13,6 +13,7 @@ from schemas.base import (
     NonNegative,
     Positive,
     Precision,
+    ScriptConfig,
     Section,
     TorchSeed,
     Tracker,
@@ -53,7 +54,7 @@ class PretrainPaths(Section):
     """Folder of ImageNet's tfrecords, or one such file. "": none, then `train_folder` is needed."""
 
 
-class PretrainConfig(ModelOfLambda):
+class PretrainConfig(ModelOfLambda, ScriptConfig):
     """What `train.py` reads."""
 
     tot_iterations: Count = 2_000_000

@@ -15,6 +15,7 @@ from schemas.base import (
     NonNegative,
     Positive,
     Precision,
+    ScriptConfig,
     Section,
     Tracker,
     UserPath,
@@ -208,7 +209,7 @@ class Target(NamedTuple):
         return f"{value:.4f} bpp" if self.kind == "bpp" else f"{value:.2f} dB"
 
 
-class RefineConfig(ModelOfLambda):
+class RefineConfig(ModelOfLambda, ScriptConfig):
     """What `train_flexible_inference.py` reads."""
 
     cycle_length: Count = 1
