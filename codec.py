@@ -39,7 +39,7 @@ from coding.coder import (
 )
 from common.command_line import script_parser
 from common.device import is_out_of_memory, pick_device
-from common.files import fitting, label_of, printable, user_path, write_whole
+from common.files import label_of, printable, short_enough, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
 from common.images import ImageFiles, LoadedImage, save_picture
 from common.progress import Progress
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"-o {folder}: is a file; a folder is wanted")
     if arguments.command == "compress":
-        jobs = find_jobs(arguments.paths, find_images, lambda name: fitting(name, SUFFIX))
+        jobs = find_jobs(arguments.paths, find_images, lambda name: short_enough(name, SUFFIX))
     else:
         jobs = with_distinct_targets(find_jobs(arguments.paths, find_coded, picture_name))
     existing = [job.target for job in jobs if (folder / job.target).exists()]
@@ -132,7 +132,7 @@ def named_checkpoint() -> Iterator[None]:
 def picture_name(name: str) -> str:
     """The name of a decoded image: a.png for a.png.olc, a.jpg.png for a.jpg.olc."""
     name = name.removesuffix(SUFFIX)
-    return name if name.endswith(".png") else fitting(name, ".png")
+    return name if name.endswith(".png") else short_enough(name, ".png")
 
 
 def find_coded(path: str) -> Found:
@@ -180,7 +180,7 @@ def with_distinct_targets(jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         target = job.target
         while target in used and job.source.name != Path(target).name + SUFFIX:
-            target = fitting(target, ".png")
+            target = short_enough(target, ".png")
         used.add(target)
         distinct.append(job._replace(target=target))
     return distinct

@@ -1,13 +1,13 @@
-"""Refine one image set by several methods, and say which is better and by how much.
+"""Refine one image set by several methods, and report which is better and by how much.
 
 python compare.py --config example_files/compare/recipes_sample.json
 python compare.py --config example_files/compare/recipes_sample.json --images PHOTOS --set images=0
 torchrun --nproc_per_node=2 compare.py --config example_files/compare/recipes_sample.json --quick
 
-Every method of the config meets every model and every seed. What is done is reused, so a stopped
-comparison goes on where it was, and a method can be added later. `--quick` takes a few sample
-photos and short schedules instead. In results/<save_name>/ each run has its folder,
-runs/<method>/<model>/; reports/comparison.py says what lies beside them.
+Each method of the config runs with each model and each seed. Finished images are kept, so a stopped
+comparison can go on, and a method can be added later. `--quick` uses a few sample photos and short
+schedules. Each run has a folder, results/<save_name>/runs/<method>/<model>/. reports/comparison.py
+lists the other files in results/<save_name>/.
 """
 
 import json
@@ -45,7 +45,7 @@ from train_flexible_inference import refine_images, report
 
 
 class PlannedRun(NamedTuple):
-    """One run: a method with a model and a seed, and the config that says so."""
+    """One run of the comparison: a method, a model, a seed, and the config made of them."""
 
     method: str
     model: ComparedModel
@@ -54,35 +54,35 @@ class PlannedRun(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where its results lie."""
+        """The folder of its results."""
         return Path(self.config.output_dir) / self.config.save_name
 
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, then report; exit code 0, 1 where images failed, 2 for bad input."""
+    """Run what is not done, then report; exit code 0, 1 if images failed, 2 for wrong input."""
     flags = {"quick": "a few sample photos and short schedules"}
     config = parse_command_line(CompareConfig, __doc__, argv, flags)
     runs = plan_runs(config)
-    refuse_what_is_missing(config)
+    check_inputs(config)
     ranks = join_ranks()
     forecast = Forecast(runs, ranks.world)
     if ranks.rank == 0:
         print(forecast.in_words(), flush=True)
-    worst = 0
+    exit_code = 0
     for number, run in enumerate(runs, start=1):
         if ranks.rank == 0:
             print(f"\n[{number} of {len(runs)}] {run.folder}", flush=True)
         on_image = partial(forecast.print_time_left, run) if ranks.rank == 0 else lambda cost: None
-        worst = max(worst, report(refine_images(run.config, on_image)))
+        exit_code = max(exit_code, report(refine_images(run.config, on_image)))
     compared = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
     first = runs[0].config
     page = first_rank_does(ranks, lambda: write_report(config, compared, first, open_images(first)))
-    return worst if page else 1
+    return exit_code if page else 1
 
 
-def refuse_what_is_missing(config: CompareConfig) -> None:
-    """Check all that is needed only hours later.
+def check_inputs(config: CompareConfig) -> None:
+    """Check now what the comparison will need only hours later.
 
     Raises:
         InputError: a checkpoint, a published curve or the device is missing or wrong.
@@ -94,7 +94,7 @@ def refuse_what_is_missing(config: CompareConfig) -> None:
 
 
 class Forecast:
-    """How many decoder passes are left to do, and, once an image is done, how long they take."""
+    """The number of decoder passes that are left; after the first image also their time."""
 
     def __init__(self, runs: Sequence[PlannedRun], processes: int):
         self.processes = processes
@@ -108,11 +108,11 @@ class Forecast:
             self.images += left
 
     def in_words(self) -> str:
-        """How much there is to do."""
+        """The work that is left, for a message."""
         return f"{self.images} refinements to do, {self.passes:,} decoder passes"
 
     def print_time_left(self, run: PlannedRun, cost: Cost) -> None:
-        """Print a forecast from what the first image took; of later images do nothing."""
+        """Print the time left, from the cost of the first image; do nothing for later images."""
         if not self.has_printed_time:
             self.has_printed_time = True
             left = (self.passes - passes_of(run.config)) / self.processes
@@ -121,16 +121,16 @@ class Forecast:
 
 
 def passes_of(config: RefineConfig) -> int:
-    """About how often an image goes through the decoder: steps, polish, evaluations."""
+    """About how many decoder passes an image takes: steps, polish and evaluations."""
     steps = config.tot_inference_iterations
     return steps + cost_in_steps(config.polish_passes) + 2 * (steps // config.eval_freq + 2)
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
-    """Every method with every model and seed, checked before anything runs.
+    """The runs of the comparison: each method with each model and seed.
 
     Raises:
-        InputError: a method's config is missing or wrong.
+        InputError: a method's config is missing or wrong, or it has a target.
     """
     runs = []
     combinations = product(config.methods.items(), config.models, config.used_seeds)
@@ -164,16 +164,16 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     return runs
 
 
-def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
-    """What `--quick` changes in a run but its images and seeds: a schedule shrunk to few steps.
+def quick_values(config: CompareConfig, full: RefineConfig) -> dict[str, Any]:
+    """The changes of `--quick` to a run's config, by dotted key: a schedule of few steps.
 
-    The polish counts as steps; it is left out where its probes would take half of them. Where the
-    config sets the temperature by `exp`, it falls over the shorter run as over the long one. A
-    constant learning rate is up to four times as high, or nothing would move.
+    The steps include the polish. It is left out if its probes would take more than half of them.
+    With the schedule `exp` the temperature falls to the same value as in the full run. A constant
+    learning rate is raised, at most four times, for otherwise the latents would hardly move.
     """
-    options, steps = long.dev_options, long.tot_inference_iterations
-    probes = cost_in_steps(long.polish_passes) - long.polish_passes
-    passes = long.polish_passes if config.quick_steps >= 2 * probes else 0
+    options, steps = full.dev_options, full.tot_inference_iterations
+    probes = cost_in_steps(full.polish_passes) - full.polish_passes
+    passes = full.polish_passes if config.quick_steps >= 2 * probes else 0
     left = config.quick_steps - (probes if passes else 0)
     shrink = min(left / (steps + passes), 1)
     values: dict[str, Any] = {
@@ -184,8 +184,8 @@ def quick_values(config: CompareConfig, long: RefineConfig) -> dict[str, Any]:
     }
     if options.temp_schedule == "exp":
         values["dev_options.temp_rate"] = options.temp_rate / shrink
-    if long.optimizer.schedule == "constant" and options.custom_lr is None:
-        values["optimizer.lr"] = long.optimizer.lr * min(1 / shrink, 4)
+    if full.optimizer.schedule == "constant" and options.custom_lr is None:
+        values["optimizer.lr"] = full.optimizer.lr * min(1 / shrink, 4)
     return values
 
 

@@ -1,10 +1,10 @@
-"""JSON configs of the published repository, checked by pydantic, with a few keys of our own.
+"""Read and check JSON configs: those of the published repository, with some keys of our own.
 
-`load_config(path, RefineConfig)` and `load_config(path, PretrainConfig)` return frozen objects
-whose attributes are the JSON's keys. Unknown keys, wrong types, impossible values: one `InputError`
-that names each. The schemas are in `schemas/`; import them, and `InputError`, from here.
+`load_config(path, RefineConfig)` returns a frozen object whose attributes are the JSON's keys. One
+`InputError` names all unknown keys, wrong types and impossible values. The schemas are in
+`schemas/`; import them, and `InputError`, from here.
 
-python config.py > docs/config.md     # the reference of all keys, from the schemas' descriptions
+python config.py > docs/config.md     # write the reference of all keys
 """
 
 import argparse
@@ -76,12 +76,14 @@ def load_config(
     overrides: Sequence[str] = (),
     source: str | None = None,
 ) -> Schema:
-    """Read and check a JSON config; `overrides` are `key.sub=value` strings applied first.
+    """Read and check a JSON config.
 
-    Errors begin with `source`, by default the path and the overrides.
+    Args:
+        overrides: `key.sub=value` strings, applied before the check.
+        source: messages begin with it; None: the path and the overrides.
 
     Raises:
-        InputError: no such file, not JSON, or not what `schema` asks for.
+        InputError: there is no such file, it is not JSON, or it does not follow `schema`.
     """
     values = read_json_object(path)
     for override in overrides:
@@ -99,14 +101,14 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """The one JSON object in a file.
 
     Raises:
-        InputError: no such file, not JSON, a key given twice, or not an object.
+        InputError: there is no such file, it is not JSON or no object, or a key occurs twice.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror}") from None
     try:
-        # Given bytes, it finds out which Unicode they are, mark and all.
+        # From bytes it detects the Unicode encoding, with or without a byte order mark.
         values = json.loads(data, object_pairs_hook=_refuse_duplicates)
     except UnicodeDecodeError:
         raise InputError(f"config {path}: not a text file; a JSON object is wanted") from None
@@ -132,12 +134,12 @@ def parse_command_line(
 
     Args:
         docstring: the script's, with examples, see `common.command_line`.
-        flags: `--name` sets the config's key `name` to true; what each is for. None goes together
-            with `--images`.
+        flags: names and help texts; the flag `--name` sets the config's key `name` to true. Flags
+            and `--images` exclude each other.
 
     Raises:
-        InputError: see `load_config`; nothing lies at PATH. SystemExit: the command line is wrong
-            (code 2, as argparse does), or it asks for `--help`.
+        InputError: see `load_config`; or nothing is at PATH.
+        SystemExit: the command line is wrong (code 2), or it asks for `--help` (code 0).
     """
     parser = _config_parser(schema, docstring, flags or {})
     arguments = parser.parse_args(argv)
@@ -156,18 +158,18 @@ def _config_parser(
     schema: type[BaseModel], docstring: str, flags: dict[str, str]
 ) -> argparse.ArgumentParser:
     parser = script_parser(docstring)
-    own = "your own images, a folder or a file, instead of the config's"
+    images_help = "your own images, a folder or a file, instead of the config's"
     if "images" in schema.model_fields:
-        own += "; all are taken, unless the config or a --set has the key images"
+        images_help += "; all are taken, unless the config or a --set has the key images"
     parser.add_argument(
         "--config", required=True, type=user_path, metavar="JSON", help="the config file"
     )
-    alone = parser.add_mutually_exclusive_group()
-    alone.add_argument(
+    exclusive = parser.add_mutually_exclusive_group()
+    exclusive.add_argument(
         "--images",
         type=user_path,
         metavar="PATH",
-        help=own,
+        help=images_help,
     )
     parser.add_argument(
         "--set",
@@ -183,15 +185,19 @@ def _config_parser(
         help="accepted for the published command lines; the config is always read",
     )
     for name, purpose in flags.items():
-        alone.add_argument(f"--{name}", action="store_true", help=purpose)
+        exclusive.add_argument(f"--{name}", action="store_true", help=purpose)
     return parser
 
 
 def _overrides_for_images(schema: type[ScriptConfig], images: str, config: str) -> list[str]:
-    """What `--images` stands for, as `--set` would say it."""
+    """The overrides that `--images` stands for.
+
+    Raises:
+        InputError: nothing is at that path.
+    """
     if not Path(images).exists():
         raise InputError(f"--images {images}: no such file or folder")
-    # In a config "sample" alone means the sample photos, and here a folder of that name.
+    # In a config "sample" means the sample photos; here it is a folder of that name.
     path = f"./{images}" if images == "sample" else images
     values = schema.keys_for_images(path)
     if "images" in schema.model_fields and read_json_object(config).get("images") is None:
@@ -248,7 +254,7 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
 
 
 def _section(schema: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
-    """The model of the JSON object at `loc`."""
+    """The schema of the JSON object at `loc`, a path of keys."""
     for part in loc:
         fields = {field.alias or name: field for name, field in schema.model_fields.items()}
         if part in fields:

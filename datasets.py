@@ -1,4 +1,4 @@
-"""The images that a config names: to refine, to test on, or to train on.
+"""Open the images that a config names, to refine, to test on, or to train on.
 
 python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8
 python datasets.py make-tfrecords --images PHOTOS --out data/tfrecords --shards 8 --workers 4
@@ -29,15 +29,15 @@ from pretraining.make_tfrecords import write_tfrecords
 from pretraining.tfrecord_crops import TfrecordCrops
 from pretraining.tfrecord_index import TfrecordIndex, index_files, index_tfrecords
 
-# Public domain or CC0, shipped inside scikit-image's package.
+# Public domain or CC0; they are part of scikit-image's package.
 SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def open_images(config: RefineConfig) -> Images:
-    """The data set that a refinement config switches on; opens no image yet.
+    """The data set of a refinement config; no image is read yet.
 
     Raises:
-        InputError: its path is missing from the config or from the disk.
+        InputError: its path is not in the config, nothing is there, or a package is not installed.
     """
     options = config.dev_options
     chosen = options.data_set
@@ -48,9 +48,9 @@ def open_images(config: RefineConfig) -> Images:
         return ClicImages(path)
     if not path:
         raise InputError(f"{key}: {chosen} is switched on but has no path; name its folder here")
-    inside = Path(path) / "RGB" / "RGB_OR_1200x1200"
-    if chosen == "tecnick" and inside.is_dir():
-        return open_folder(inside, key)
+    rgb_folder = Path(path) / "RGB" / "RGB_OR_1200x1200"
+    if chosen == "tecnick" and rgb_folder.is_dir():
+        return open_folder(rgb_folder, key)
     if chosen == "pathology":
         with named_by(key):
             found = find_by_suffix(path, TIFF_SUFFIXES)
@@ -65,10 +65,13 @@ def sample_photos() -> ImageFiles:
 
 
 def open_folder(path: str | Path, key: str) -> ImageFiles:
-    """The images below a folder, or the one file; "sample" is the sample photos.
+    """The images below a folder, or the one file; "sample" stands for the sample photos.
+
+    Args:
+        key: the config's key that holds the path; messages begin with it.
 
     Raises:
-        InputError: nothing there; the line starts with `key`, which named the path.
+        InputError: nothing is there, or no image is in it.
     """
     if path == "sample":
         return sample_photos()
@@ -78,7 +81,7 @@ def open_folder(path: str | Path, key: str) -> ImageFiles:
 
 @contextmanager
 def named_by(key: str) -> Iterator[None]:
-    """Let an InputError on a path begin with the key that named it."""
+    """Begin the message of an InputError on a path with the config's key for that path."""
     try:
         yield
     except InputError as error:
@@ -89,7 +92,8 @@ def open_training_data(config: PretrainConfig) -> TrainingData:
     """The training data of a config: a folder of images, or tfrecords of ImageNet and CLIC.
 
     Raises:
-        InputError: nothing there, CLIC cannot be prepared, or a package is not installed.
+        InputError: nothing is there, CLIC cannot be prepared, or a package is not installed.
+        OSError: a tfrecord file cannot be read.
     """
     if config.train_folder:
         images = open_folder(config.train_folder, "train_folder")
@@ -106,7 +110,11 @@ def open_training_data(config: PretrainConfig) -> TrainingData:
 
 
 class ClicImages:
-    """The test split of tensorflow-datasets' `clic`, downloaded on first use."""
+    """The test split of tensorflow-datasets' `clic`; it is downloaded on first use.
+
+    Raises:
+        InputError: it cannot be prepared, or tensorflow-datasets is not installed.
+    """
 
     split = "test"
     passed_over = ""
@@ -122,7 +130,7 @@ class ClicImages:
         self.names = [f"clic_{self.split}_{index:04d}" for index in range(count)]
 
     def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
-        """The images of these names in the data set's own order; one pass over the split."""
+        """The images of these names, in the data set's own order; reads the split once."""
         wanted = set(names)
         examples = self._builder.as_dataset(
             split=self.split,
@@ -140,11 +148,17 @@ def is_prepared_clic(path: str) -> bool:
 
 
 def prepare_clic(data_dir: str | None, key: str, remedy: str, **options: Any) -> Any:
-    """tensorflow-datasets' builder of `clic`; downloaded only where no folder is given.
+    """tensorflow-datasets' builder of `clic`, which is downloaded only if no folder is given.
+
+    Args:
+        data_dir: a folder that holds CLIC prepared, or None.
+        key: the config's key that switches CLIC on; messages begin with it.
+        remedy: where to name the folder, for messages.
+        options: of `tfds.builder`.
 
     Raises:
-        InputError: it cannot be prepared, or the folder holds none: the line starts with `key` and
-            says to name a folder in `remedy`. Or tensorflow-datasets is not installed.
+        InputError: the folder holds no prepared CLIC, CLIC cannot be prepared, or
+            tensorflow-datasets is not installed.
     """
     if data_dir is not None and not is_prepared_clic(data_dir):
         raise InputError(
@@ -166,10 +180,10 @@ def prepare_clic(data_dir: str | None, key: str, remedy: str, **options: Any) ->
 
 
 def clic_tfrecords(data_dir: str | None = None) -> TfrecordIndex:
-    """Index the train split of tensorflow-datasets' `clic`, which is downloaded on first use.
+    """Index the train split of tensorflow-datasets' `clic`; it is downloaded on first use.
 
     Raises:
-        InputError: it cannot be prepared, its files are gone, or a package is not installed.
+        InputError: it cannot be prepared, its files cannot be read, or a package is not installed.
     """
     key = "train_clic_imagenet"
     builder = prepare_clic(
@@ -189,7 +203,7 @@ def clic_tfrecords(data_dir: str | None = None) -> TfrecordIndex:
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; exit code 1 when an image could not be read, every other was written."""
+    """Make tfrecords; exit code 1 if an image could not be read and all others were written."""
     parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make-tfrecords", help="turn a folder of images into tfrecords")
@@ -202,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, option) < (option == "shards"):
             raise InputError(f"--{option} {getattr(arguments, option)}: too small")
     images, out = Path(arguments.images), Path(arguments.out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers end with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers, too
     try:
         unreadable = write_tfrecords(images, out, arguments.shards, arguments.workers)
     except KeyboardInterrupt:

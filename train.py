@@ -4,9 +4,9 @@ python train.py --config example_files/train_demo.json
 python train.py --config example_files/train_demo.json --images PHOTOS --set save_name=mine
 torchrun --nproc_per_node=2 train.py --config example_files/pretrain.json
 
-Loss: bpp + lambda * 255^2 * MSE with uniform noise for rounding (arXiv 1809.02736), and an
-auxiliary loss with an optimizer of its own for the entropy bottleneck's quantiles, which no other
-loss sees and without which the entropy coder's tables fit nothing.
+The loss is bpp + lambda * 255^2 * MSE, with uniform noise in place of rounding (arXiv 1809.02736).
+An auxiliary loss, with its own optimizer, trains the quantiles of the entropy bottleneck. The
+entropy coder's tables are made from them, and no other loss depends on them.
 """
 
 import sys
@@ -36,13 +36,13 @@ from pretraining.training_pass import TrainingPass
 from pretraining.validation import validate
 from pretraining.window import Window
 
-# So many steps in a row without a finite gradient end a run.
+# A run ends after so many steps in a row whose gradients are not finite.
 MAX_BAD_STEPS = 10
 
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, or test alone; exit code 0, also when a signal stopped it, 1 for a diverged run."""
+    """Train or test; exit code 0, also after a signal; 1 if it diverged or an image failed."""
     config = parse_command_line(PretrainConfig, __doc__, argv)
     keep_pages()
     ranks = join_ranks(config.device)
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = test_images.passed_over if test_images is not None else ""
     if config.test:
         run = open_training_run(config, ranks)
-        run.mention_passed_over("path_test_data", left_out)
+        run.log_passed_over("path_test_data", left_out)
         model = run.model_to_test().to(device)
         return run.report_test(validate(model, test_images, config.train_lambda, ranks))
 
-    # Rank 0 first: it indexes the tfrecords and keeps the index for the others.
+    # Rank 0 comes first: it stores the index of the tfrecords, which the others then read.
     data = first_rank_does(ranks, lambda: open_training_data(config))
     run = open_training_run(config, ranks)
     checkpoint = run.checkpoint_to_resume()
@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
     )
     run.announce(state.step, model, data, device)
-    run.mention_passed_over("path_test_data", left_out)
+    run.log_passed_over("path_test_data", left_out)
 
-    window, due = Window(ranks, config.batch_size), False
-    # Closed on every way out: its workers do not end by SIGTERM.
+    window, save_due = Window(ranks, config.batch_size), False
+    # The batches must be closed in any case, for their workers ignore SIGTERM.
     with closing(batches), StopSignal(ranks) as stop:
         while state.step < config.tot_iterations and not stop.agreed():
             started = time.perf_counter()
@@ -83,28 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             x = batch.x.to(device, non_blocking=True).float() / 255  # [B, 3, S, S]
             lr = config.lr.at(state.step)
             terms = train_step(network, state, x, lr, config.lr.clip_grad)
-            state.count(batch.position, finite=terms is not None)
+            state.count_step(batch.position, finite=terms is not None)
             window.add(terms, waited)
             if state.bad_in_a_row >= MAX_BAD_STEPS:
-                return run.diverged(state.step, MAX_BAD_STEPS)
+                return run.end_diverged(state.step, MAX_BAD_STEPS)
             if state.step % config.print_freq == 0:
                 run.log_training(state.step, {"lr": lr, **window.read()}, state.bad_steps)
-            due = due or state.step % config.save_model_freq == 0
-            if due and not state.bad_in_a_row and state.step < config.tot_iterations:
-                due = False
+            save_due = save_due or state.step % config.save_model_freq == 0
+            if save_due and not state.bad_in_a_row and state.step < config.tot_iterations:
+                save_due = False
                 with window.stopped_clock():
                     run.save(state.step, model, state.checkpoint(ranks))
                     results = validate(model, test_images, config.train_lambda, ranks)
                     run.log_test(state.step, results)
         run.save(state.step, model, state.checkpoint(ranks))
     if state.step < config.tot_iterations:
-        return run.stopped(state.step)
+        return run.end_stopped(state.step)
     run.log_test(state.step, validate(model, test_images, config.train_lambda, ranks))
     return run.finish(state.step, model)
 
 
 def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Architecture:
-    """The model of a checkpoint, or of `pretrain`, or a new one.
+    """The model of a checkpoint; else that of `pretrain`; else a new one.
 
     Raises:
         InputError: `pretrain` cannot be read, or has other channels than the config asks for.
@@ -117,10 +117,10 @@ def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Ar
 
 
 def open_test_images(config: PretrainConfig) -> ImageFiles | None:
-    """The images of `path_test_data`, if there are any.
+    """The images of `path_test_data`; None if the key is empty.
 
     Raises:
-        InputError: no image is there.
+        InputError: no image is at that path.
     """
     if not config.path_test_data:
         return None

@@ -1,4 +1,4 @@
-"""The command line of a script, whose module docstring says what it does and shows examples."""
+"""The command line of a script; its help is made of the script's module docstring."""
 
 import argparse
 from textwrap import dedent

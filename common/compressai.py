@@ -1,4 +1,4 @@
-"""What is used of CompressAI, imported without the warnings that other packages raise in it."""
+"""The parts of CompressAI that are used here, imported without other packages' warnings."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What libraries in C write to the console, past Python."""
+"""Catch what C libraries write to the console, for Python does not see it."""
 
 import os
 import sys
@@ -9,17 +9,17 @@ from tempfile import TemporaryFile
 
 @contextmanager
 def native_stderr() -> Iterator[list[str]]:
-    """Keep standard error, the file itself, off the console; the list has its lines afterwards."""
-    said: list[str] = []
+    """Catch standard error, also what C code writes; the list has its lines after the block."""
+    lines: list[str] = []
     sys.stderr.flush()
-    kept = os.dup(2)
+    console = os.dup(2)
     with TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield lines
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(console, 2)
+            os.close(console)
             file.seek(0)
-            said += file.read().decode(errors="backslashreplace").splitlines()
+            lines += file.read().decode(errors="backslashreplace").splitlines()

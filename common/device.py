@@ -1,4 +1,4 @@
-"""Choosing a device, and knowing when its memory is full."""
+"""Choose a device, and tell when its memory is full."""
 
 import re
 
@@ -8,10 +8,14 @@ from common.errors import InputError
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` (this rank's) or `cuda:N`.
+    """The device of a name, and the current one of CUDA from now on.
+
+    Args:
+        name: `auto` (a GPU if there is one), `cpu`, `cuda` (this rank's GPU) or `cuda:N`.
+        local_rank: this process's number on this machine, from 0.
 
     Raises:
-        InputError: no such device here.
+        InputError: there is no such device here, or it cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +37,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this was raised because a GPU or the machine has no memory left."""
+    """Whether an error was raised because a GPU or the machine has no memory left."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or "allocate memory" in str(error)

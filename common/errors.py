@@ -1,4 +1,4 @@
-"""Errors that a user causes, and how a script ends with one line for them."""
+"""Errors that a user causes, which end a script with one line."""
 
 import functools
 import io
@@ -11,25 +11,25 @@ from common.files import printable
 
 
 class InputError(Exception):
-    """Something a user gave is wrong: one line that names it and says what would be right."""
+    """A user's input is wrong: one line that names it and says what would be right."""
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorator of a script's `main`: an `InputError` or a failing disk is one line and code 2.
+    """Decorator of a script's `main`: an `InputError` or `OSError` gives one line and code 2.
 
-    An interrupt is code 130: what was computed is on disk already.
+    An interrupt gives code 130; what was computed is on disk already.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
-        # Names may hold what the console's encoding has no letters for.
+        # Names may have letters that the console's encoding lacks.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except InputError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
-        except BrokenPipeError:  # whoever read our output has seen enough
+        except BrokenPipeError:  # the reader of our output, such as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:
@@ -43,6 +43,6 @@ def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def reason_of(error: OSError) -> str:
-    """What failed at which file, as one line says it."""
+    """The file and what failed, in one line."""
     name = f"{error.filename}: " if error.filename else ""
     return f"{name}{error.strerror or error}"

@@ -1,4 +1,4 @@
-"""Paths as users give them, names that fit, and files that are whole or absent."""
+"""Paths that users give, names short enough for a file, and files that are whole or absent."""
 
 import hashlib
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-LONGEST_NAME = 255  # bytes, of a file; nearly every file system's
+LONGEST_NAME = 255  # bytes of a file's name, the limit of nearly every file system
 
 
 def user_path(text: str) -> str:
     """A path as a user gives it in a config or a command, with ~ expanded.
 
     Raises:
-        ValueError: no path has a null character.
+        ValueError: it has a null character.
     """
     if "\0" in text:
         raise ValueError("a path has no null character")
@@ -26,7 +26,7 @@ def user_path(text: str) -> str:
 def printable(name: str) -> str:
     """A file name as any console, table and plot can show it.
 
-    Bytes that are no text, control characters and line ends are escaped.
+    Bytes that are no UTF-8, control characters and line ends are escaped.
     """
     text = os.fsencode(name).decode("utf-8", errors="backslashreplace")
     escaped = ("Cc", "Cs", "Zl", "Zp")
@@ -36,15 +36,15 @@ def printable(name: str) -> str:
 
 
 def label_of(name: str) -> str:
-    """A file name as a table or a plot has room for it, 40 letters at most."""
+    """A file name for a table or a plot, shortened to at most 40 letters."""
     text = printable(name)
     return text if len(text) <= 40 else f"{text[:26]}...{text[-11:]}"
 
 
-def fitting(name: str, suffix: str = "") -> str:
-    """name + suffix, shortened where a file system would not take it.
+def short_enough(name: str, suffix: str = "") -> str:
+    """name + suffix, shortened where a file system would refuse it.
 
-    Each part of a path that is too long ends in ~ and the start of its SHA-256 instead.
+    A part of the path over 255 bytes is cut; it then ends in ~ and the start of its SHA-256.
     """
     *folders, last = name.split("/")
     return "/".join((*map(_shortened, folders), _shortened(last, suffix)))
@@ -59,18 +59,18 @@ def _shortened(part: str, suffix: str = "") -> str:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
+    """Call `write` with a temporary file beside `path`, then rename that file to `path`.
 
     Raises:
-        OSError: no folder can be made there, or the disk is full; it names `path`.
+        OSError: the folder cannot be made, or the file cannot be written; names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = path.suffix if len(path.suffix) < 20 else ""  # writers may go by it
+    suffix = path.suffix if len(path.suffix) < 20 else ""  # writers may choose the format by it
     temporary = path.with_name(f".{uuid4().hex}.tmp{suffix}")
     try:
         write(temporary)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut leaves the new name on an empty file
+            os.fsync(file.fileno())  # else a power cut may leave an empty file
         temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None

@@ -1,4 +1,4 @@
-"""Which files below a folder are images, and what was passed over on the way."""
+"""Find the images below a folder, and say which other files were passed over."""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ from PIL import Image
 from common.errors import InputError
 from common.pictures import RAW_SUFFIXES
 
-# What Pillow opens and photos come as.
+# The suffixes of photos that Pillow opens.
 IMAGE_SUFFIXES = frozenset((
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".webp", ".avif",
     ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".bmp",
@@ -20,19 +20,19 @@ IMAGE_SUFFIXES = frozenset((
     ".sgi", ".ras", ".qoi", ".dds",
 ))  # fmt: skip
 TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
-# The formats of those that tell themselves by how they begin.
+# The formats that can be recognised by a file's first bytes.
 FORMATS = (
     "PNG", "JPEG", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "BMP", "GIF", "PPM", "PSD",
     "QOI",
 )  # fmt: skip
-# Files that were not finished, or that are another's copy.
+# The ends of names of unfinished downloads and of backups.
 LEFTOVERS = (".part", ".partial", ".crdownload", ".tmp", ".bak", ".old", "~")
 
 
 class Found(NamedTuple):
-    """Files below `root`, sorted by their path in it; and what was passed over, in one line.
+    """The files found below `root`, sorted by their path in it.
 
-    `passed_over` is empty where nothing was.
+    `passed_over` says in one line how many other files there are, and why; empty if there are none.
     """
 
     root: Path
@@ -43,30 +43,33 @@ class Found(NamedTuple):
 def find_images(path: str | Path) -> Found:
     """The images below a folder, or the one file at `path`.
 
-    Those whose names end like an image's, and all others that begin like one. Links are followed,
-    to each folder once; what is hidden is not looked at.
+    An image has the suffix of an image, or begins like one. Links are followed; each folder is
+    searched once. Hidden files and folders are passed over.
 
     Raises:
-        InputError: nothing there, or no image in it.
+        InputError: nothing is there, it cannot be read, or no image is in it.
     """
-    return _find(path, _is_image, "no image in it")
+    return _find(path, _reason_against, "no image in it")
 
 
 def find_by_suffix(path: str | Path, suffixes: frozenset[str]) -> Found:
-    """The files below a folder whose names end so, or the one file at `path`.
+    """The files below a folder that have one of these suffixes, or the one file at `path`.
+
+    Args:
+        suffixes: in lower case, with their dot.
 
     Raises:
-        InputError: nothing there, or no such file in it.
+        InputError: nothing is there, it cannot be read, or no such file is in it.
     """
 
-    def ends_so(file: Path) -> str | None:
+    def reason_against(file: Path) -> str | None:
         return None if file.suffix.lower() in suffixes else "of another kind"
 
-    return _find(path, ends_so, f"no {' or '.join(sorted(suffixes))} file in it")
+    return _find(path, reason_against, f"no {' or '.join(sorted(suffixes))} file in it")
 
 
-def _is_image(file: Path) -> str | None:
-    """None for an image, else what a file is instead."""
+def _reason_against(file: Path) -> str | None:
+    """Why a file is no image that is read; None for an image."""
     suffix = file.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return None
@@ -84,18 +87,19 @@ def _begins_like_an_image(file: Path) -> bool:
             with Image.open(file, formats=FORMATS):
                 return True
         except Image.DecompressionBombError:
-            return True  # reading says that it is too large
-        except Exception:  # Pillow raises dozens of kinds; whatever it is, it does not open
+            return True  # it is refused when it is read
+        except Exception:  # Pillow raises dozens of kinds
             return False
 
 
-def _find(path: str | Path, judge: Callable[[Path], str | None], none: str) -> Found:
+def _find(path: str | Path, reason_against: Callable[[Path], str | None], none: str) -> Found:
+    """The files for which `reason_against` gives None; `none`: the message if there are none."""
     root = Path(path)
     if root.is_file():
         return Found(root.parent, [root], "")
     if not root.is_dir():
         raise InputError(f"{path}: no such folder or file (looked from {Path.cwd()})")
-    search = _Search(root, judge)
+    search = _Search(root, reason_against)
     passed_over = search.in_words()
     if not search.files:
         raise InputError(f"{path}: {none}" + (f"; {passed_over}" if passed_over else ""))
@@ -104,23 +108,23 @@ def _find(path: str | Path, judge: Callable[[Path], str | None], none: str) -> F
 
 
 class _Search:
-    """All files below a folder that `judge` says nothing against."""
+    """All files below a folder for which `reason_against` gives None; counts the others."""
 
-    def __init__(self, root: Path, judge: Callable[[Path], str | None]):
+    def __init__(self, root: Path, reason_against: Callable[[Path], str | None]):
         self.root = root
-        self.judge = judge
+        self.reason_against = reason_against
         self.files: list[Path] = []
         self._reasons: Counter[str] = Counter()
         self._suffixes: dict[str, set[str]] = {}
-        self._met: set[tuple[int, int]] = set()
-        # Linked folders last: a folder goes by its own name, not by a link's.
+        self._visited: set[tuple[int, int]] = set()
+        # Linked folders come last, so that a folder is found by its own name, not by a link's.
         self._folders = deque([root])
         self._linked: deque[Path] = deque()
         while self._folders or self._linked:
             self._search((self._folders or self._linked).popleft())
 
     def in_words(self) -> str:
-        """What was passed over and why, in a line."""
+        """How many files were passed over, and why, in one line."""
         parts = []
         for reason, count in (+self._reasons).items():
             suffixes = sorted(self._suffixes.get(reason, ()))
@@ -131,14 +135,14 @@ class _Search:
     def _search(self, folder: Path) -> None:
         try:
             status = folder.stat()
-            if (status.st_dev, status.st_ino) in self._met:
+            if (status.st_dev, status.st_ino) in self._visited:
                 self._reasons["linked folder met before"] += 1
                 return
-            self._met.add((status.st_dev, status.st_ino))
+            self._visited.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     try:
-                        self._take(entry)
+                        self._add(entry)
                     except OSError as error:  # such as a link to itself
                         kind = "broken link" if entry.is_symlink() else "unreadable"
                         self._reasons[f"{kind} ({entry.name}: {error.strerror})"] += 1
@@ -147,7 +151,7 @@ class _Search:
                 raise InputError(f"{folder}: {error.strerror}") from None
             self._reasons[f"unreadable folder ({folder.name}: {error.strerror})"] += 1
 
-    def _take(self, entry: os.DirEntry) -> None:
+    def _add(self, entry: os.DirEntry) -> None:
         file = Path(entry.path)
         if entry.is_dir():
             if entry.name.startswith("."):
@@ -155,11 +159,11 @@ class _Search:
             else:
                 (self._linked if entry.is_symlink() else self._folders).append(file)
         elif entry.name.startswith("."):
-            # Not worth a word where it is a system's own file.
+            # Hidden files that are no images, such as the system's, are not counted.
             self._reasons["hidden"] += file.suffix.lower() in IMAGE_SUFFIXES
         elif not entry.is_file():
             self._reasons["broken link" if entry.is_symlink() else "no file"] += 1
-        elif reason := self.judge(file):
+        elif reason := self.reason_against(file):
             self._reasons[reason] += 1
             self._suffixes.setdefault(reason, set()).add(file.suffix.lower() or "no suffix")
         else:

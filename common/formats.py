@@ -1,4 +1,4 @@
-"""What Pillow does not tell of JPEG 2000, and colour spaces that files state without a profile."""
+"""JPEG 2000 files that Pillow reads wrongly, and colour spaces stated without a profile."""
 
 import struct
 from typing import Any
@@ -8,18 +8,25 @@ from PIL import Image
 
 from common.tiff import scaled_to_8_bits
 
-CODESTREAM = b"\xff\x4f\xff\x51"  # how it starts: SOC and SIZ (ITU-T T.800, annex A)
-SYCC = 18  # of enumerated colour spaces (annex I)
-# Primaries by their numbers in ITU-T H.273 that are sRGB's, or near and usual in photos.
+CODESTREAM = b"\xff\x4f\xff\x51"  # its first markers, SOC and SIZ (ITU-T T.800, annex A)
+SYCC = 18  # the number of the colour space sYCC (annex I)
+# Numbers of primaries (ITU-T H.273) that are sRGB's, or near them and usual in photos.
 USUAL_PRIMARIES = (1, 2, 5, 6)
 PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
-SRGB_GAMMA = (0.40, 0.50)  # of PNG's gAMA chunk
+SRGB_GAMMA = (0.40, 0.50)  # the range of a PNG's gAMA that counts as sRGB
 
 
 def decode_jpeg2000(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture that Pillow opened, its profile found; decoded anew where Pillow's bits overflow.
+    """Add the profile to a picture that Pillow opened; decode it again if it has over 8 bits.
 
-    Pillow reduces colours of more than 8 bits, and makes black of the lightest.
+    Pillow reduces such colours to 8 bits, but the lightest ones overflow to black.
+
+    Args:
+        image: opened by Pillow.
+        data: the bytes of its file.
+
+    Returns:
+        The picture, and notes on what was converted.
 
     Raises:
         ValueError: colours of more than 8 bits in another space than RGB, or signed.
@@ -42,7 +49,7 @@ def decode_jpeg2000(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple
 
 
 def _colour_box(head: bytes) -> bytes:
-    """What the colr box of a JP2 file holds; empty where there is none."""
+    """The content of a JP2 file's colr box; empty where there is none."""
     at = head.find(b"colr")
     if at < 4:
         return b""
@@ -50,28 +57,28 @@ def _colour_box(head: bytes) -> bytes:
     return head[at + 4 : at - 4 + length]
 
 
-def stated_otherwise(image: Image.Image, data: bytes) -> str:
-    """The name of a colour space other than sRGB that a file without a profile states, or nothing.
+def stated_colour_space(image: Image.Image, data: bytes) -> str:
+    """The colour space that a file without a profile states; "" for sRGB, or where it states none.
 
-    A PNG's cICP and gAMA, HEIC's and AVIF's nclx, and the Adobe RGB of cameras (Exif's R03).
+    It is stated by cICP or gAMA in a PNG, by nclx in HEIC and AVIF, and by R03 in Exif (Adobe RGB).
     """
     if image.format == "PNG":
         at = data.find(b"cICP", 0, 4096)
         if at > 0 and data[at + 4] not in USUAL_PRIMARIES:
-            return _named(data[at + 4])
+            return _name_of_primaries(data[at + 4])
         gamma = image.info.get("gamma")
         if at < 0 and gamma and "srgb" not in image.info and not _is_usual(gamma):
             return f"gamma {gamma:g}"
     nclx: Any = image.info.get("nclx_profile") or {}
     primaries = nclx.get("color_primaries", 2) if isinstance(nclx, dict) else 2
     if primaries not in USUAL_PRIMARIES:
-        return _named(int(primaries))
+        return _name_of_primaries(int(primaries))
     if image.format in ("JPEG", "MPO") and b"R03\0" in data[:65536]:
         return "Adobe RGB, as Exif says"
     return ""
 
 
-def _named(primaries: int) -> str:
+def _name_of_primaries(primaries: int) -> str:
     return PRIMARIES.get(primaries, f"primaries {primaries} of H.273")
 
 

@@ -1,4 +1,4 @@
-"""Images as tensors: image files on disk, their seeds and crops, and pictures written back."""
+"""Images as tensors: read from files, cropped by a seed, and written as PNG."""
 
 import hashlib
 import re
@@ -20,9 +20,9 @@ from common.pictures import Picture, read_picture
 
 
 class LoadedImage(NamedTuple):
-    """One image: x [3, H, W] in [0, 1] and what was converted in it.
+    """One image: x [3, H, W] in [0, 1], and notes on what was converted in it.
 
-    Of a file that cannot be read, x is None and `error` says why.
+    If its file cannot be read, x is None and `error` says why.
     """
 
     name: str
@@ -42,10 +42,10 @@ class LoadedImage(NamedTuple):
 
 
 class Images(Protocol):
-    """A set of images that is refined.
+    """A set of images to refine.
 
-    `names` are known before any image is read. `passed_over` says in a line which files were left
-    out; it is empty where none was.
+    `names` are known before any image is read. `passed_over` says in one line which files were left
+    out, and is empty if none were.
     """
 
     names: list[str]
@@ -87,10 +87,10 @@ class ImageFiles(Dataset):
         return LoadedImage(name, to_tensor(image), picture.notes)
 
     def picture(self, index: int) -> Picture:
-        """An upright RGB picture of 8 bits, and what was converted in it.
+        """An upright RGB picture of 8 bits, and notes on what was converted.
 
         Raises:
-            UnreadableError: it cannot be read; says why.
+            UnreadableError: the file cannot be read; says why.
         """
         name = self.names[index]
         try:
@@ -99,7 +99,7 @@ class ImageFiles(Dataset):
             raise UnreadableError(why_unreadable(error, self.files[name], name)) from None
 
     def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
-        """The images of these names, in this order, read ahead by `num_workers` processes."""
+        """Read images by name, in this order; `num_workers` processes read ahead, 0: none."""
         position = {name: index for index, name in enumerate(self.names)}
         chosen = Subset(self, [position[name] for name in names])
         yield from DataLoader(
@@ -109,12 +109,12 @@ class ImageFiles(Dataset):
 
 
 def as_it_is(item: Any) -> Any:
-    """Keep a data loader from turning an item's arrays into tensors."""
+    """The `collate_fn` of a data loader that shall not turn arrays into tensors."""
     return item
 
 
 def why_unreadable(error: Exception, file: Path, name: str) -> str:
-    """The line in which a decoder says what is wrong with `file`, which it calls `name`."""
+    """A decoder's reason in one line, with the image's `name` in place of the path of `file`."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     shown = text.replace(str(file), printable(name)).strip() or type(error).__name__
     shown = re.sub(r"<_io\.BytesIO[^>]*>", lambda _: printable(name), shown)
@@ -122,7 +122,7 @@ def why_unreadable(error: Exception, file: Path, name: str) -> str:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """x [3, H, W] in [0, 1] of an RGB picture."""
+    """x [3, H, W], float32 in [0, 1], of an RGB picture."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W, 3]
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
@@ -133,21 +133,25 @@ def to_pixels(x: Tensor) -> np.ndarray:
 
 
 def save_picture(path: Path, x: Tensor) -> Path:
-    """A PNG of x [3, H, W], clamped to [0, 1] and rounded to 8 bits."""
+    """Write a PNG of x [3, H, W], clamped to [0, 1] and rounded to 8 bits.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     return write_whole(path, lambda file: Image.fromarray(to_pixels(x)).save(file, format="PNG"))
 
 
 def seed_of(seed: int, name: str) -> int:
     """The seed of one image, in [0, 2^48); it does not depend on the other images.
 
-    Of these, torch's CPU generator uses the low 32 bits.
+    torch's CPU generator uses its low 32 bits only.
     """
     text = f"{seed}:{name}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
 
 def seeded_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
-    """torchvision's random resized crop to [size, size], the same one for the same seed."""
+    """torchvision's random resized crop to size x size pixels; a seed always gives the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RandomResizedCrop(size)(image)

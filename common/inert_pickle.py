@@ -1,10 +1,10 @@
-"""A pickle's tensors and plain values, without running anything that the pickle names.
+"""Read a pickle's tensors and plain values, and run nothing that the pickle names.
 
-A pickle can name any function of any package and have it called. Here no name is looked up: each
-gives an `Inert` object, calls and states of those give further ones, and only tensors and ordered
+A pickle can name any function of any package and have it called. Here no name is looked up. Each
+name becomes an `Inert` object, and so does the result of calling one. Only tensors and ordered
 dictionaries are built. torch's own safe reader stops at the first name that it does not know.
 
-The module can be `torch.load`'s `pickle_module`.
+This module can be passed to `torch.load` as its `pickle_module`.
 """
 
 import pickle
@@ -17,16 +17,17 @@ from torch import Tensor
 
 
 class Inert(dict):
-    """What stands for a class, a function, or an object that they would have made.
+    """Stands in for a class, a function, or an object that these would have made.
 
     Attributes:
         name: the class or function, as `module.name`.
         is_network: whether it was saved with the state of a `torch.nn.Module`.
 
-    It keeps the items of a dictionary's subclass, for weights may be among them.
+    It keeps the items of a subclass of dict, for weights may be among them.
     """
 
-    __hash__ = object.__hash__  # type: ignore[assignment]  # dict has none; these serve as keys
+    # Pickles use objects as keys and in sets.
+    __hash__ = object.__hash__  # type: ignore[assignment]  # dict has none
     __eq__ = object.__eq__
 
     def __init__(self, name: str):
@@ -36,7 +37,7 @@ class Inert(dict):
         self.is_network = False
 
     def append(self, item: object) -> None:
-        """Forget an item of what was a list's or queue's subclass."""
+        """Ignore an item; pickles append items to subclasses of list and deque."""
 
     extend = add = append
 
@@ -59,7 +60,7 @@ def _without_subclass(builder: Inert, subclass: Inert, arguments: tuple, state: 
     return _result_of(builder, arguments)
 
 
-# All that is ever called; no name leads to anything else.
+# The only functions that are called.
 BUILDERS: dict[str, Callable] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
@@ -71,13 +72,13 @@ BUILDERS: dict[str, Callable] = {
 
 
 def _result_of(called: object, arguments: tuple) -> Any:
-    """What calling or constructing would give, inert but for `BUILDERS`."""
+    """The result of a call: built if `BUILDERS` has the name, else an `Inert`."""
     name = called.name if isinstance(called, Inert) else type(called).__name__
     return BUILDERS[name](*arguments) if name in BUILDERS else Inert(name)
 
 
 class Unpickler(pickle._Unpickler):
-    """The standard library's reader with every step that looks up, calls or sets state replaced."""
+    """The standard library's reader; what looks up names, calls or sets states is replaced."""
 
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
     # The base class sets both; the stubs do not have them.
@@ -85,13 +86,13 @@ class Unpickler(pickle._Unpickler):
     append: Callable[[object], None]
 
     def find_class(self, module: str, name: str) -> Inert | type:
-        """An inert stand-in; nothing is imported. torch knows untyped storages by identity."""
+        """An `Inert`; nothing is imported. torch compares `UntypedStorage` by identity."""
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return torch.UntypedStorage
         return Inert(f"{module}.{name}")
 
     def get_extension(self, code: int) -> None:
-        """Push a stand-in for the class that has this number in copyreg's registry."""
+        """Push an `Inert` for the class with this number in copyreg's registry."""
         self.append(Inert(f"copyreg extension {code}"))
 
     def _instantiate(self, called: object, arguments: list) -> None:
@@ -117,9 +118,9 @@ class Unpickler(pickle._Unpickler):
 
 
 def load(file: BinaryIO, **options: Any) -> Any:
-    """The next pickle of a binary file, as `pickle.load` but inert.
+    """Read the next pickle of a binary file as `pickle.load` does, but run nothing.
 
     Raises:
-        Exception: of whatever kind a broken pickle leads to.
+        Exception: the pickle is broken; of any kind.
     """
     return Unpickler(file, **options).load()

@@ -1,4 +1,4 @@
-"""The log of a run: on the console, in a file, and its numbers in a tracker."""
+"""The log of a run, on the console and in a file; and trackers, which get its numbers."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ from common.records import Record
 
 log = logging.getLogger("refine")
 
-# Sends rows of numbers, each with its `step`, under a name.
+# Sends rows of numbers under a name; each row has its `step`.
 Tracker = Callable[[str, Sequence[Record]], None]
 
 
 class _PrintableArguments(logging.Filter):
-    """Makes names in log lines printable: they may hold line ends, or bytes that are no text."""
+    """Makes names in log lines printable: they may have line ends, or bytes that are no text."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -45,14 +45,14 @@ class _ThroughTqdm(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that a full disk makes incomplete; the run goes on, and the console has it all."""
+    """A log file. If the disk is full, lines are lost, but the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
         """Do nothing."""
 
 
 def start_logging(path: Path) -> None:
-    """Send every line to the console, and with its time to the file at `path`.
+    """Log to the console, and with times to the file at `path`; earlier log files are closed.
 
     Raises:
         OSError: the file cannot be opened.
@@ -69,7 +69,7 @@ def start_logging(path: Path) -> None:
 
 
 def open_tracker(kind: str | None, name: str, folder: Path, config: Record) -> Tracker:
-    """The tracker of a run; without one, a function that does nothing.
+    """The tracker of a run; for None a function that does nothing.
 
     Args:
         kind: "tensorboard", "wandb" or None.
@@ -86,7 +86,7 @@ def open_tracker(kind: str | None, name: str, folder: Path, config: Record) -> T
 
 
 def _open_tensorboard(folder: Path) -> Tracker:
-    # tensorboard imports tensorflow where it is installed, which is loud.
+    # tensorboard imports tensorflow if it is installed, which prints much.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     require_package("tensorboard", 'tracker = "tensorboard"')
     from torch.utils.tensorboard import SummaryWriter

@@ -1,4 +1,4 @@
-"""What work costs, in seconds and memory, and the machine that it was measured on."""
+"""Measure seconds and peak memory, and describe the machine."""
 
 import platform
 import resource
@@ -13,10 +13,10 @@ import torch
 
 
 class Cost(NamedTuple):
-    """What refining one image took.
+    """The time and memory that refining one image took.
 
-    seconds: its share of its batch's seconds. peak_memory_mb: of the whole batch. batch: how many
-    images that had.
+    seconds: the batch's seconds divided by its images. peak_memory_mb: of the whole batch.
+    batch: the number of images in it.
     """
 
     seconds: float
@@ -26,21 +26,21 @@ class Cost(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds and peak memory since it was made, on the device that does the work."""
+    """Measures seconds and peak memory from its creation on, on one device."""
 
     def __init__(self, device: torch.device):
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            # Linux forgets the peak when asked; elsewhere it stays the whole process's.
+            # This resets the peak on Linux; elsewhere the peak is that of the whole process.
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
         self.before = psutil.Process().memory_info().rss
         self.start = time.perf_counter()
 
     def read(self) -> tuple[float, float]:
-        """Seconds, and the peak in MB: allocated on a GPU, resident otherwise."""
+        """Seconds, and the peak memory in MB: allocated on a GPU, resident on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -50,7 +50,7 @@ class Stopwatch:
 
 
 def _peak_resident() -> int:
-    """Bytes."""
+    """The peak resident memory of this process, bytes."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -60,7 +60,7 @@ def _peak_resident() -> int:
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int]:
-    """The machine and the versions that numbers were made with, for summary.json."""
+    """The machine and the versions that produced a result, for summary.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": device.type,

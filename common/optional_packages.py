@@ -1,4 +1,4 @@
-"""Packages that only some of the training needs: imported where they are used, or asked for."""
+"""Packages that only a part of the training needs, imported where they are used."""
 
 import os
 from importlib import import_module
@@ -15,7 +15,7 @@ def require_package(package: str, user: str) -> None:
     """Check that a package is installed; does not import it.
 
     Args:
-        user: what needs it, as the message begins: "tfrecords", 'optimizer = "soap"'.
+        user: what needs the package; the message begins with it: "tfrecords".
 
     Raises:
         InputError: it is not installed.
@@ -25,10 +25,10 @@ def require_package(package: str, user: str) -> None:
 
 
 def import_package(package: str, user: str) -> Any:
-    """The module of a package; `user` as in `require_package`.
+    """Import a package; `user`: see `require_package`.
 
     Raises:
-        InputError: it, or a package that it imports, is not installed.
+        InputError: the package, or one that it imports, is not installed.
     """
     try:
         return import_module(package)
@@ -37,20 +37,20 @@ def import_package(package: str, user: str) -> Any:
 
 
 def import_tensorflow(user: str = "tfrecords") -> Any:
-    """tensorflow, imported late (4 s), after torch, quiet, and kept off the GPU.
+    """Import tensorflow, without its messages and without the GPU; takes 4 s.
 
     Raises:
         InputError: it is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with native_stderr():  # some lines heed no level
+    with native_stderr():  # some messages ignore the log level
         tf = import_package("tensorflow", user)
         tf.config.set_visible_devices([], "GPU")
     return tf
 
 
 def import_tensorflow_datasets(user: str = "tensorflow-datasets' clic") -> Any:
-    """tensorflow-datasets, imported late like tensorflow.
+    """Import tensorflow-datasets, see `import_tensorflow`.
 
     Raises:
         InputError: it or tensorflow is not installed.

@@ -1,4 +1,4 @@
-"""The processes of one job: how they meet, what they tell each other, how they stop together."""
+"""The processes of one job: they meet, exchange values, and stop together."""
 
 import atexit
 import os
@@ -20,17 +20,17 @@ from torch import distributed
 
 from common.errors import InputError
 
-# How long a process waits for the others to start. torchrun has started them all: some may only be
-# slow to import. Without it WORLD_SIZE may be what another job left behind.
+# Seconds that a process waits for the others. torchrun starts them all, but some may import slowly.
+# Without torchrun, WORLD_SIZE may be left over from another job.
 TORCHRUN_SECONDS, MEETING_SECONDS = 600, 30
-# Afterwards ranks finish hours apart.
+# Later on, ranks may reach a collective hours apart.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-AGREEMENT_SECONDS = 1.0
+AGREEMENT_SECONDS = 1.0  # between two agreements of `StopSignal`
 REMEDY = "start all with torchrun, or for one process alone `unset WORLD_SIZE`"
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; (0, 1, 0) alone."""
+    """This process's rank, the number of processes, the rank on this machine; alone (0, 1, 0)."""
 
     rank: int
     world: int
@@ -43,13 +43,14 @@ class Ranks(NamedTuple):
 def join_ranks(device: str = "cpu", patience: float | None = None) -> Ranks:
     """Meet the other processes if torchrun, or another launcher, started several.
 
-    Small objects travel through gloo; tensors on GPUs, if `device` may be one, through nccl.
+    Objects are sent through gloo, tensors on GPUs through nccl.
 
     Args:
-        patience: seconds to wait for the others; None is ten minutes under torchrun, else 30 s.
+        device: the config's; "cpu" means that no GPU will be used.
+        patience: seconds to wait for the others. None: ten minutes under torchrun, else 30 s.
 
     Raises:
-        InputError: the launcher's environment variables are wrong, or the others do not come.
+        InputError: the launcher's environment variables are wrong, or the others do not start.
     """
     ranks = ranks_from_environment()
     if ranks.world > 1 and not distributed.is_initialized():
@@ -61,16 +62,16 @@ def join_ranks(device: str = "cpu", patience: float | None = None) -> Ranks:
                 TORCHRUN_SECONDS if distributed.is_torchelastic_launched() else MEETING_SECONDS
             )
         _meet(ranks, backend, patience)
-        # Left to the interpreter's end, its threads sometimes abort a process that has finished.
+        # Without this its threads sometimes abort a process that is ending.
         atexit.register(distributed.destroy_process_group)
     return ranks
 
 
 def ranks_from_environment() -> Ranks:
-    """Who this process is, by torchrun's variables; without WORLD_SIZE, or at 1, no other counts.
+    """This process's ranks by torchrun's environment variables; alone without WORLD_SIZE, or at 1.
 
     Raises:
-        InputError: one of them is missing, no number or out of range.
+        InputError: a variable is missing, no number or out of range.
     """
     world = _world_size()
     if world == 1:
@@ -92,10 +93,10 @@ def ranks_from_environment() -> Ranks:
 
 
 def processes_here() -> int:
-    """How many processes of this job torchrun started on this machine; 1 where it did not say.
+    """How many processes of this job run on this machine; 1 where torchrun does not say.
 
     Raises:
-        InputError: WORLD_SIZE is wrong, or LOCAL_WORLD_SIZE beside it.
+        InputError: WORLD_SIZE or LOCAL_WORLD_SIZE is no number, or out of range.
     """
     world = _world_size()
     if world == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
@@ -120,7 +121,11 @@ def _asks_for(world: int) -> str:
 
 
 def _number(name: str, least: int, most: int | None) -> int:
-    """An environment variable's value; a ValueError says what is wrong with it."""
+    """The number in an environment variable.
+
+    Raises:
+        ValueError: it is not set, no number or out of range.
+    """
     text = os.environ.get(name)
     if not text:
         raise ValueError(f"{name} is not set")
@@ -136,7 +141,7 @@ def _refuse_unknown_host(world: int) -> None:
     address = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError) as error:  # the latter: no name can be so
+    except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host name
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{_asks_for(world)}, but MASTER_ADDR = {address!r} is no known host ({reason}); "
@@ -147,7 +152,7 @@ def _refuse_unknown_host(world: int) -> None:
 def _meet(ranks: Ranks, backend: str, patience: float) -> None:
     place = f"MASTER_ADDR = {os.environ['MASTER_ADDR']}, MASTER_PORT = {os.environ['MASTER_PORT']}"
     others = f"the other {ranks.world - 1} of WORLD_SIZE = {ranks.world} processes"
-    # In a thread, for torch's own timeout is not kept everywhere, nor is there another for later.
+    # In a thread: torch does not keep its timeout everywhere, and uses it for collectives as well.
     meeting = _in_background(
         partial(distributed.init_process_group, backend, timeout=COLLECTIVE_TIMEOUT)
     )
@@ -168,7 +173,7 @@ def _meet(ranks: Ranks, backend: str, patience: float) -> None:
 
 
 def _in_background(action: Callable[[], Any]) -> Future:
-    """What `action` gives or raises, in a thread that ends with the process."""
+    """Run `action` in a thread that ends with the process; the future has its result or error."""
     outcome: Future = Future()
 
     def work() -> None:
@@ -181,15 +186,16 @@ def _in_background(action: Callable[[], Any]) -> Future:
     return outcome
 
 
-# --- telling each other ---------------------------------------------------------------------------
+# --- exchanging values ----------------------------------------------------------------------------
 
 
 def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0, on every rank; the others wait for it.
+    """Run `action` on rank 0 only; every rank waits for it and returns its result.
 
     Raises:
-        Whatever `action` raised, on every rank; a RuntimeError that names it, on the others, where
-        it cannot travel. ConnectionError: another process has ended.
+        Exception: what `action` raised, on every rank.
+        RuntimeError: on the other ranks, where the error of `action` cannot be pickled; names it.
+        ConnectionError: another process has ended.
     """
     if ranks.world == 1:
         return action()
@@ -198,7 +204,7 @@ def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
         try:
             value = action()
             message = pickle.dumps((value, None))
-        except BaseException as error:  # an interrupt too: nobody may wait for what never comes
+        except BaseException as error:  # an interrupt too, or the others would wait for ever
             failure, message = error, _pickled(error)
     outcome = [message]
     with _while_all_live(ranks):
@@ -211,10 +217,10 @@ def first_rank_does(ranks: Ranks, action: Callable[[], Any]) -> Any:
 
 
 def _pickled(error: BaseException) -> bytes:
-    """(None, error), or in its place a RuntimeError with its type and text."""
+    """(None, error) pickled; a RuntimeError with its text where the error cannot be pickled."""
     try:
         message = pickle.dumps((None, error))
-        pickle.loads(message)  # some can be written and not read
+        pickle.loads(message)  # some can be pickled but not unpickled
     except Exception:
         stand_in = RuntimeError(f"rank 0 failed, {type(error).__name__}: {error}")
         return pickle.dumps((None, stand_in))
@@ -222,7 +228,7 @@ def _pickled(error: BaseException) -> bytes:
 
 
 def gather(ranks: Ranks, value: Any) -> list[Any]:
-    """Every rank's value, on every rank, in the order of ranks.
+    """The values of all ranks, in the order of ranks; every rank must call this.
 
     Raises:
         ConnectionError: another process has ended.
@@ -237,7 +243,7 @@ def gather(ranks: Ranks, value: Any) -> list[Any]:
 
 @contextmanager
 def _while_all_live(ranks: Ranks) -> Iterator[None]:
-    """Around a collective, which fails where a process has ended."""
+    """Around a collective: it fails if a process has ended; then raise ConnectionError."""
     try:
         yield
     except RuntimeError as error:
@@ -252,52 +258,53 @@ def _while_all_live(ranks: Ranks) -> Iterator[None]:
 
 
 class StopSignal:
-    """While it is open, SIGINT and SIGTERM only ask for a stop; a second one acts as usual."""
+    """Inside its block SIGINT and SIGTERM only ask for a stop; a second signal acts as usual."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self._asked = False
-        self._usual: dict[int, Any] = {}
-        # Calls of `agreed` between the last agreement and the next, and how many are left.
-        self._stretch = self._left = 1
-        self._since = time.perf_counter()
+        self._previous_handlers: dict[int, Any] = {}
+        # Calls of `agreed` from one agreement to the next, and how many of them are left.
+        self._interval = self._calls_left = 1
+        self._agreed_at = time.perf_counter()
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._usual[number] = signal.signal(number, self._ask)
+                self._previous_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, usual in self._usual.items():
-            signal.signal(number, usual)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         self._asked = True
         self.__exit__()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; the same answer on all, who must all call this as often.
+        """Whether any rank was asked to stop; the same answer on all ranks.
 
-        The ranks talk about once a second, at calls that they have agreed on before.
+        Every rank must call this equally often. About once a second the ranks exchange values. At
+        each exchange they agree on the number of calls until the next.
 
         Raises:
             ConnectionError: another process has ended.
         """
         if self.ranks.world == 1:
             return self._asked
-        self._left -= 1
-        return self._left == 0 and self._agree()
+        self._calls_left -= 1
+        return self._calls_left == 0 and self._agree()
 
     def _agree(self) -> bool:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        # At most twice as many calls as before: one quick stretch says little of the next.
-        calls = min(int(self._stretch * AGREEMENT_SECONDS / seconds), 2 * self._stretch)
-        # Clocks differ between ranks: the fewest calls count.
+        seconds = max(time.perf_counter() - self._agreed_at, 1e-9)
+        # At most twice as many calls as before, for one fast interval says little about the next.
+        calls = min(int(self._interval * AGREEMENT_SECONDS / seconds), 2 * self._interval)
+        # Clocks differ between ranks, so the smallest number of calls counts.
         message = torch.tensor([int(self._asked), -max(calls, 1)])
         with _while_all_live(self.ranks):
             distributed.all_reduce(message, distributed.ReduceOp.MAX)
         asked, calls = message.tolist()
-        self._stretch = self._left = -calls
-        self._since = time.perf_counter()
+        self._interval = self._calls_left = -calls
+        self._agreed_at = time.perf_counter()
         return bool(asked)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines of the log elsewhere."""
+"""Progress of long work: a bar on a terminal, lines in the log elsewhere."""
 
 import shutil
 import sys
@@ -13,13 +13,14 @@ from common.logs import log
 def progress_bar(
     total: int | None, label: str | None = None, done: int = 0, unit: str = "it", keep: bool = True
 ) -> tqdm:
-    """A bar on a terminal; elsewhere one that shows nothing and is `disable`d.
+    """A progress bar on a terminal; elsewhere one that shows nothing (its `disable` is True).
 
     Args:
-        total: how many updates there will be, None if unknown; `done` were made before.
+        total: how many updates there will be; None if unknown.
+        done: how many of them were made before.
         keep: leave the bar on the terminal when it is closed.
     """
-    # Terminals that report a size of 0 get the usual one.
+    # This gives the usual size for a terminal that reports 0.
     columns, lines = shutil.get_terminal_size()
     return tqdm(
         total=total, desc=label, initial=done, unit=unit, leave=keep,
@@ -28,7 +29,7 @@ def progress_bar(
 
 
 class Progress:
-    """Progress of one image: a bar on a terminal, a line every `print_freq` steps elsewhere."""
+    """Progress of one image: a bar on a terminal; elsewhere a line every `print_freq` steps."""
 
     def __init__(self, name: str, total: int | None, print_freq: int):
         self.name, self.total, self.print_freq = name, total, print_freq
@@ -42,7 +43,7 @@ class Progress:
         self._bar.close()
 
     def __call__(self, relaxed_loss: Tensor, true_loss: Tensor | float) -> None:
-        """Count a step. A loss is read, which waits for a GPU, only when it is shown."""
+        """Count a step. A loss is read only when it is shown, for reading it waits for a GPU."""
         self._bar.update(1)
         if self._bar.disable:
             if self.steps and self.steps % self.print_freq == 0:
@@ -54,5 +55,5 @@ class Progress:
         self.steps += 1
 
     def note(self, text: str) -> None:
-        """Log a line about this image at its present step."""
+        """Log a line about this image at its current step."""
         log.info("%s: step %d, %s", self.name, self.steps, text)

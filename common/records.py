@@ -1,7 +1,7 @@
-"""Files of JSON that are whole or absent: one object, or one record a line.
+"""Files of JSON: one object in a file, or one object on each line.
 
-A refinement's images.jsonl has one record an image. The keys that every record has are
-`RECORD_KEYS`; its sides `base` and `refined` have `SIDE_KEYS`.
+A line of images.jsonl is the record of one image. Every record has `RECORD_KEYS`. Its sides `base`
+and `refined` have `SIDE_KEYS`.
 """
 
 import errno
@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.files import fitting, write_whole
+from common.files import short_enough, write_whole
 
-# A JSON object: a line of images.jsonl or metrics.jsonl, one side of a record.
+# A JSON object: a line of images.jsonl or of metrics.jsonl, or a side of a record.
 Record = dict[str, Any]
 
 RECORD_KEYS = frozenset((
@@ -48,7 +48,7 @@ def finite(value: Any) -> Any:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add one line, which is on the disk when this returns; NaN and infinity become null.
+    """Append one line, which is on the disk when this returns; NaN and infinity become null.
 
     Raises:
         OSError: it cannot be written; names `path`.
@@ -62,12 +62,12 @@ def append_record(path: Path, record: Record) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
-            os.truncate(path, before)  # or the next line would begin within this one
+            os.truncate(path, before)  # else the next record would continue this line
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_records(path: Path, records: Iterable[Record]) -> Path:
-    """Write one JSON object a line.
+    """Write one JSON object on each line.
 
     Raises:
         OSError: it cannot be written; names `path`.
@@ -80,10 +80,10 @@ def write_records(path: Path, records: Iterable[Record]) -> Path:
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """The records of one images.jsonl by image name; nothing where there is no file.
+    """The records of an images.jsonl by image name; empty if there is no file.
 
-    Of several records of one image the last counts. A line that is no whole record, such as one
-    that a kill tore, is left out: its image is not done.
+    If an image has several records, the last one counts. A line that is no whole record is left
+    out, such as one that a kill cut off; its image is then not done.
     """
     if not path.is_file():
         return {}
@@ -97,7 +97,7 @@ def read_records(path: Path) -> dict[str, Record]:
 
 
 def _is_record(record: Record) -> bool:
-    """Whether a record has all that tables and plots need, a number or null where they need one."""
+    """Whether a record has all keys that tables and plots need, with numbers or null in them."""
     numbers = [record[side][key] for side in ("base", "refined") for key in SIDE_KEYS]
     numbers += [record[key] for key in ("seconds", "seconds_per_step", "steps")]
     return record.keys() >= RECORD_KEYS and all(
@@ -106,10 +106,10 @@ def _is_record(record: Record) -> bool:
 
 
 def merge_records(folder: Path, order: Sequence[str]) -> dict[str, Record]:
-    """All records in a run's folder by image name; files of single ranks join images.jsonl.
+    """All records in a run's folder by image name; the ranks' files are merged into images.jsonl.
 
     Args:
-        order: image names; their records come first and in this order.
+        order: image names; their records come first, in this order.
 
     Raises:
         OSError: images.jsonl cannot be written.
@@ -131,7 +131,7 @@ def merge_records(folder: Path, order: Sequence[str]) -> dict[str, Record]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The rows of a metrics.jsonl; a last line that a kill tore is left out."""
+    """The rows of a metrics.jsonl; a line that a kill cut off is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -140,19 +140,19 @@ def read_metrics(path: Path) -> list[Record]:
     return rows
 
 
-# --- what a refinement's records say --------------------------------------------------------------
+# --- what a record refers to ----------------------------------------------------------------------
 
 
 def result_file(folder: Path, kind: str, name: str, suffix: str = "") -> Path:
-    """The file, or the folder, of one image in a run's folder; long names are shortened.
+    """The path of one image's file, or folder, in a run's folder; long names are shortened.
 
     Args:
-        kind: the folder of all files of this kind, such as "latents".
+        kind: the subfolder for files of this kind, such as "latents".
     """
-    return folder / kind / fitting(name, suffix)
+    return folder / kind / short_enough(name, suffix)
 
 
 def rate_of(side: Record) -> float:
-    """Bits per pixel of a side's file or, where no file was written, the estimate."""
+    """Bits per pixel of a side's file; the estimate where no file was written."""
     estimate: float = side["bpp"]
     return side.get("file_bpp", estimate)

@@ -1,4 +1,4 @@
-"""What every run checks before it goes on in a folder with results of an earlier start."""
+"""Checks before a run is resumed in a folder that has results already."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def refuse_another_config(
 
 
 def _differences(before: Record, now: Record, prefix: str = "") -> list[str]:
-    """The keys, those within objects too, whose values differ, with both values."""
+    """The keys whose values differ, with both values; also keys of nested objects."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -61,7 +61,14 @@ def _differences(before: Record, now: Record, prefix: str = "") -> list[str]:
 
 
 def remove_leftovers(folder: Path, patterns: Sequence[str] = ("*",)) -> None:
-    """Delete the temporary files that a killed `write_whole` left where these patterns match."""
+    """Delete temporary files that a killed `write_whole` left behind.
+
+    Args:
+        patterns: where to look, relative to `folder`, as `Path.glob` takes them.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
     for pattern in patterns:
         for path in folder.glob(pattern):
             if path.name.startswith(".") and ".tmp" in path.suffixes:

@@ -1,8 +1,8 @@
-"""TIFFs that Pillow does not read, or reads wrongly, become pictures of 8 bits.
+"""Decode TIFFs that Pillow does not read, or reads wrongly, into pictures of 8 bits.
 
-Pillow knows a TIFF by a table of layouts. Over 8 bits it takes white for black, CMYK of little ends
-for nothing, and refuses most others; it takes signed values for unsigned ones. tifffile gives the
-samples as they are, and here is said what they mean (TIFF 6.0 and its supplements).
+Pillow has a table of layouts. Above 8 bits it confuses white with black, misreads little-endian
+CMYK, and refuses most other layouts. It also reads signed values as unsigned. tifffile returns the
+samples as they are stored; this module interprets them (TIFF 6.0 and its supplements).
 """
 
 import io
@@ -17,10 +17,10 @@ from common.limits import refuse_too_large
 
 ORIENTATION = 0x0112  # the tag's number, in EXIF too
 INK_SET, DOT_RANGE, SUBSAMPLING, REFERENCE, DNG_VERSION = 332, 336, 530, 532, 50706
-# What tifffile says of damaged files is said by what it raises.
+# What tifffile logs about a damaged file, it raises as well.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
-# Samples of a colour, Pillow's mode for them in 8 bits.
+# The samples that make a colour, and Pillow's mode for them in 8 bits.
 COLOURS: dict[int, tuple[int, str]] = {
     PHOTOMETRIC.MINISWHITE: (1, "L"),
     PHOTOMETRIC.MINISBLACK: (1, "L"),
@@ -30,7 +30,7 @@ COLOURS: dict[int, tuple[int, str]] = {
     PHOTOMETRIC.CIELAB: (3, "LAB"),
     PHOTOMETRIC.ICCLAB: (3, "LAB"),
 }
-# The compressions that Pillow's libtiff always has; the others are tifffile's.
+# The compressions that Pillow's libtiff always has; tifffile reads the others.
 PILLOW_UNPACKS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 KINDS: dict[int, str] = {
     SAMPLEFORMAT.INT: "signed",
@@ -49,15 +49,15 @@ def is_tiff(data: bytes) -> bool:
 
 
 def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
-    """The first page of a TIFF that Pillow is not to read, and what was done to it.
+    """Decode the first page of a TIFF that Pillow does not read rightly.
 
     Returns:
-        A picture of 8 bits, of mode L, LA, RGB, RGBA, CMYK or LAB, with `icc_profile` and
-        EXIF's orientation as the file has them; None for a TIFF that Pillow reads rightly.
+        A picture of 8 bits, of mode L, LA, RGB, RGBA, CMYK or LAB, with the file's `icc_profile`
+        and EXIF orientation; and notes on what was converted. None: Pillow reads the file rightly.
 
     Raises:
-        ValueError: its samples have no meaning in 8 bits; says which they are. And whatever else
-            tifffile makes of a damaged file.
+        ValueError: its samples have no meaning in 8 bits; says which they are.
+        Exception: of other kinds, where tifffile meets a damaged file.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if not len(file.pages):
@@ -66,7 +66,7 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
         if not page.imagewidth * page.imagelength:
             raise ValueError("truncated or damaged: a TIFF without a picture")
         refuse_too_large(page.imagewidth, page.imagelength)
-        _refuse_senseless(page)
+        _refuse_unsupported(page)
         if _pillow_reads(page) and _pillow_opens(data):
             return None
         image, notes = _picture(page, _samples(page))
@@ -81,12 +81,12 @@ def decode_tiff(data: bytes) -> tuple[Image.Image, tuple[str, ...]] | None:
 
 
 def _bits(page: tifffile.TiffPage) -> int:
-    """The bits of a sample; of the deepest where they differ."""
+    """The bits of a sample; the most bits where samples differ."""
     return int(np.max(page.bitspersample))
 
 
 def _pillow_reads(page: tifffile.TiffPage) -> bool:
-    """Whether Pillow, if it opens such a page, reads it rightly."""
+    """Whether Pillow reads such a page rightly if it opens it."""
     planes = page.planarconfig == PLANARCONFIG.SEPARATE
     plain = page.photometric == PHOTOMETRIC.RGB and not page.extrasamples
     unpacks = int(page.compression) in PILLOW_UNPACKS
@@ -101,8 +101,8 @@ def _pillow_opens(data: bytes) -> bool:
         return False
 
 
-def _refuse_senseless(page: tifffile.TiffPage) -> None:
-    """Refuse samples that are no colours in [0, 2^bits - 1], and colours that nobody converts."""
+def _refuse_unsupported(page: tifffile.TiffPage) -> None:
+    """Refuse samples that are no colours in [0, 2^bits - 1], and unsupported colour spaces."""
     if DNG_VERSION in page.tags:
         raise ValueError(RAW)
     if page.is_reduced:
@@ -146,7 +146,7 @@ def _samples(page: tifffile.TiffPage) -> np.ndarray:
 
 
 def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image, tuple[str, ...]]:
-    """The 8-bit picture of samples [H, W, S], and what was done to them."""
+    """The 8-bit picture of samples [H, W, S], and notes on what was converted."""
     bits, photometric = _bits(page), PHOTOMETRIC(page.photometric)
     if photometric not in COLOURS:
         raise ValueError(f"{photometric.name} that Pillow does not read; {REMEDY}")
@@ -175,7 +175,7 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
     if kinds[alpha] == EXTRASAMPLE.ASSOCALPHA:
         if mode not in ("L", "RGB") or photometric == PHOTOMETRIC.MINISWHITE:
             raise ValueError(f"premultiplied transparency of {photometric.name}; {REMEDY}")
-        colour = _divided(colour, opacity, bits)
+        colour = _unpremultiplied(colour, opacity, bits)
     if mode not in ("L", "RGB"):
         raise ValueError(f"transparency of {photometric.name}; {REMEDY}")
     picture = Image.fromarray(_eight_bits(colour, bits, photometric), mode)
@@ -184,22 +184,22 @@ def _picture(page: tifffile.TiffPage, samples: np.ndarray) -> tuple[Image.Image,
 
 
 def _extra_kinds(page: tifffile.TiffPage, count: int) -> list[int]:
-    """The kinds of so many samples beyond the colour's; one of RGB without a word is its alpha."""
+    """The kinds of the `count` extra samples; a single one of RGB without a kind is its alpha."""
     kinds = [int(kind) for kind in page.extrasamples][:count]
     if not kinds and count == 1 and page.photometric == PHOTOMETRIC.RGB:
         return [int(EXTRASAMPLE.UNASSALPHA)]  # as Pillow and most others read it
     return kinds + [int(EXTRASAMPLE.UNSPECIFIED)] * (count - len(kinds))
 
 
-def _divided(colour: np.ndarray, opacity: np.ndarray, bits: int) -> np.ndarray:
-    """Colours [H, W, C] that were multiplied by their opacity [H, W], as they were before."""
+def _unpremultiplied(colour: np.ndarray, opacity: np.ndarray, bits: int) -> np.ndarray:
+    """Undo the multiplication of colours [H, W, C] by their opacity [H, W]."""
     opacity = np.maximum(opacity, 1)[:, :, None].astype(np.float32)
     most = 2**bits - 1
     return np.minimum(np.rint(colour * (most / opacity)), most).astype(np.uint16)
 
 
 def _eight_bits(samples: np.ndarray, bits: int, photometric: int | None = None) -> np.ndarray:
-    """uint8 of samples [H, W] or [H, W, C] in [0, 2^bits - 1], as Pillow takes them."""
+    """Samples [H, W] or [H, W, C] in [0, 2^bits - 1] as uint8 in Pillow's form."""
     if samples.ndim == 3 and samples.shape[2] == 1:
         samples = samples[:, :, 0]
     if samples.ndim == 3 and photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB):
@@ -208,14 +208,14 @@ def _eight_bits(samples: np.ndarray, bits: int, photometric: int | None = None) 
 
 
 def scaled_to_8_bits(samples: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 of integers in [0, 2^bits - 1], rounded; any shape."""
+    """Integers in [0, 2^bits - 1], of any shape, scaled to [0, 255] and rounded; uint8."""
     most = 2**bits - 1
     table = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)
     return table[samples]
 
 
 def _lab(samples: np.ndarray, bits: int, photometric: int) -> np.ndarray:
-    """uint8 [H, W, 3] as Pillow takes LAB: L of 255 levels, a and b in two's complement."""
+    """uint8 [H, W, 3] in Pillow's form of LAB: L in [0, 255], a and b in two's complement."""
     if bits not in (8, 16):
         raise ValueError(f"Lab of {bits} bits; {REMEDY}")
     unit = 2 ** (bits - 8)
@@ -223,7 +223,7 @@ def _lab(samples: np.ndarray, bits: int, photometric: int) -> np.ndarray:
     most = 2**bits - 1
     if photometric == PHOTOMETRIC.ICCLAB:
         most = 255 * unit  # 100 is 0xFF00 in 16 bits
-        chroma -= 2 ** (bits - 1)  # where CIELAB's are in two's complement already
+        chroma -= 2 ** (bits - 1)  # CIELAB's are in two's complement already
     chroma = (chroma + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
     lab = np.concatenate((lightness * (255 / most), chroma / unit), axis=2)
     return np.rint(lab).clip((0, -128, -128), (255, 127, 127)).astype(np.int16).astype(np.uint8)

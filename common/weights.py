@@ -1,7 +1,7 @@
-"""From a file to the weights of one network: a flat dictionary of tensors.
+"""Read the weights of one network from a file, as a flat dictionary of tensors.
 
-Read are files of torch.save, old and new, and of safetensors. Whatever lies beside the weights (the
-arguments of a run, a numpy loss) is passed over, not made: see `inert_pickle`.
+Files of torch.save, old and new, and of safetensors can be read. Other objects beside the weights
+(the arguments of a run, a numpy loss) are not built: see `inert_pickle`.
 """
 
 import logging
@@ -29,20 +29,20 @@ log = logging.getLogger("refine")
 
 SAVE_ALONE = "save its weights alone: torch.save(model.state_dict(), FILE)"
 
-Table = tuple[tuple[str, ...], dict]  # the keys that lead to a dictionary, and itself
+Table = tuple[tuple[str, ...], dict]  # the keys that lead to a dictionary, and the dictionary
 
-# Modules that hold another without changing it: torch.compile, DataParallel and its like, FSDP,
+# Modules that wrap another: torch.compile, DataParallel, DistributedDataParallel, FSDP,
 # activation checkpoints, DeepSpeed.
 WRAPPERS = frozenset((
     "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 ))  # fmt: skip
 
-# Weights that were averaged over the steps of a training.
+# Names of weights that are averages over the steps of a training.
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow|teacher)(?![a-z])", re.IGNORECASE)
 
-HEAD = 32  # bytes that tell the kinds of files apart
+HEAD = 32  # the bytes by which kinds of files are recognised
 LEGACY_MARK = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of torch.save before 1.6
-SAFETENSORS_HEADER_MAX = 100_000_000  # bytes, safetensors' own bound
+SAFETENSORS_HEADER_MAX = 100_000_000  # bytes, the limit of safetensors
 OTHER_FILES = {
     b"version https://git-lfs": "only Git LFS's pointer to the file; git lfs pull fetches it",
     b"\x1f\x8b": "compressed by gzip; unpack it first",
@@ -55,12 +55,12 @@ OTHER_FILES = {
 
 
 def read_checkpoint(source: str | Path) -> Any:
-    """What torch.save or safetensors wrote into a file, on the CPU; nothing in it is run.
+    """Read a file of torch.save or safetensors to the CPU; no code in it is run.
 
-    Tensors and plain values are as saved, objects of other classes are `Inert`.
+    Tensors and plain values are as saved. Objects of other classes become `Inert`.
 
     Raises:
-        InputError: no such file, or not such a file.
+        InputError: there is no such file, it is damaged, or it is of another kind.
     """
     path = Path(source)
     if not path.is_file():
@@ -73,17 +73,17 @@ def read_checkpoint(source: str | Path) -> Any:
         raise _refusal(source, f"cannot be read ({error.strerror})") from None
     try:
         return _read_safetensors(path) if _is_safetensors(path, head) else _read_torch(path)
-    except Exception as error:  # the readers raise whatever broken bytes lead them to
+    except Exception as error:  # broken bytes make the readers raise any kind
         raise _refusal(source, _why_unreadable(path, head, error)) from None
 
 
 def _refusal(source: str | Path, problem: str) -> InputError:
-    """The error in one line, whatever a file's names hold."""
+    """The error in one line, also where names in the file hold line ends."""
     return InputError(f"pretrain {source}: {' '.join(problem.split())}")
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
-    """By content: the length of a JSON object and its opening bracket; a torn file by its name."""
+    """By content: the length of a JSON object, then its bracket; a cut-off file by its suffix."""
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= SAFETENSORS_HEADER_MAX:
         return True
     return path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))
@@ -94,22 +94,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """By torch's own safe reader, or, where it meets a class that it does not know, inertly."""
-    # An open file, for torch takes a path's suffix for its content.
+    """By torch's own safe reader; by `inert_pickle` if that meets a class it does not know."""
+    # As an open file, for torch derives the format from a path's suffix.
     with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             file.seek(0)
-            # `weights_only` would be torch's own reader again; this one runs nothing either.
+            # With `weights_only` torch would use its own reader; `inert_pickle` is as safe.
             return torch.load(
                 file, map_location="cpu", weights_only=False, pickle_module=inert_pickle
             )
 
 
 def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
-    """The true reason why a file could not be read, in a line."""
+    """The reason why a file could not be read, in one line."""
     if not head:
         return "is empty (0 bytes)"
     for start, kind in OTHER_FILES.items():
@@ -125,13 +125,13 @@ def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
 
 
 def _kind_of_archive(path: Path) -> str:
-    """What an archive is that torch.save did not write; empty for one of its own or none."""
+    """The kind of an archive that torch.save did not write; "" for torch.save's, or no archive."""
     if tarfile.is_tarfile(path):
         return "a tar archive; unpack it first, or save the weights again by a newer torch"
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # none, or a damaged one
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # no archive, or a damaged one
         return ""
     if any(name.endswith("/constants.pkl") for name in names):
         return f"a TorchScript archive, which holds code; {SAVE_ALONE}"
@@ -144,21 +144,21 @@ def _kind_of_archive(path: Path) -> str:
 
 
 def find_state_dict(checkpoint: object, source: str, module: str) -> dict[str, Tensor]:
-    """The weights of the network that has a submodule `module`, wherever they lie in a checkpoint.
+    """Find the weights of the network that has a submodule `module` in a checkpoint.
 
-    They may lie in dictionaries and lists of any depth, and their names may begin with anything
-    (`model.`, `module._orig_mod.`), which is cut off; wrappers inside the names are cut out. What
-    lies beside them under other names is left out. Weights that were averaged over training are
-    taken only where there are no others.
+    They may lie in nested dictionaries and lists. Any prefix of their names (`model.`,
+    `module._orig_mod.`) is cut off, and wrappers inside the names are cut out. Weights of other
+    networks are left out. Averaged weights are taken only if there are no others.
 
     Args:
-        module: what the wanted network's weights begin with, `g_a` for `g_a.0.weight`.
+        source: where the checkpoint is from; messages begin with it.
+        module: the first part of the wanted names, `g_a` for `g_a.0.weight`.
 
     Returns:
-        name to tensor; without such a network the largest dictionary of tensors, as it is.
+        Tensors by name. Without such a network: the largest dictionary of tensors, as it is.
 
     Raises:
-        InputError: there are no tensors, or the weights of several such networks.
+        InputError: there are no tensors, or there are several such networks that differ.
     """
     tables = list(_dictionaries_in(checkpoint))
     networks = _networks_in(tables, module)
@@ -174,7 +174,7 @@ def find_state_dict(checkpoint: object, source: str, module: str) -> dict[str, T
 
 
 def _dictionaries_in(checkpoint: object) -> Iterator[Table]:
-    """Every dictionary and the keys that lead to it, the outer ones first; optimizers unopened."""
+    """Every dictionary and the keys that lead to it, outer ones first; not inside optimizers."""
     seen = set()  # a dictionary can be saved twice, or inside itself
     queue: deque[tuple[tuple[str, ...], object]] = deque([((), checkpoint)])
     while queue:
@@ -191,13 +191,13 @@ def _dictionaries_in(checkpoint: object) -> Iterator[Table]:
 
 
 def _networks_in(tables: list[Table], module: str) -> dict[str, dict[str, Tensor | Inert]]:
-    """The weights of every network with this submodule, by the place where they lie."""
+    """The weights of every network with this submodule, by their place in the checkpoint."""
     networks = {}
     for place, table in tables:
         prefixes = _prefixes_of(table, module)
         for prefix in sorted(prefixes):
             name = " > ".join((*place, f"{prefix}*"))
-            networks[name] = _below(table, prefix, prefixes - {prefix})
+            networks[name] = _weights_below(table, prefix, prefixes - {prefix})
     return networks
 
 
@@ -212,10 +212,10 @@ def _prefixes_of(table: dict, module: str) -> set[str]:
     return prefixes
 
 
-def _below(table: dict, prefix: str, other_networks: set[str]) -> dict[str, Tensor | Inert]:
+def _weights_below(table: dict, prefix: str, other_networks: set[str]) -> dict[str, Tensor | Inert]:
     """The weights whose names begin with `prefix`, without it and without wrappers.
 
-    A name without a dot is none of a submodule's weights, but a loss or a count.
+    A name without a dot is left out: it is a loss or a count, not a weight of a submodule.
     """
     inner = tuple(other for other in other_networks if other.startswith(prefix))
     found = {}
@@ -229,10 +229,10 @@ def _below(table: dict, prefix: str, other_networks: set[str]) -> dict[str, Tens
 
 
 def _choose(networks: dict[str, dict], source: str) -> dict[str, Tensor | Inert]:
-    """The one network, or the one that is no average of the others.
+    """The only network; of several, the one whose weights are not averaged.
 
     Raises:
-        InputError: several are left, and they differ.
+        InputError: several are not averaged, and they differ.
     """
     kept = [place for place in networks if not AVERAGED.search(place)] or list(networks)
     chosen = networks[kept[0]]
@@ -266,7 +266,7 @@ def _other_weights(checkpoint: object, tables: list[Table], source: str) -> dict
     """The largest dictionary of tensors.
 
     Raises:
-        InputError: there is none; it says what lies there instead.
+        InputError: there is none; says what the checkpoint holds instead.
     """
     others = [
         {str(key): value for key, value in table.items() if isinstance(value, Tensor)}

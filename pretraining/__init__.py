@@ -1,1 +1,1 @@
-"""Training from scratch: its data, its step, its run folder."""
+"""Pre-training: its data, its step and its run folder."""

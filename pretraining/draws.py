@@ -1,7 +1,8 @@
-"""How training data are drawn, whatever they are stored as.
+"""How training crops are drawn, from files of any kind.
 
-Draw g = 0, 1, 2, ... is an image, a crop and a flip. All three are a function of the seed and g
-alone. Rank r of w takes the draws g = r (mod w). So any batch can be found again.
+Each draw has a number g = 0, 1, 2, ... It is an image, a crop of it and a flip. All three depend on
+the seed and g only. Rank r of w ranks takes the draws g = r (mod w). So a resumed run gets the same
+batches.
 """
 
 import itertools
@@ -12,14 +13,14 @@ from torch import Tensor
 
 READ_FAILED, TOO_SMALL = "not readable", "smaller than the crop"
 
-# Called with the name of an image that could not be used, and the reason.
+# Called with the name of an image that cannot be used, and the reason.
 OnSkip = Callable[[str, str], None]
 
 
 class Batch(NamedTuple):
-    """x, uint8 [B, 3, S, S] in channels-last memory.
+    """A batch of crops: x, uint8 [B, 3, S, S] in channels-last memory.
 
-    `position`: how many draws this rank has consumed once it has used the batch.
+    `position`: how many draws this rank has consumed, this batch included.
     """
 
     x: Tensor
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Which draws are this process's: those g = rank (mod world), from its own `position` on."""
+    """This process's draws: g = rank (mod world), after the `position` that it has consumed."""
 
     seed: int
     rank: int = 0
@@ -39,15 +40,15 @@ class Draws(NamedTuple):
         return itertools.count(self.position * self.world + self.rank, self.world)
 
     def position_after(self, g: int) -> int:
-        """How many draws this process has consumed once it has used draw g."""
+        """How many draws this process has consumed, draw g included."""
         return g // self.world + 1
 
 
 class TrainingData(Protocol):
-    """What pre-training needs of its data.
+    """The training data, as pre-training uses them.
 
-    `count` is the number of images and `name` says what they are. `passed_over` says in a line
-    which files were left out; it is empty where none was.
+    `count` is the number of images; `name` says what they are. `passed_over` says in one line which
+    files were left out, and is empty if none were.
     """
 
     count: int
@@ -55,11 +56,11 @@ class TrainingData(Protocol):
     passed_over: str
 
     def batches(self, draws: Draws, on_skip: OnSkip) -> Iterator[Batch]:
-        """Batches without end; `on_skip` is called for every image that cannot be used."""
+        """Endless batches; `on_skip` is called for each image that cannot be used."""
 
 
-def nothing_usable(source: str, size: int, example: str) -> str:
-    """The message where no image of `source` gives a crop; `example` says why not of one."""
+def no_crop_message(source: str, size: int, example: str) -> str:
+    """The message for when no image of `source` gives a crop; `example`: the reason for one."""
     return (
         f"{source}: not one image gives a crop of {size}x{size} (the last one: {example}); "
         "a smaller image_size, or other images"

@@ -1,6 +1,6 @@
-"""The crop of a tfrecord's example, decoded by tensorflow's operations.
+"""Decode the crop of a tfrecord's example by tensorflow's operations.
 
-Every `tf` here is the module, which is imported late; every other `Any` is one of its tensors.
+`tf` is the module, which is imported late. Every other `Any` is one of its tensors.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ def crop_of_example(
     Args:
         payload: the Example's bytes.
         size: S.
-        uniform: float32 [3], uniform random numbers in [0, 1): for the flip, and for the top and
-            left of the crop.
-        seed: int64 [2], places a random resized crop.
-        is_resized: whether the crop is a random resized one; None where no file's crops are.
+        uniform: float32 [3], uniform random numbers in [0, 1). The first decides the flip, the
+            others the top and left of the crop.
+        seed: int64 [2], the seed of a random resized crop.
+        is_resized: whether the crop is a random resized one; None if no file has such crops.
 
     Returns:
-        x and False; zeros and True where the picture is too small.
+        x and False; zeros and True if the picture is too small.
     """
     features = {"image": tf.io.FixedLenFeature([], tf.string)}
     data = tf.io.parse_single_example(payload, features)["image"]
@@ -40,7 +40,7 @@ def crop_of_example(
 
     def from_jpeg() -> Any:  # only the window is decoded
         window = tf.concat(window_in(tf.io.extract_jpeg_shape(data)[:2]), axis=0)
-        # What PIL and every viewer show; tensorflow's default is a coarser transform.
+        # As PIL and all viewers decode it; tensorflow's default is a coarser transform.
         return tf.io.decode_and_crop_jpeg(data, window, 3, dct_method="INTEGER_ACCURATE")
 
     def from_another() -> Any:
@@ -53,14 +53,14 @@ def crop_of_example(
         x = tf.cond(is_resized, lambda: _resize(tf, x, size), lambda: x)
     nothing = tf.zeros([size, size, 3], tf.uint8)
     too_small = tf.reduce_any(tf.shape(x)[:2] < size)
-    # Branches, not tf.where and tf.pad: those cost as much as the decoding.
+    # Branches, for tf.where and tf.pad would take as long as the decoding.
     x = tf.cond(too_small, lambda: nothing, lambda: x)
     x = tf.cond(uniform[0] < 0.5, lambda: tf.reverse(x, [1]), lambda: x)
     return tf.ensure_shape(x, [size, size, 3]), too_small
 
 
 def _resize(tf: Any, x: Any, size: int) -> Any:
-    """uint8 [size, size, 3] of uint8 [H, W, 3], bilinear with a filter as wide as the shrinking."""
+    """Resize uint8 [H, W, 3] to uint8 [size, size, 3], bilinear, antialiased."""
     scaled = tf.image.resize(tf.cast(x, tf.float32), [size, size], antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(scaled), 0, 255), tf.uint8)
 
@@ -68,10 +68,10 @@ def _resize(tf: Any, x: Any, size: int) -> Any:
 def _resized_window(tf: Any, shape: Any, seed: Any) -> tuple[Any, Any]:
     """Corner and extent of torchvision's RandomResizedCrop in a picture of shape (H, W).
 
-    8 to 100 % of the area, aspect 3/4 to 4/3; ten tries to fit it in, then the largest central
-    window of such an aspect.
+    It has 8 to 100 % of the area and an aspect of 3/4 to 4/3. If ten tries do not fit into the
+    picture, it is the largest central window of such an aspect.
     """
-    # Of each try: its area, aspect, top and left.
+    # The random numbers of each try: its area, aspect, top and left.
     uniform = tf.unstack(tf.random.stateless_uniform([10, 4], seed), axis=1)
     height, width = tf.unstack(tf.cast(shape, tf.float32), num=2)
     area = height * width * (0.08 + 0.92 * uniform[0])

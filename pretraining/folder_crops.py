@@ -1,4 +1,4 @@
-"""Random crops of image files, read by torch's data loader."""
+"""Random crops of image files."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
 from common.images import ImageFiles, UnreadableError, as_it_is
-from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, nothing_usable
+from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, no_crop_message
 from pretraining.workers import leave_signals_to_the_main_process
 
 
@@ -27,7 +27,7 @@ class FolderCrops:
         self.passed_over = images.passed_over
 
     def batches(self, draws: Draws, on_skip: OnSkip) -> Iterator[Batch]:
-        """Batches without end, see `TrainingData`.
+        """Endless batches, see `TrainingData`.
 
         Raises:
             InputError: no image gives a crop.
@@ -36,7 +36,7 @@ class FolderCrops:
             _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
             sampler=_EndlessSampler(draws), num_workers=self.num_workers,
             collate_fn=as_it_is, worker_init_fn=leave_signals_to_the_main_process,
-            # Its own: a loader draws from the global one, which a resumed run must find untouched.
+            # A loader draws from the global generator by default, which would change the noise.
             generator=torch.Generator(),
         )  # fmt: skip
         crops, failures = [], 0
@@ -44,8 +44,8 @@ class FolderCrops:
             if problem:
                 on_skip(name, problem)
                 failures += 1
-                if failures > 20 * self.count:  # even one usable image would have come up
-                    raise InputError(nothing_usable("train_folder", self.size, problem))
+                if failures > 20 * self.count:  # one usable image would have been drawn by now
+                    raise InputError(no_crop_message("train_folder", self.size, problem))
                 continue
             failures = 0
             crops.append(crop)
@@ -64,7 +64,7 @@ class _EndlessSampler:
 
 
 class _DrawnCrops(Dataset):
-    """Item g: (g, the image's name, its uint8 crop [S, S, 3] or None, what is wrong)."""
+    """Item g: (g, the image's name, its crop uint8 [S, S, 3] or None, what is wrong or None)."""
 
     def __init__(self, images: ImageFiles, size: int, seed: int):
         self.images = images

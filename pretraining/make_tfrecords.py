@@ -1,4 +1,4 @@
-"""A folder of images turned into tfrecords, in parallel and resumable."""
+"""Convert a folder of images to tfrecords, in parallel; a stopped conversion can be resumed."""
 
 import io
 import json
@@ -29,22 +29,25 @@ KEPT_FORMATS = frozenset(("JPEG", "MPO", "PNG"))
 def write_tfrecords(
     images: Path, out: Path, shards: int, workers: int = 0, seed: int = 0
 ) -> dict[str, str]:
-    """Turn the images below a folder into `shards` tfrecord files, in parallel; resumable.
+    """Convert the images below a folder to `shards` tfrecord files.
 
-    An Example has the bytes features image (a JPEG or PNG file as it is, if it needs no more than
-    decoding; any other as the PNG of its converted pixels), height, width and channels (decimal
-    digits). Images come in a seeded random order, so that a shard is a mixture of all classes. A
-    shard is whole or absent; those that an earlier call finished are kept.
+    An Example has the bytes features image, height, width and channels. `image` is the JPEG or PNG
+    file itself if any decoder reads the same pixels from it, else a PNG of the converted pixels.
+    The others are decimal digits. The order of the images is random, so that each shard is a
+    mixture of all classes. Shards that an earlier call finished are kept.
 
     Args:
-        workers: processes; 0 is one a core.
+        out: the folder of the tfrecord files.
+        workers: the number of processes; 0: one for each core.
+        seed: of the order.
 
     Returns:
         The images that could not be read, by their path below `images`, and why.
 
     Raises:
-        InputError: no images, fewer than shards, `out` holds shards of other images, or tensorflow
-            is not installed.
+        InputError: there are no images, or fewer than shards; `out` holds shards of other images;
+            or tensorflow is not installed.
+        OSError: a file cannot be written.
     """
     require_package("tensorflow", "make-tfrecords")
     root, files, passed_over = find_images(images)
@@ -70,10 +73,10 @@ def write_tfrecords(
 
 
 class _Manifest:
-    """Which shards of a conversion are written, kept in a file beside them.
+    """Which shards of a conversion are written; it is stored in a file beside them.
 
-    `done` has the unreadable images of each written shard, and why they are. `identity` tells
-    whether an earlier call converted the same images in the same way.
+    `done` has the unreadable images of each written shard, with the reasons. `identity` is equal
+    for two calls that convert the same images in the same way.
 
     Raises:
         InputError: the folder holds shards of another conversion, or the file is damaged.
@@ -112,7 +115,7 @@ class _Manifest:
 def _write_missing_shards(
     root: Path, parts: dict[str, list[str]], manifest: _Manifest, workers: int
 ) -> None:
-    """Write what is not done of `parts`, the shards' files and the images of each."""
+    """Write the shards that are not done; `parts`: the images of each shard, by its file name."""
     out, done = manifest.out, manifest.done
     todo = [shard for shard in parts if shard not in done or not (out / shard).is_file()]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
@@ -133,7 +136,7 @@ def _write_missing_shards(
 
 
 def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]:
-    """Write one tfrecord file; the images that could not be read, and why."""
+    """Write one tfrecord file; return the images that could not be read, and why."""
     tf = import_tensorflow("make-tfrecords")
     unreadable = {}
 
@@ -154,13 +157,13 @@ def _write_shard(root: Path, names: Sequence[str], path: Path) -> dict[str, str]
 
     try:
         write_whole(path, write)
-    except tf.errors.OpError as error:  # such as a full disk
+    except tf.errors.OpError as error:  # the disk is full, for example
         raise OSError(None, str(error).splitlines()[0], str(path)) from None
     return unreadable
 
 
 def _fields_of(path: Path) -> dict[str, bytes]:
-    """An Example's four features; the file as it is where any decoder sees what we see."""
+    """An Example's four features, see `write_tfrecords`."""
     picture = read_picture(path)
     if picture.format in KEPT_FORMATS and picture.is_as_decoded:
         data, channels = path.read_bytes(), 1 if "L converted to RGB" in picture.notes else 3

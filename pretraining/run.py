@@ -1,13 +1,13 @@
-"""A training run's folder: its checkpoints, its log, and where a resumed run goes on.
+"""A training run's folder: its checkpoints, its log, and the checkpoint to resume from.
 
 checkpoints/<save_name>/
     config.json         the config with every default filled in
-    log.txt             all that the run said
+    log.txt             the log
     metrics.jsonl       rows of kind "train" and "test"
     iter_<n>.pth.tar    checkpoints, the newest few
     training.png        the metrics over the steps
-    weights.pth.tar     at the end: the model alone in half precision
-    test.json           with `test`: rate and quality of each image, and their means
+    weights.pth.tar     the model alone in half precision, written at the end
+    test.json           rate and quality of each image, and their means, written with `test`
 """
 
 import json
@@ -35,21 +35,24 @@ from pretraining.draws import TrainingData
 from reports.run_plots import plot_training
 from reports.run_tables import format_tests, means_of_tests
 
-# Keys that may change between a run and its resumption.
+# The keys that may differ when a run is resumed.
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "save_model_freq", "device",
     "keep_checkpoints", "tot_iterations", "tracker", "test", "path_test_data",
 ))  # fmt: skip
-# Skipped images are named in the log up to so many of a kind; all are counted.
+# How many skipped images the log names for each reason; all are counted.
 NAMED_SKIPS = 100
 
 
 def open_training_run(config: PretrainConfig, ranks: Ranks) -> "TrainingRun":
-    """The run's folder, `output_dir/save_name`, new or to be resumed; logging goes there too.
+    """Open the run's folder, `output_dir/save_name`, new or to be resumed, and start its log.
+
+    Every rank must call this.
 
     Raises:
         InputError: the folder holds checkpoints and `resume` is off, or they were made with
-            another config; with `test`, there is nothing to test.
+            another config; or, with `test`, there is nothing to test.
+        OSError: the folder cannot be written.
     """
     folder = Path(config.output_dir) / config.save_name
     first_rank_does(ranks, lambda: _prepare_folder(folder, config))
@@ -91,33 +94,33 @@ class TrainingRun:
         self.ranks = ranks
         self.skipped: dict[str, str] = {}
         self._skips: Counter[str] = Counter()
-        self._untested: set[str] = set()
+        self._failed_tests: set[str] = set()
         self._bar: tqdm | None = None
         kind = None if ranks.rank else config.tracker
         self._track = open_tracker(kind, config.save_name, folder, resolved(config))
 
-    # --- where to begin
+    # --- the start
 
     def checkpoint_to_resume(self) -> Record | None:
-        """The newest checkpoint that is whole; None in a new run.
+        """Read the newest checkpoint that is whole; None in a new run.
 
-        Metrics of later steps are dropped, for these steps are made again.
+        Metrics of later steps are dropped, for these steps will be repeated.
 
         Raises:
-            InputError: there are some, but none is whole.
+            InputError: there are checkpoints, but none is whole.
         """
         if not first_rank_does(self.ranks, self._checkpoints):
             return None
         path = first_rank_does(self.ranks, self._newest_whole)
         checkpoint = read_checkpoint(path)
-        first_rank_does(self.ranks, lambda: self._forget(checkpoint["iter"]))
+        first_rank_does(self.ranks, lambda: self._drop_metrics_after(checkpoint["iter"]))
         return checkpoint
 
     def model_to_test(self) -> Architecture:
         """The model of the newest checkpoint, or of `pretrain` where there is none.
 
         Raises:
-            InputError: no checkpoint in the folder, or not `pretrain`, can be read.
+            InputError: no checkpoint in the folder can be read, or `pretrain` cannot.
         """
         if not self._checkpoints():
             log.info("testing %s", self.config.pretrain)
@@ -127,7 +130,7 @@ class TrainingRun:
         return load_checkpoint(str(path), self.config.channels)
 
     def _newest_whole(self) -> Path:
-        """The newest checkpoint that can be read; those that cannot get another name."""
+        """The newest checkpoint that can be read; damaged ones are renamed."""
         for path in self._checkpoints():
             try:
                 checkpoint = read_checkpoint(path)
@@ -141,7 +144,7 @@ class TrainingRun:
         raise InputError(f"{self.folder}: no checkpoint in it can be read; {ANOTHER_RUN}")
 
     def _checkpoints(self) -> list[Path]:
-        """Newest first."""
+        """The folder's checkpoints, the newest first."""
         found = {
             int(match[1]): path
             for path in self.folder.glob("iter_*.pth.tar")
@@ -149,19 +152,19 @@ class TrainingRun:
         }
         return [found[step] for step in sorted(found, reverse=True)]
 
-    def _forget(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, and a torn line."""
+    def _drop_metrics_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, and a line that a kill cut off."""
         path = self.folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         if path.is_file():
             write_records(path, kept)
 
-    # --- on the way
+    # --- during training
 
     def announce(
         self, step: int, model: Architecture, data: TrainingData, device: torch.device
     ) -> None:
-        """Log what will be trained on what, and start the progress bar."""
+        """Log the model, the data and the settings, and start the progress bar."""
         if self.ranks.rank:
             return
         config = self.config
@@ -172,16 +175,16 @@ class TrainingRun:
             config.batch_size, f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1),
             config.image_size, data.count, data.name, device, config.precision,
         )  # fmt: skip
-        self.mention_passed_over("train_folder", data.passed_over)
+        self.log_passed_over("train_folder", data.passed_over)
         self._bar = progress_bar(config.tot_iterations, done=step, unit=" steps")
 
-    def mention_passed_over(self, key: str, words: str) -> None:
-        """Log what lies beside the images in the folder that a key of the config names."""
+    def log_passed_over(self, key: str, words: str) -> None:
+        """Log which files were passed over (`words`) in the folder that a config's key names."""
         if words and self.ranks.rank == 0:
             log.info("%s: %s", key, words)
 
     def skip(self, name: str, reason: str) -> None:
-        """Count an image that cannot be trained on, once, and name it in the log."""
+        """Count an image that cannot be trained on, and name it in the log; each image once."""
         if name in self.skipped:
             return
         kind = self.skipped[name] = reason.partition(":")[0]
@@ -192,9 +195,16 @@ class TrainingRun:
             log.warning("more that are %s are only counted", kind)
 
     def log_training(self, step: int, values: Record, bad_steps: int) -> None:
-        """Write a row of metrics.jsonl and a line of the log; every rank must call this."""
+        """Write a row of metrics.jsonl and a line of the log; every rank must call this.
+
+        Args:
+            values: the learning rate `lr`, and the values of `Window.read`.
+
+        Raises:
+            OSError: the row cannot be written.
+        """
         skipped = self._skips
-        if self.ranks.world > 1:  # two ranks may have met the same image
+        if self.ranks.world > 1:  # two ranks may have skipped the same image
             parts = gather(self.ranks, self.skipped)
             skipped = Counter({name: why for part in parts for name, why in part.items()}.values())
         row = {"kind": "train", "step": step, **values, "bad_steps": bad_steps, "skipped": skipped}
@@ -214,26 +224,29 @@ class TrainingRun:
         """Write a row of metrics.jsonl with the means of a test; without results do nothing.
 
         Args:
-            results: `train.validate`'s, one for each image.
+            results: of `validate`, one for each image.
+
+        Raises:
+            OSError: the row cannot be written.
         """
         if not results or self.ranks.rank:
             return
         means = means_of_tests(results)
         path = self.folder / "metrics.jsonl"
         known = ((row["kind"], row["step"]) for row in read_metrics(path))
-        if ("test", step) not in known:  # a finished run, resumed, tests again
+        if ("test", step) not in known:  # a finished run that is resumed tests again
             self._write({"kind": "test", "step": step, **means})
         log.info("step %d, %d test images: loss %s, %s bpp, %s dB", step, means["images"],
                  rounded(means["loss"], 4), rounded(means["bpp"], 4),
                  rounded(means["psnr"], 2))  # fmt: skip
-        self._name_untested(results)
+        self._log_failed_tests(results)
 
-    def _name_untested(self, results: Sequence[Record]) -> None:
+    def _log_failed_tests(self, results: Sequence[Record]) -> None:
         """Log the images that could not be tested, each once."""
         for record in results:
             name = record["name"]
-            if "error" in record and name not in self._untested:
-                self._untested.add(name)
+            if "error" in record and name not in self._failed_tests:
+                self._failed_tests.add(name)
                 log.warning("%s: not tested: %s", name, record["error"])
 
     def _write(self, row: Record) -> None:
@@ -243,7 +256,11 @@ class TrainingRun:
         self._track(row["kind"], [numbers])
 
     def save(self, step: int, model: Architecture, state: Record) -> None:
-        """Write iter_<step>.pth.tar and delete the oldest beyond `keep_checkpoints`."""
+        """Write iter_<step>.pth.tar; keep the newest `keep_checkpoints` and delete the others.
+
+        Raises:
+            OSError: the checkpoint cannot be written.
+        """
         if self.ranks.rank:
             return
         state = {**state, "config": resolved(self.config)}
@@ -253,15 +270,15 @@ class TrainingRun:
 
     # --- the end
 
-    def stopped(self, step: int) -> int:
-        """Say where a signal stopped the run; exit code 0."""
+    def end_stopped(self, step: int) -> int:
+        """Log that a signal stopped the run at `step`; return the exit code, 0."""
         if self.ranks.rank == 0:
             self._close()
             log.info('stopped at step %d and saved; "resume": true goes on from here', step)
         return 0
 
-    def diverged(self, step: int, bad: int) -> int:
-        """Say that training more makes no sense after so many bad steps; exit code 1."""
+    def end_diverged(self, step: int, bad: int) -> int:
+        """Log that the run ends after `bad` bad steps in a row; return the exit code, 1."""
         if self.ranks.rank == 0:
             self._close()
             kept = next(iter(self._checkpoints()), None)
@@ -274,7 +291,7 @@ class TrainingRun:
         return 1
 
     def finish(self, step: int, model: Architecture) -> int:
-        """Write the weights alone and the plot, and say where they are; exit code 0."""
+        """Write the weights alone and the plot, and log their paths; return the exit code, 0."""
         if self.ranks.rank == 0:
             self._close()
             weights = save_weights(self.folder / "weights.pth.tar", model, step)
@@ -293,10 +310,10 @@ class TrainingRun:
             write_whole(self.folder / "training.png", plot_training(rows).savefig)
 
     def report_test(self, results: Sequence[Record]) -> int:
-        """Print the table of a test alone and write test.json; exit code 1 if an image failed."""
+        """Log the table of a test, write test.json; return the exit code, 1 if an image failed."""
         failed = [record for record in results if "error" in record]
         if self.ranks.rank == 0:
-            self._name_untested(results)
+            self._log_failed_tests(results)
             if len(failed) < len(results):
                 means = means_of_tests(results)
                 write_json(self.folder / "test.json", {"mean": means, "images": list(results)})

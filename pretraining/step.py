@@ -1,4 +1,4 @@
-"""A step of pre-training: its state, its optimizers and its update."""
+"""A step of pre-training: the state that it changes, its optimizers and its update."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from pretraining.training_pass import TrainingPass
 
 @dataclass
 class TrainingState:
-    """All that changes during training, as a checkpoint keeps it.
+    """All that changes during training but the model; a checkpoint stores it.
 
     `data_position`: how many draws of the training data this rank has consumed. `bad_steps`: how
-    many steps changed nothing, for a gradient was not finite.
+    many steps had a gradient that is not finite; such a step changes nothing.
     """
 
     optimizer: torch.optim.Optimizer
@@ -29,15 +29,15 @@ class TrainingState:
     bad_steps: int = 0
     bad_in_a_row: int = 0
 
-    def count(self, data_position: int, finite: bool) -> None:
-        """Count a step; `finite` is False where it changed nothing."""
+    def count_step(self, data_position: int, finite: bool) -> None:
+        """Count a step; `finite`: whether its gradients were finite."""
         self.step += 1
         self.data_position = data_position
         self.bad_steps += not finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
 
     def checkpoint(self, ranks: Ranks) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights, of all ranks; every rank must call this."""
+        """What a checkpoint stores beside the weights, of all ranks; every rank must call this."""
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
@@ -51,12 +51,12 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
-        """Take over the state of a checkpoint; the model has its weights already."""
+        """Restore the state of a checkpoint, not the model's weights."""
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer_state_dict"])
         self.step, self.bad_steps = checkpoint["iter"], checkpoint["bad_steps"]
         positions, world = checkpoint["data_position"], len(checkpoint["data_position"])
-        if world != ranks.world:  # the same images, shared out anew
+        if world != ranks.world:  # the ranks share the same draws in another way
             self.data_position = max(positions) * world // ranks.world
             return
         self.data_position = positions[ranks.rank]
@@ -68,12 +68,12 @@ class TrainingState:
 def build_optimizers(
     model: nn.Module, config: PretrainConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """The optimizer of all weights but the quantiles, and the quantiles' own.
+    """The optimizer of all weights but the quantiles, and the optimizer of the quantiles.
 
     The first is Adam or SOAP (arXiv 2409.11321), the second is Adam.
 
     Raises:
-        InputError: SOAP is asked for, and pytorch_optimizer is not installed.
+        InputError: the config asks for SOAP, and pytorch_optimizer is not installed.
     """
     named = dict(model.named_parameters())
     weights = [p for name, p in named.items() if not name.endswith(".quantiles")]
@@ -87,7 +87,7 @@ def build_optimizers(
 
 
 def distribute(network: TrainingPass, ranks: Ranks) -> nn.Module:
-    """DistributedDataParallel where there are several ranks; it starts them from equal weights."""
+    """Wrap the network in DistributedDataParallel if there are several ranks."""
     if ranks.world == 1:
         return network
     return DistributedDataParallel(network)
@@ -96,16 +96,19 @@ def distribute(network: TrainingPass, ranks: Ranks) -> nn.Module:
 def train_step(
     network: nn.Module, state: TrainingState, x: Tensor, lr: float, clip_grad: float
 ) -> dict[str, Tensor] | None:
-    """One update on x [B, 3, S, S] in [0, 1].
+    """Update the weights by one step on x [B, 3, S, S] in [0, 1].
+
+    Args:
+        lr: the learning rate of the main optimizer.
+        clip_grad: the bound of each gradient's absolute value; 0: no bound.
 
     Returns:
-        The terms that `TrainingPass` gave before the update, detached. None, and nothing changed,
-        where a gradient is not finite: on every rank at once, for DistributedDataParallel has
-        averaged the gradients.
+        The terms of `TrainingPass` before the update, detached. None: a gradient was not finite and
+        nothing was changed. All ranks agree on that, for their gradients have been averaged.
     """
     network.zero_grad()
     terms = network(x)
-    # The two losses have no parameter in common, so one backward serves both optimizers.
+    # The two losses share no parameter, so one backward pass serves both optimizers.
     (terms["loss"] + terms["aux_loss"]).backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if not get_total_norm(gradients).isfinite():

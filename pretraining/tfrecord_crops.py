@@ -10,7 +10,7 @@ import torch
 
 from common.errors import InputError
 from common.optional_packages import import_tensorflow, require_package
-from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, nothing_usable
+from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, no_crop_message
 from pretraining.example_crop import crop_of_example
 from pretraining.tfrecord_index import TfrecordIndex, epoch_order, read_payload
 
@@ -18,8 +18,8 @@ from pretraining.tfrecord_index import TfrecordIndex, epoch_order, read_payload
 class TfrecordCrops:
     """Random crops of tfrecords, read and decoded by tf.data in parallel.
 
-    The bytes feature `image` of an example is an encoded picture; a JPEG is decoded only where the
-    crop needs it. Crops of `resized` files are torchvision's RandomResizedCrop.
+    The bytes feature `image` of an example is an encoded picture. Of a JPEG only the crop is
+    decoded. Files that the index calls `resized` get torchvision's RandomResizedCrop.
 
     Raises:
         InputError: tensorflow is not installed.
@@ -41,10 +41,10 @@ class TfrecordCrops:
         self.name = f"records in {len(index.files)} files"
 
     def batches(self, draws: Draws, on_skip: OnSkip) -> Iterator[Batch]:
-        """Batches without end, see `TrainingData`.
+        """Endless batches, see `TrainingData`.
 
         Raises:
-            InputError: no example gives a crop.
+            InputError: no example gives a crop, or the files cannot be read any more.
         """
         for file, why in self.index.damaged.items():
             if draws.rank == 0:
@@ -55,10 +55,9 @@ class TfrecordCrops:
 
 
 class _Pipeline:
-    """tf.data from the places of examples to batches of crops, in the order of the draws.
+    """The tf.data pipeline from the index of examples to batches of crops, in the order of draws.
 
-    Whatever fails on an example only drops its draw. The gap in the draws' numbers then tells
-    which draw it was.
+    If an example fails, its draw is dropped. The gap in the numbers of the draws shows which.
     """
 
     def __init__(self, data: TfrecordCrops, draws: Draws, on_skip: OnSkip):
@@ -72,7 +71,7 @@ class _Pipeline:
         self._resized = self.tf.constant(resized) if any(resized) else None
 
     def batches(self) -> Iterator[Batch]:
-        """Batches without end; reports the draws that are missing between them.
+        """Endless batches; draws that are missing between them are reported.
 
         Raises:
             InputError: no file can be read any more.
@@ -87,35 +86,35 @@ class _Pipeline:
                 for dropped in range(expected, used, self.draws.world):
                     self._report(dropped)
                 expected = used + self.draws.world
-            # Both libraries look at the same memory.
+            # No copy: both libraries use the same memory.
             x = torch.from_dlpack(tf.experimental.dlpack.to_dlpack(x))  # [B, S, S, 3]
             yield Batch(x.permute(0, 3, 1, 2), self.draws.position_after(used))
         raise InputError(f"path_train: {self.data.index.files[0]} and all others: not readable")
 
     def find_one_usable(self) -> None:
-        """Draw until one example gives a crop; `batches` would wait for ever where none does.
+        """Check that one example gives a crop, for `batches` would wait for ever without one.
 
         Raises:
-            InputError: not one does.
+            InputError: no example does.
         """
         epoch = self.draws.position * self.draws.world // self.data.count
-        # In one of so many epochs, each example is this rank's.
+        # In `world` epochs this rank draws each example once.
         epochs = self.tf.data.Dataset.range(epoch + 1, epoch + 1 + self.draws.world)
         if not any(True for _ in self._crops(epochs).take(1)):
             reason = TOO_SMALL if self._too_small else READ_FAILED
             example = f"{self.data.index.name_of(0)}, {reason}"
-            raise InputError(nothing_usable("path_train", self.data.size, example))
+            raise InputError(no_crop_message("path_train", self.data.size, example))
         self._too_small.clear()
 
     def _report(self, g: int) -> None:
-        """Say what was wrong with a draw that gave no crop."""
+        """Call `on_skip` for a draw that gave no crop."""
         reason = TOO_SMALL if g in self._too_small else READ_FAILED
         self._too_small.discard(g)
         epoch, place = divmod(g, self.data.count)
         self.on_skip(self.data.index.name_of(int(self._order(epoch)[place])), reason)
 
     def _note_too_small(self, g: np.ndarray) -> np.bool_:
-        """Remember, in tensorflow's thread, why a draw gives no crop; False, as a filter has it."""
+        """Remember that a draw's picture is too small; False makes tensorflow's filter drop it."""
         self._too_small.add(int(g))
         return np.bool_(False)
 
@@ -126,10 +125,10 @@ class _Pipeline:
         return payload
 
     def _still_readable(self, epoch: np.ndarray) -> np.bool_:
-        """False where whole epochs of examples could not be read: their files are gone."""
+        """False once two epochs of examples in a row could not be read: their files are gone."""
         return np.bool_(self._failed_in_a_row <= 2 * self.data.count + 100)
 
-    @lru_cache(maxsize=3)  # noqa: B019  a pipeline lives as long as its run
+    @lru_cache(maxsize=3)  # noqa: B019  there is one pipeline in a run
     def _order(self, epoch: int) -> np.ndarray:
         return epoch_order(self.data.index, self.draws.seed, epoch, self.data.cycle_length)
 
@@ -147,7 +146,7 @@ class _Pipeline:
         return np.stack((g[mine], order, index.file[order]), axis=1), uniform[mine]
 
     def _crops(self, epochs: Any) -> Any:
-        """x uint8 [S, S, 3] and g of every usable draw of these epochs, both tf.data.Dataset."""
+        """The usable draws of `epochs` as a Dataset: x, uint8 [S, S, 3], and g of each."""
         tf, data = self.tf, self.data
 
         def readable(epoch: Any) -> Any:
@@ -173,6 +172,6 @@ class _Pipeline:
             )
 
         rows = epochs.take_while(readable).flat_map(rows_of)
-        # One more than the cores: one always waits for its turn.
+        # One more than the cores, for one is always waiting.
         crops = rows.map(crop, num_parallel_calls=data.parallel + 1, deterministic=True)
         return crops.ignore_errors().filter(big_enough).map(lambda x, too_small, g: (x, g))

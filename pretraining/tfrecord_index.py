@@ -1,7 +1,7 @@
-"""Where the examples of tfrecord files lie, their bytes, and the order of an epoch.
+"""Find and read the examples of tfrecord files, and give them the order of an epoch.
 
-A tfrecord file is a row of examples. On disk an example is 8 bytes of length, 4 of their checksum,
-the payload, and 4 of its checksum.
+A tfrecord file is a sequence of examples. Each has the payload's length (8 bytes), the checksum of
+the length (4), the payload, and the payload's checksum (4).
 """
 
 import hashlib
@@ -27,10 +27,10 @@ INDEX_NAME = ".record_index.npz"
 
 @dataclass(frozen=True)
 class TfrecordIndex:
-    """Where each of the n examples of some tfrecord files lies.
+    """The places of the n examples in a list of tfrecord files.
 
-    `resized` says of each file whether its crops are random resized ones, as CLIC's are. `damaged`
-    says why of each file that breaks off.
+    `resized`: for each file, whether its crops are random resized ones, as CLIC's are. `damaged`:
+    the files that cannot be read to their end, with the reasons.
     """
 
     files: tuple[str, ...]
@@ -46,7 +46,7 @@ class TfrecordIndex:
         return len(self.file)
 
     def merged_with(self, other: "TfrecordIndex") -> "TfrecordIndex":
-        """An index of the examples of both, these first."""
+        """One index of all examples, those of `self` first."""
         return TfrecordIndex(
             self.files + other.files,
             self.resized + other.resized,
@@ -57,18 +57,21 @@ class TfrecordIndex:
         )
 
     def name_of(self, example: int) -> str:
-        """The example's file and its place in it, counted from 0."""
+        """The name of an example in messages: its file, and its number there, from 0."""
         file = int(self.file[example])
         place = example - int(np.searchsorted(self.file, file))
         return f"{self.files[file]} record {place}"
 
 
 def index_tfrecords(path: str | Path, key: str = "path_train.train_imagenet") -> TfrecordIndex:
-    """Index the tfrecords below a folder, or one file; a folder's index is kept in a file there.
+    """Index the tfrecords below a folder, or one file; a folder's index is stored in the folder.
+
+    Args:
+        key: the config's key that holds the path; messages begin with it.
 
     Raises:
-        InputError: no such folder, no example in it, or google_crc32c is not installed; `key` is
-            where the user named the path.
+        InputError: there is no such folder, no example is in it, or google_crc32c is not installed.
+        OSError: a file cannot be read.
     """
     root, key = Path(path), f"{key} = {path}"
     if root.is_file():
@@ -92,16 +95,16 @@ def index_tfrecords(path: str | Path, key: str = "path_train.train_imagenet") ->
 
 
 def index_files(files: Sequence[Path], cache: Path | None) -> TfrecordIndex:
-    """Find every example by the lengths that stand before each; reads no payload.
+    """Find every example by the lengths stored in the files; reads no payload.
 
     Args:
-        cache: where the index is kept; it holds while names, sizes and times stay the same.
+        cache: the file that stores the index; it is valid while names, sizes and times are equal.
 
     Raises:
         InputError: google_crc32c is not installed.
         OSError: a file cannot be read.
     """
-    _crc32c_package()  # reading will need it, also where the index is kept
+    _crc32c_package()  # needed to read payloads, even with a stored index
     stamp = stamp_of((str(file), file) for file in files)
     if cache is not None:
         broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -116,20 +119,24 @@ def index_files(files: Sequence[Path], cache: Path | None) -> TfrecordIndex:
     damaged = {str(file): why for file, (_, _, why) in zip(files, found, strict=True) if why}
     if cache is not None:
         kept = {"stamp": stamp, "places": places, "damaged": json.dumps(damaged)}
-        with suppress(OSError):  # data often lie where nobody may write
+        with suppress(OSError):  # the folder of the data may be read-only
             write_whole(cache, lambda path: np.savez(path, **kept))
     return _index_of(files, places, damaged)
 
 
 def _index_of(files: Sequence[Path], places: np.ndarray, damaged: dict[str, str]) -> TfrecordIndex:
-    """places: int64 [n, 3], each example's file, offset and length."""
+    """The index of `places`, int64 [n, 3]: each example's file, offset and length."""
     names = tuple(str(file) for file in files)
     file, offset, length = places.astype(np.int64).T
     return TfrecordIndex(names, (False,) * len(names), file, offset, length, damaged)
 
 
 def stamp_of(files: Iterable[tuple[str, Path]]) -> str:
-    """A hash of files' names, sizes and times: another one as soon as one of them changes."""
+    """A hash of the names, sizes and times of files: it changes if one of these does.
+
+    Raises:
+        OSError: there is no such file.
+    """
     lines = []
     for name, file in files:
         status = file.stat()
@@ -138,7 +145,7 @@ def stamp_of(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def _scan(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Offset and payload length of a file's examples, int64, and why it breaks off if it does."""
+    """Offsets and payload lengths of a file's examples, int64; and what is wrong, or None."""
     size, at = path.stat().st_size, 0
     offsets, lengths, problem = [], [], None
     with path.open("rb", buffering=0) as file:
@@ -161,7 +168,7 @@ def _scan(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
 
 
 def _checksum(data: bytes) -> bytes:
-    """The four bytes that a tfrecord writes after `data`: its CRC32C, masked as the format says."""
+    """The four checksum bytes that follow `data` in a tfrecord: its CRC32C, masked."""
     crc = _crc32c_package().value(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return masked.to_bytes(4, "little")
@@ -172,7 +179,7 @@ def _crc32c_package() -> Any:
 
 
 def read_payload(index: TfrecordIndex, example: int) -> bytes:
-    """The bytes of an example.
+    """The payload of an example.
 
     Raises:
         OSError: the file cannot be read.
@@ -188,10 +195,10 @@ def read_payload(index: TfrecordIndex, example: int) -> bytes:
 
 
 def epoch_order(index: TfrecordIndex, seed: int, epoch: int, cycle_length: int) -> np.ndarray:
-    """Every example once, int64 [n], in the seeded order of an epoch.
+    """The order of the examples in an epoch: int64 [n], each example once.
 
-    Files come in random order, cycle_length of them open at a time, whose examples are drawn at
-    random. CLIC's few files are spread evenly at random over the epoch's whole length.
+    Files come in random order, in groups of `cycle_length`. The examples of a group are mixed at
+    random. The examples of `resized` files are mixed over the whole epoch.
     """
     rng = np.random.default_rng((seed, epoch))
     starts = np.searchsorted(index.file, np.arange(len(index.files) + 1))

@@ -1,4 +1,4 @@
-"""One forward pass of pre-training."""
+"""The forward pass of pre-training."""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ from objectives import Problem, RateDistortion
 
 
 class TrainingPass(nn.Module):
-    """A pass in which uniform noise stands for rounding (arXiv 1809.02736).
+    """A forward pass with uniform noise in place of rounding (arXiv 1809.02736).
 
-    A module of its own so that DistributedDataParallel can wrap the whole of it.
+    It is a module so that DistributedDataParallel can wrap the whole pass.
     """
 
     def __init__(self, model: Architecture, objective: RateDistortion, precision: str = "float32"):
@@ -22,11 +22,13 @@ class TrainingPass(nn.Module):
         self.precision = getattr(torch, precision)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of x [B, 3, H, W] in [0, 1]; scalars.
+        """The scalars loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of a batch.
 
-        The networks run in `precision`, the likelihoods and the distortion in float32. aux_loss
-        moves nothing but the quantiles, which no other loss sees. Height and width must be
-        multiples of 64.
+        The networks run in `precision`, the likelihoods and the distortion in float32. Only
+        aux_loss has gradients to the quantiles, and it has no others.
+
+        Args:
+            x: [B, 3, H, W] in [0, 1]; H and W are multiples of 64.
         """
         reduced = self.precision != torch.float32
         with torch.autocast(x.device.type, dtype=self.precision, enabled=reduced):

@@ -1,4 +1,4 @@
-"""Tests of the network on whole images during and after pre-training."""
+"""Test a model on whole images, during and after pre-training."""
 
 from typing import Any
 
@@ -14,16 +14,16 @@ from fast.tiles import coding_tile
 from metrics import picture_quality
 from objectives import Problem, RateDistortion
 
-# Bytes that testing keeps per element of y, where no optimizer has its own: y twice and its prior.
+# Bytes that a test needs for each element of y, twice y and its prior; there is no optimizer.
 TESTED_LATENT = 40
 
 
 def validate(
     model: Architecture, images: ImageFiles | None, lmbda: float, ranks: Ranks
 ) -> list[dict[str, Any]]:
-    """What `measure` gives of every image, in order; an empty list without images.
+    """The result of `measure` for every image, in order; an empty list without images.
 
-    The ranks share the images; every rank must call this.
+    The ranks share the images; every rank must call this and gets all results.
     """
     if images is None:
         return []
@@ -41,12 +41,12 @@ def validate(
 def measure(
     model: Architecture, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
 ) -> dict[str, Any]:
-    """Rate and quality of a whole image whose latents are truly rounded.
+    """Rate and quality of a whole image with truly rounded latents.
 
     Returns:
-        name, loss, bpp, bpp_y, bpp_z and those of `picture_quality`. Only name and error where the
-        image cannot be read, does not fit into memory or fails otherwise: the other images and the
-        training go on.
+        name, loss, bpp, bpp_y, bpp_z and the values of `picture_quality`. If the image cannot be
+        read, does not fit into memory or fails otherwise: only name and error. The training goes
+        on.
     """
     try:
         (image,) = images.load([name])
@@ -66,10 +66,13 @@ def measure(
 
 
 def tested_tile(size: tuple[int, int], bound: MemoryBound) -> int | None:
-    """The side of the tiles in which a picture of H, W is tested; None where it stays whole.
+    """The side of a tile in a test, in positions of y; None: the picture is not tiled.
+
+    Args:
+        size: H, W of the picture, pixels.
 
     Raises:
-        MemoryError: it does not fit into memory even in the smallest tiles.
+        MemoryError: the picture does not fit into memory even in the smallest tiles.
     """
     side = coding_tile(size)
     if side is None:

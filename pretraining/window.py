@@ -1,4 +1,4 @@
-"""Means and speeds between two lines of a training log."""
+"""Means and speeds over the steps between two lines of the training log."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from common.processes import Ranks, gather
 
 
 class Window:
-    """Means over the steps since the last reading, kept on the device until they are read."""
+    """Means over the steps since the last `read`; sums stay on the device until then."""
 
     def __init__(self, ranks: Ranks, batch_size: int):
         self.ranks = ranks
@@ -25,7 +25,12 @@ class Window:
         self._started = time.perf_counter()
 
     def add(self, terms: dict[str, Tensor] | None, waited: float) -> None:
-        """Count a step: its terms, None if it was skipped, and the seconds it waited for data."""
+        """Count a step.
+
+        Args:
+            terms: of `train_step`; None for a step that changed nothing.
+            waited: the seconds that the step waited for data.
+        """
         self._steps += 1
         self._waited += waited
         if terms is not None:
@@ -35,13 +40,18 @@ class Window:
 
     @contextmanager
     def stopped_clock(self) -> Iterator[None]:
-        """The time of what happens inside counts in no speed."""
+        """Leave the time spent in the block out of the speeds."""
         paused = time.perf_counter()
         yield
         self._started += time.perf_counter() - paused
 
     def read(self) -> dict[str, float | None]:
-        """Means over steps and ranks, and speeds; then starts anew. Every rank must call this."""
+        """Read the window and start a new one; every rank must call this.
+
+        Returns:
+            loss, psnr (dB), bpp, bpp_y, bpp_z and aux_loss, means over steps and ranks; None where
+            no step was good. steps_per_second, images_per_second, and data_wait_share in [0, 1].
+        """
         own = {key: value.item() / self._good for key, value in self._sums.items()}
         seconds = time.perf_counter() - self._started
         parts = gather(self.ranks, own)

@@ -1,12 +1,12 @@
-"""What the worker processes of data loading and of conversion do when they start."""
+"""The start of worker processes that load or convert data."""
 
 import signal
 
 
 def leave_signals_to_the_main_process(*_: int) -> None:
-    """Ignore SIGINT and SIGTERM, which reach a whole process group: the main process acts on them.
+    """Ignore SIGINT and SIGTERM: the whole process group gets them, the main process handles them.
 
-    Takes and ignores the number that torch's data loader gives each worker.
+    The arguments are ignored; torch's data loader passes each worker's number.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

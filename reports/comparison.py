@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.files import fitting, printable, write_whole
+from common.files import printable, short_enough, write_whole
 from common.images import Images
 from common.records import write_json
 from config import CompareConfig, RefineConfig, folder_name
@@ -122,7 +122,7 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
         if own["ms_ssim_db"].notna().all():
             # The tool turns similarities into dB itself.
             results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
-        path = folder / "compressai" / fitting(str(image)) / f"{folder_name(curve)}.json"
+        path = folder / "compressai" / short_enough(str(image)) / f"{folder_name(curve)}.json"
         write_json(path, {"name": curve, "description": str(image), "results": results})
 
 

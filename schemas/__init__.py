@@ -1,1 +1,1 @@
-"""What each script's JSON config may hold; `config` reads it, and hands these classes on."""
+"""The schemas of the scripts' JSON configs; import them from `config`, which reads the files."""

@@ -1,4 +1,4 @@
-"""What all schemas share: the kinds of their values, and the network that both scripts name."""
+"""What the schemas share: types of values, and the keys of the network."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,11 +8,11 @@ from common.files import user_path
 
 
 class Section(BaseModel):
-    """A JSON object whose keys and types are all known.
+    """A JSON object with fixed keys and types.
 
-    The string below a key describes it: docs/config.md is made of these. It starts with "+ " where
-    the published repository's files do not have the key. Ranges and defaults are not repeated
-    there, for the reference takes them from the types.
+    The string below a key describes it; docs/config.md is made of these strings. "+ " at its start
+    marks a key that the published repository does not have. Ranges and defaults are left out, for
+    docs/config.md takes them from the types.
     """
 
     model_config = ConfigDict(
@@ -48,18 +48,21 @@ class Channels(Section):
     """Channels of the networks."""
 
     N: Count
-    """+ Channels inside the networks, and of z."""
+    """+ The channels inside the networks and of z."""
     M: Count
-    """+ Channels of y."""
+    """+ The channels of y."""
 
 
 def channels_of_lambda(train_lambda: float) -> Channels:
     """N = M = 128 up to lambda 0.001, 192 below 0.04, 256 above (arXiv 2401.17789).
 
-    Lambdas between the published seven follow the same steps, up to 0.1, where we draw the line.
+    The paper has seven lambdas. The rule covers those between them, and all up to 0.1.
+
+    Args:
+        train_lambda: in (0, 0.1).
 
     Raises:
-        ValueError: no rule for this lambda.
+        ValueError: there is no rule for this lambda.
     """
     if not 0 < train_lambda < 0.1:
         raise ValueError(
@@ -71,15 +74,15 @@ def channels_of_lambda(train_lambda: float) -> Channels:
 
 
 class ModelOfLambda(Section):
-    """The network: the lambda that it is trained for, and its size."""
+    """The network: its size, and the lambda that it is trained for."""
 
     train_lambda: float
-    """The lambda that the model is trained for: the loss is bpp + lambda * 255^2 * MSE. In (0, 0.1)
-    unless `channels` is given. The published rule derives the size of a new network from it:
-    N = M = 128 up to 0.001, 192 below 0.04, 256 above."""
+    """The lambda that the model is trained for; the loss is bpp + lambda * 255^2 * MSE. It must be
+    in (0, 0.1) unless `channels` is given. It sets the size of a new network by the published rule:
+    N = M = 128 up to 0.001, 192 below 0.04, 256 from there on."""
     channels: Channels | None = None
-    """+ The channels {N, M} of the network. null: refinement takes them from the weights,
-    pre-training from `train_lambda`."""
+    """+ The channels {N, M} of the network. null: refinement takes them from the weights, and
+    pre-training derives them from `train_lambda`."""
 
     @model_validator(mode="after")
     def _has_channels(self) -> "ModelOfLambda":

@@ -1,4 +1,4 @@
-"""What `compare.py` reads."""
+"""The schema of the config of `compare.py`."""
 
 import re
 from typing import Annotated, Any, Literal, get_args
@@ -20,7 +20,7 @@ from schemas.refine import DATA_SETS
 ShortName = Annotated[str, Field(pattern=r"^\S(.{0,60}\S)?$")]
 
 
-def _refuse_what_a_comparison_sets(changes: dict[str, Any]) -> dict[str, Any]:
+def _refuse_keys_of_the_comparison(changes: dict[str, Any]) -> dict[str, Any]:
     places = {
         "train_lambda": "models", "pretrain": "models", "dev_options.inference_lambda": "models",
         "seed": "seeds", "device": "device", "save_name": "save_name", "output_dir": "output_dir",
@@ -32,29 +32,30 @@ def _refuse_what_a_comparison_sets(changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-Changes = Annotated[dict[str, Any], AfterValidator(_refuse_what_a_comparison_sets)]
+Changes = Annotated[dict[str, Any], AfterValidator(_refuse_keys_of_the_comparison)]
 
 
 class ComparedMethod(Section):
-    """A refinement config, and what to change in it."""
+    """A refinement config, and changes to it."""
 
     config: UserPath
     """A config of `train_flexible_inference.py`."""
     set: Changes = Field({})
-    """Changes to it by dotted key, e.g. {"optimizer.lr": 0.01}."""
+    """Changes to that config, by dotted key: {"optimizer.lr": 0.01}."""
 
 
 class ComparedModel(Section):
-    """A checkpoint, and the lambda of the refinement where it is not the checkpoint's own."""
+    """A checkpoint, and the lambda that images are refined with."""
 
     pretrain: UserPath = Field(min_length=1)
-    """The trained model, as `pretrain` of a refinement."""
+    """The trained model; see the key `pretrain` of a refinement."""
     train_lambda: Positive
     """The lambda that it is trained for."""
     inference_lambda: Positive | None = None
     """The lambda of the refinement's loss. null: `train_lambda`."""
     name: ShortName | None = None
-    """The name in tables and plots, at most 62 letters. null: `lambda` and `train_lambda`."""
+    """The name in tables and plots, at most 62 letters. null: `lambda` and the value of
+    `train_lambda`."""
 
     @property
     def checkpoint(self) -> str:
@@ -63,7 +64,7 @@ class ComparedModel(Section):
 
     @property
     def label(self) -> str:
-        """The name of checkpoint and refinement, e.g. `lambda 0.01` or `lambda 0.01 at 0.005`."""
+        """`checkpoint`, and the inference lambda if it is set: `lambda 0.01 at 0.005`."""
         at = "" if self.inference_lambda is None else f" at {self.inference_lambda:g}"
         return f"{self.checkpoint}{at}"
 
@@ -72,52 +73,53 @@ Codec = Literal["JPEG", "JPEG 2000", "WebP", "AVIF"]
 
 
 class CompareConfig(ScriptConfig):
-    """What `compare.py` reads: every method with every model and seed over one image set."""
+    """The config of `compare.py`: each method refines one image set with each model and seed."""
 
     save_name: str = Field(pattern=SAVE_NAME)
-    """The comparison's folder below `output_dir`: a name, or names joined by /, of letters, digits,
-    blank, `.`, `_` and `-`. With `quick` the folder's name ends in `_quick`."""
+    """The comparison's folder below `output_dir`: a name, or names joined by /. Names have letters,
+    digits, blanks, `.`, `_` and `-`. With `quick` the folder's name ends in `_quick`."""
     output_dir: UserPath = Field("results", min_length=1)
     """The folder of all runs."""
     data_set: Literal["kodak", "tecnick", "pathology", "clic", "folder", "sample"] = "sample"
-    """The image set, as in `dev_options` of a refinement."""
+    """The image set; see the keys of the same names in `dev_options` of a refinement."""
     path: UserPath | None = None
-    """Where the image set lies; `sample` has none, and `clic` may do without. `--images PATH` on
-    the command line sets it, and `data_set` to `folder`."""
+    """The path of the image set. `sample` has no path, and `clic` does not need one. `--images
+    PATH` on the command line sets this key, and sets `data_set` to `folder`."""
     images: Index = 24
-    """How many images are refined at most, the first ones by name. 0: all that there are, which
-    `--images PATH` on the command line implies unless the file or a `--set` has this key."""
+    """The largest number of images to refine; the first ones by name are taken. 0: all. `--images
+    PATH` on the command line also means all, unless the file or a `--set` has this key."""
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
-    """The methods by the names that tables and plots give them."""
+    """The methods, by their names in tables and plots."""
     models: list[ComparedModel] = Field(min_length=1)
-    """The trained models, each with a lambda of the refinement."""
+    """The trained models, each with the lambda that images are refined with."""
     set: Changes = Field({})
-    """Changes to every method's config by dotted key; a method's own changes win."""
+    """Changes to the config of every method, by dotted key. A method's own changes win."""
     seeds: list[TorchSeed] = Field([0], min_length=1)
-    """The seeds of the noise: every method meets every model once with each."""
+    """The seeds of the noise. Each method runs with each model once for each seed."""
     anchor: str = "base"
-    """What everything is compared with: the name of a method, or `base`, which is no refinement."""
+    """The method that all others are compared with: its name, or `base` for no refinement."""
     groups: dict[ShortName, list[str]] = Field({})
-    """Groups of images by name, each a list of image names. The table has a column for each."""
+    """Groups of images: a name, and a list of image names. The table has a column for each."""
     codecs: list[Codec] = Field([])
     """Classical codecs to compare with."""
     published: dict[ShortName, UserPath] = Field({})
-    """Published curves by name: CSV files with columns bpp, psnr and perhaps ms_ssim_db."""
+    """Published curves by name: CSV files with the columns bpp, psnr and, optionally,
+    ms_ssim_db."""
     shown: Index = 2
-    """How many images the report shows pictures of."""
+    """The number of images that the report shows details of."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
     quick: bool = False
-    """A few sample photos, one seed and short schedules: to look at, not to cite. `--quick` on the
-    command line switches it on."""
+    """Use a few sample photos, one seed and short schedules. The results are to look at, not to
+    cite. `--quick` on the command line switches it on."""
     quick_images: Count = 2
-    """How many sample photos `quick` takes."""
+    """The number of sample photos that `quick` uses."""
     quick_steps: Count = 100
-    """How many steps `quick` takes; schedules are shrunk to them."""
+    """The number of steps that `quick` takes. Schedules are shortened to it."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:
-        """What `--images PATH` sets, by dotted key: this folder or file is the image set."""
+        """The keys that `--images PATH` sets: this folder or file is the image set."""
         return {"data_set": "folder", "path": path}
 
     @property
@@ -127,12 +129,12 @@ class CompareConfig(ScriptConfig):
 
     @property
     def image_set(self) -> str:
-        """The data set that is refined."""
+        """The data set to refine, after `quick`."""
         return "sample" if self.quick else self.data_set
 
     @property
     def used_seeds(self) -> list[int]:
-        """Seeds, after `quick`."""
+        """The seeds, after `quick`."""
         return self.seeds[:1] if self.quick else self.seeds
 
     @model_validator(mode="after")
@@ -159,5 +161,5 @@ class CompareConfig(ScriptConfig):
 
 
 def folder_name(name: str) -> str:
-    """A short name as part of a path: letters, digits, blanks, . and -."""
+    """A short name as part of a path: letters, digits, blanks, `.`, `_` and `-`."""
     return re.sub(r"[^\w.-]+", " ", name).strip(" .") or "_"

@@ -1,4 +1,4 @@
-"""What `train.py` reads."""
+"""The schema of the config of `train.py`."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,20 +23,20 @@ from schemas.base import (
 
 
 class LearningRate(Section):
-    """The learning rate over the steps, and the bound of the gradients."""
+    """The learning rate at each step, and the bound of the gradients."""
 
     base: Positive = 1e-4
     """The learning rate after the warm-up."""
     curl_lr: NonNegative | None = None
-    """No effect: the current rate in published files, kept so that they load."""
+    """No effect: it is in published files, and is kept so that they load."""
     clip_grad: NonNegative = 1.0
     """The bound of each gradient's absolute value. 0: no bound."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The factor of the rate after every `decay_interval` steps."""
+    """The rate is multiplied by this factor after every `decay_interval` steps."""
     decay_interval: Count = 1_000_000
-    """Steps between two decays."""
+    """The steps between two decays."""
     warmup_step: Index = 1000
-    """Steps of the linear warm-up to `base`."""
+    """The steps of the warm-up, in which the rate rises linearly to `base`."""
 
     def at(self, step: int) -> float:
         """The learning rate of step `step` (0 is the first)."""
@@ -45,76 +45,78 @@ class LearningRate(Section):
 
 
 class PretrainPaths(Section):
-    """Where the published training data lie."""
+    """The paths of the published training data."""
 
     train_clic: UserPath = ""
-    """The tensorflow-datasets folder that holds CLIC prepared. "": its default folder, into which
+    """The folder in which tensorflow-datasets has prepared CLIC. "": its default folder, to which
     it downloads CLIC on first use."""
     train_imagenet: UserPath = ""
-    """Folder of ImageNet's tfrecords, or one such file. "": none, then `train_folder` is needed."""
+    """The folder of ImageNet's tfrecords, or one tfrecord file. "": none, and `train_folder` is
+    needed."""
 
 
 class PretrainConfig(ModelOfLambda, ScriptConfig):
-    """What `train.py` reads."""
+    """The config of `train.py`."""
 
     tot_iterations: Count = 2_000_000
-    """Steps of the training."""
+    """The steps of the training."""
     lr: LearningRate = LearningRate()
     cycle_length: Count = 4
-    """How many tfrecord files are read in turn."""
+    """The number of tfrecord files whose examples are mixed at a time."""
     batch_size: Count = 32
-    """Crops in a step, on each process."""
+    """The crops in a step, for each process."""
     print_freq: Count = 1000
-    """Steps between rows of `metrics.jsonl` and lines of the log."""
+    """The steps between two rows of `metrics.jsonl`, and between two lines of the log."""
     save_model_freq: Count = 50_000
-    """Steps between checkpoints, and between tests on `path_test_data`."""
+    """The steps between two checkpoints, and between two tests on `path_test_data`."""
     image_size: Annotated[int, Field(ge=64, multiple_of=64)] = 256
-    """Side of the crops, pixels. Smaller images are skipped and counted."""
+    """The side of the crops in pixels. Smaller images are skipped and counted."""
     seed: TorchSeed = 0
-    """Seed of the weights, the crops and the noise."""
+    """The seed of the weights, the crops and the noise."""
     test: bool = False
-    """Do not train, only test the newest checkpoint, or `pretrain` where there is none."""
+    """Do not train. Only test the newest checkpoint, or `pretrain` if there is none."""
     save_name: str = Field(pattern=SAVE_NAME)
-    """The run's folder below `output_dir`: a name, or names joined by /, of letters, digits, blank,
-    `.`, `_` and `-`."""
+    """The run's folder below `output_dir`: a name, or names joined by /. Names have letters,
+    digits, blanks, `.`, `_` and `-`."""
     pretrain: UserPath = ""
-    """Weights to start from: a file of torch.save or safetensors, or a model of CompressAI's zoo.
-    "": random weights."""
+    """The weights to start from: a file of torch.save or safetensors, or a model of CompressAI's
+    zoo (see refinement). "": random weights."""
     train_clic_imagenet: bool = True
-    """Mix CLIC's train split into ImageNet, by their sizes."""
+    """Mix CLIC's train split with ImageNet, in proportion to their sizes."""
     path_train: PretrainPaths = PretrainPaths()
     path_test_data: UserPath = ""
-    """Test images: a folder, one file, or `sample` for the sample photos. "": no tests."""
+    """The test images: a folder, one file, or `sample` for the sample photos. "": no tests."""
     train_folder: UserPath = ""
-    """+ Folder of images to train on instead of tfrecords, or `sample` for the sample photos.
-    `--images PATH` on the command line sets it. "": `path_train` counts."""
+    """+ The images to train on in place of tfrecords: a folder, one file, or `sample` for the
+    sample photos. `--images PATH` on the command line sets it. "": `path_train` is used."""
     optimizer: Literal["adam", "soap"] = "adam"
-    """+ The optimizer of all weights but the quantiles: Adam, or SOAP (arXiv 2409.11321)."""
+    """+ The optimizer of all weights but the quantiles: Adam or SOAP (arXiv 2409.11321)."""
     aux_lr: Positive = 1e-3
-    """+ Learning rate of the Adam that the quantiles of the entropy bottleneck have."""
+    """+ The learning rate of the quantiles of the entropy bottleneck. Their optimizer is Adam."""
     precision: Precision = "float32"
-    """+ With `bfloat16` the networks run under autocast; the likelihoods stay in float32."""
+    """+ With `bfloat16` the networks run under autocast. The likelihoods are in float32."""
     device: str = "auto"
     """+ `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
     num_workers: Index = 0
-    """+ Processes that decode images. 0: all cores for tfrecords, the main process for folders."""
+    """+ The workers that decode images: threads for tfrecords, processes for folders. 0: all cores
+    for tfrecords, the main process for folders."""
     keep_checkpoints: Count = 5
-    """+ How many of the newest checkpoints are kept."""
+    """+ The number of checkpoints that are kept, the newest ones."""
     output_dir: UserPath = Field("checkpoints", min_length=1)
     """+ The folder of all runs."""
     resume: bool = False
-    """+ Go on from the newest checkpoint in the folder."""
+    """+ Resume from the newest checkpoint in the folder."""
     tracker: Tracker | None = None
-    """+ Also send the metrics to a tracker. null: to none."""
+    """+ A tracker that also gets the metrics. null: none."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:
-        """What `--images PATH` sets, by dotted key: this folder is the training data."""
+        """The keys that `--images PATH` sets: this folder or file is the training data."""
         return {"train_folder": path}
 
     @property
     def network_channels(self) -> Channels:
-        """`channels`, or those that the published rule gives for train_lambda."""
+        """`channels`; if that is null, the published rule's for `train_lambda`."""
         return self.channels or channels_of_lambda(self.train_lambda)
 
     @model_validator(mode="after")

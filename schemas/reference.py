@@ -1,4 +1,4 @@
-"""docs/config.md: every key of every config, written from the schemas themselves."""
+"""Write docs/config.md from the schemas: every key of every config."""
 
 import json
 from collections.abc import Iterator
@@ -12,20 +12,18 @@ from schemas.refine import RefineConfig
 HEAD = """\
 # Config reference
 
-This page is generated from the schemas in `schemas/`. After a change there run
-
 ```
-python config.py > docs/config.md
+python config.py > docs/config.md     # writes this page, after a change in schemas/
 ```
 
-Each script reads one JSON file with `--config`. `--set key=value` replaces any key, `--set
-section.key=value` a key inside another; the value is JSON, or else a string. Unknown keys are
-errors. Paths are relative to the current folder, and `~` is the home folder.
+Each script reads one JSON file with `--config`. `--set key=value` replaces the value of a key,
+`--set section.key=value` that of a key inside an object. The value is JSON; anything else is taken
+as a string. Unknown keys are errors. Paths are relative to the current folder, and `~` is the home
+folder.
 
-A key marked + is ours: the files of the published repository do not have it. (They know no
-comparisons, so the keys of those have no mark.) Of the values, `{NAME: ...}` is an object with
-names that you choose, and `[...]` a list; "from" and "to" include the number, "above" and "below"
-do not.
+A key marked + is our own: the published repository does not have it. (It has no comparisons, so
+their keys are not marked.) In the column "values", `{NAME: ...}` is an object with names that you
+choose, and `[...]` is a list. "from" and "to" include the number; "above" and "below" do not.
 """
 
 SCRIPTS: tuple[tuple[str, str, type[Section]], ...] = (
@@ -36,7 +34,7 @@ SCRIPTS: tuple[tuple[str, str, type[Section]], ...] = (
 
 
 class Key(NamedTuple):
-    """One key: its dotted name, its values and its default in words, and its description."""
+    """One key: its dotted name, its values and its default in words, its description."""
 
     name: str
     values: str
@@ -50,7 +48,7 @@ def reference() -> str:
 
 
 def keys_of(schema: type[Section]) -> list[Key]:
-    """Every key of a schema, those of nested objects behind the key that holds them."""
+    """Every key of a schema; the keys of a nested object follow the key of that object."""
     whole = schema.model_json_schema()
     return list(_keys(whole, whole["$defs"], ""))
 
@@ -84,7 +82,7 @@ def _keys(section: dict[str, Any], sections: dict[str, Any], prefix: str) -> Ite
 
 
 def _section_in(kind: dict[str, Any]) -> tuple[str, str] | None:
-    """Where an object of known keys lies in a value ("", "[]", ".NAME"), and its `$ref`."""
+    """The place of an object with fixed keys in a value ("", "[]" or ".NAME"), and its `$ref`."""
     named = kind.get("patternProperties", {}).values()
     for place, inner in (("", kind), ("[]", kind.get("items", {})), *((".NAME", n) for n in named)):
         if "$ref" in inner:
@@ -93,12 +91,12 @@ def _section_in(kind: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _default_in_words(default: Any) -> str:
-    """A default as JSON; that of an object with known keys is the defaults of its keys."""
+    """A default as JSON; "of its keys" for an object with fixed keys."""
     return "of its keys" if isinstance(default, dict) and default else f"`{json.dumps(default)}`"
 
 
 def _values_in_words(kinds: list[dict[str, Any]]) -> str:
-    """What a key takes, where it takes any of several kinds."""
+    """The values of a key that takes any of these kinds."""
     if {"type": "number"} in kinds:  # it takes whole numbers too
         kinds = [kind for kind in kinds if kind != {"type": "integer"}]
     *first, last = (words for kind in kinds for words in _alternatives(kind))
@@ -106,7 +104,7 @@ def _values_in_words(kinds: list[dict[str, Any]]) -> str:
 
 
 def _alternatives(kind: dict[str, Any]) -> list[str]:
-    """The values of one kind: those of an enumeration, or one phrase."""
+    """The values of one kind: all values of an enumeration, or one phrase."""
     if "enum" in kind:
         return [f"`{value}`" for value in kind["enum"]]
     if "$ref" in kind:

@@ -1,4 +1,4 @@
-"""What `train_flexible_inference.py` reads."""
+"""The schema of the config of `train_flexible_inference.py`."""
 
 import math
 import sys
@@ -28,17 +28,17 @@ class Optimizer(Section):
     """The optimizer of the latents."""
 
     name: Literal["adam", "sgd", "LBFGS"] = "adam"
-    """Which optimizer. LBFGS refines one image at a time."""
+    """The optimizer's name. LBFGS refines one image at a time."""
     lr: Positive = 0.005
     """The learning rate, unless `dev_options.custom_lr` sets it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The momentum of `sgd`; the others do not read it."""
+    """The momentum of `sgd`; the other optimizers ignore it."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """+ The schedule of the learning rate: with `cosine` it falls to 0 over the run. `cosine` and
-    `dev_options.custom_lr` exclude each other."""
+    """+ The schedule of the learning rate. With `cosine` the rate falls to 0 over the run. `cosine`
+    and `dev_options.custom_lr` cannot be used together."""
 
     def lr_at(self, step: float, steps: int) -> float:
-        """The learning rate of step `step` of `steps`; `cosine` falls to 0 at the end."""
+        """The learning rate at step `step` (0 is the first) of a run of `steps` steps."""
         if self.schedule == "constant":
             return self.lr
         return self.lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -48,16 +48,16 @@ class CustomLr(Section):
     """A learning rate in three parts: flat, linear, flat."""
 
     start_iters: Index
-    """How many steps have the rate `start_lr`."""
+    """The number of steps that have the rate `start_lr`."""
     warmup_steps: Index
-    """How many steps the linear change from `start_lr` to `end_lr` then takes."""
+    """The number of steps over which the rate then changes linearly to `end_lr`."""
     start_lr: Positive
-    """The learning rate of the first steps."""
+    """The learning rate at the start."""
     end_lr: NonNegative
-    """The learning rate of the last steps."""
+    """The learning rate at the end."""
 
     def at(self, step: float) -> float:
-        """The learning rate of optimisation step `step` (0 is the first)."""
+        """The learning rate at step `step` (0 is the first)."""
         if step < self.start_iters:
             return self.start_lr
         if step >= self.start_iters + self.warmup_steps:
@@ -67,53 +67,53 @@ class CustomLr(Section):
 
 
 class EarlyStop(Section):
-    """When the descent of an image ends before its last step."""
+    """When to end the descent of an image before its last step."""
 
     evaluations: Annotated[int, Field(ge=2)] = 5
-    """+ How many evaluations in a row are looked at; they are `eval_freq` steps apart."""
+    """+ The number of evaluations in a row that are compared. They are `eval_freq` steps apart."""
     tolerance: Positive = 1e-4
     """+ The descent ends when the true losses of these evaluations differ by less than this
-    fraction of the last one."""
+    fraction of the last loss."""
 
     def settled(self, losses: Sequence[float]) -> bool:
-        """Whether these true losses, the oldest first, have come to rest."""
+        """Whether the last of these true losses, oldest first, differ by less than `tolerance`."""
         last = losses[-self.evaluations :]
         return len(last) == self.evaluations and max(last) - min(last) < self.tolerance * last[-1]
 
 
 class SgaLogitsParams(Section):
-    """The function of `sga_logits` or `sga_logits_3c`, and the highest temperature."""
+    """The function of `sga_logits` or `sga_logits_3c`, and the upper bound of the temperature."""
 
     logits: str | None = None
     """The function that scores the candidates. `sga_logits` has `atanh`, `cosx`, `expxlogx`, `logx`
     and `ssl`; `sga_logits_3c` has `absx`, `log_absx_factor_pow`, `log_cosx_factor_pow`,
-    `log_cosx_n` and `log_ssl_a_factor_pow`. Other methods do not read it."""
+    `log_cosx_n` and `log_ssl_a_factor_pow`. Other methods ignore it."""
     ub: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The highest temperature, of all methods but `sga` and `danneal`."""
+    """The upper bound of the temperature. `sga` and `danneal` ignore it."""
 
 
 class TestPaths(Section):
-    """Where the data sets lie. Only the path of the data set that is on is read."""
+    """The paths of the data sets. Only the path of the data set that is true is read."""
 
     kodak: UserPath | None = None
-    """Folder of the Kodak images."""
+    """The folder of the Kodak images."""
     tecnick: UserPath | None = None
-    """Folder of TESTIMAGES, or its subfolder RGB_OR_1200x1200."""
+    """The folder of TESTIMAGES, or its subfolder RGB_OR_1200x1200."""
     pathology: UserPath | None = None
-    """Folder of TIFF files, of which crops are taken (`image_size`)."""
+    """A folder of TIFF files. One crop is taken from each, see `image_size`."""
     clic: UserPath | None = None
-    """+ Folder of image files, or a tensorflow-datasets folder that holds CLIC prepared. null:
-    tensorflow-datasets' default folder, into which it downloads CLIC on first use."""
+    """+ A folder of image files, or a folder in which tensorflow-datasets has prepared CLIC. null:
+    tensorflow-datasets' default folder, to which it downloads CLIC on first use."""
     folder: UserPath | None = None
-    """+ Your own photos: a folder, searched with its subfolders, or one image file.
-    `--images PATH` on the command line sets it and switches `dev_options.folder` on."""
+    """+ Your own photos: a folder, which is searched with its subfolders, or one image file.
+    `--images PATH` on the command line sets it, and sets `dev_options.folder` to true."""
 
 
 class DevOptions(Section):
-    """Data set, method and its hyper-parameters."""
+    """The data set, the rounding method and its hyper-parameters."""
 
     kodak: bool = False
-    """Refine the Kodak images. Exactly one of the six data sets is true."""
+    """Refine the Kodak images. Exactly one of the six data sets must be true."""
     tecnick: bool = False
     """Refine the Tecnick images."""
     pathology: bool = False
@@ -126,48 +126,51 @@ class DevOptions(Section):
     """+ Refine the four sample photos that come with scikit-image."""
     path_test: TestPaths = TestPaths()
     improving_methods: dict[str, bool] = Field({})
-    """Rounding methods by name, of which at most one is true. It wins over the top level's
-    `improving_methods`."""
+    """The rounding methods by name; at most one is true. It wins over the `improving_methods` of
+    the top level."""
     temp_rate: NonNegative = 1e-3
-    """The rate of the temperature schedule."""
+    """The rate in the formulas of `temp_schedule`."""
     temp_schedule: str = "exp"
-    """The temperature tau at step t, clipped to [0, ub] with ub from `sga_logits_params`. `exp`:
-    exp(-rate t). `exp0`: ub exp(-rate (t - 700)). Ours, by the part of the run that is over:
-    `exp_of_run`, exp(-rate t / steps), for which a rate of 2 is a good one; `linear`,
-    ub (1 - t / steps), without a rate. Schedules of your own count too."""
+    """The schedule of the temperature at step t. The temperature is clipped to [0, ub]; ub is in
+    `sga_logits_params`. `exp`: exp(-rate t). `exp0`: ub exp(-rate (t - 700)). Two schedules of ours
+    depend on the fraction of the run: `exp_of_run`, exp(-rate t / steps), for which 2 is a good
+    rate, and `linear`, ub (1 - t / steps), which has no rate. You can also add your own."""
     sga_logits_params: SgaLogitsParams = SgaLogitsParams()
     gnoise_sigma: Positive | None = None
-    """Standard deviation of the method `gnoise`. null: the method's own default; so with the next
-    three. A method that does not have such a hyper-parameter ignores it."""
+    """The standard deviation of the method `gnoise`. null: the method's default. Other methods
+    ignore it."""
     scale_factor: Positive | None = None
-    """The scale factor a of the SSL functions and of `expxlogx`. null: the function's default."""
+    """The scale factor a of the SSL functions and of `expxlogx`. null: the function's default.
+    Other methods ignore it."""
     power_3c: Positive | None = Field(None, alias="3c_power")
-    """The power of three-class functions. null: the function's default."""
+    """The power of three-class functions. null: the function's default. Other methods ignore
+    it."""
     factor_3c: Positive | None = Field(None, alias="3c_factor")
-    """The factor of three-class functions. null: the function's default."""
+    """The factor of three-class functions. null: the function's default. Other methods ignore
+    it."""
     rounding_params: dict[str, bool | int | float | str] = Field({})
-    """+ Hyper-parameters of the chosen method by name, for methods that have others than the
-    published ones. A name that the method does not have is refused."""
+    """+ Hyper-parameters of the method by name. A name that the method does not have is an
+    error."""
     augmented_loss: bool = False
-    """Average the true loss into the loss of each step. It has no gradient, so this halves the
-    gradient."""
+    """Use the mean of relaxed and true loss as the loss of each step. The true loss has no
+    gradient, so this halves the gradient."""
     save_final: bool = False
-    """Save pictures: original, base, refined, and those after steps 1, 500 and the last. The last
-    is left out where the loss settled before, and is taken before the polish."""
+    """Save pictures: original, base, refined, and those after step 1, step 500 and the last step.
+    The last one is taken before the polish. It is left out if `early_stop` ended the descent."""
     inference_lambda: Positive | None = None
-    """The lambda of the refinement's loss. null: `train_lambda`."""
+    """The lambda of the loss that refinement minimises. null: `train_lambda`."""
     custom_lr: CustomLr | None = None
-    """Learning rate in three parts: `start_lr` for `start_iters` steps, linear to `end_lr` over
-    `warmup_steps`, then `end_lr`. null: as `optimizer` says."""
+    """A learning rate in three parts: `start_lr` for `start_iters` steps, then linear to `end_lr`
+    over `warmup_steps` steps, then `end_lr`. null: `optimizer` sets the rate."""
 
     @property
     def data_set(self) -> str:
-        """The name of the one data set that is switched on."""
+        """The name of the one data set that is true."""
         return next(name for name in DATA_SETS if getattr(self, name))
 
     @property
     def published_hyper_parameters(self) -> dict[str, float]:
-        """The published keys that hold a value, by their JSON names."""
+        """The published keys of hyper-parameters that have a value, by their JSON names."""
         values = {
             "gnoise_sigma": self.gnoise_sigma,
             "scale_factor": self.scale_factor,
@@ -193,13 +196,13 @@ class TrainPath(Section):
 
 
 class Target(NamedTuple):
-    """A file's `bpp`, to be met within 2 %, or its picture's `psnr`, within 0.05 dB."""
+    """The wanted `bpp` of a file, within 2 %, or `psnr` of its picture, within 0.05 dB."""
 
     kind: Literal["bpp", "psnr"]
     wanted: float
 
     def miss(self, value: float) -> float:
-        """How far a value is off, in units of what is allowed: at most 1 is met."""
+        """The distance of a value from the target, divided by the allowed distance: met up to 1."""
         if self.kind == "bpp":
             return abs(value / self.wanted - 1) / 0.02
         return abs(value - self.wanted) / 0.05
@@ -210,88 +213,91 @@ class Target(NamedTuple):
 
 
 class RefineConfig(ModelOfLambda, ScriptConfig):
-    """What `train_flexible_inference.py` reads."""
+    """The config of `train_flexible_inference.py`."""
 
     cycle_length: Count = 1
     """No effect: kept so that published files load."""
     print_freq: Count = 100
-    """Steps between lines of the log, where the output is no terminal."""
+    """The steps between two lines of the log if the output is no terminal."""
     batch_size: Count = 1
-    """How many consecutive images of equal size are refined together, if they fit into memory.
-    LBFGS and targets take one at a time. It also counts in the number of images, see
-    `tot_batches`."""
+    """The number of consecutive images of equal size that are refined together if they fit into
+    memory. LBFGS and targets refine one image at a time. The number of images depends on it too,
+    see `tot_batches`."""
     image_size: Count = 256
-    """Side of the crops that are taken of pathology images, pixels."""
+    """The side of the crops of pathology images, in pixels."""
     seed: Index = 0
-    """Seed of the noise. An image's noise depends on the seed and the image's name only."""
+    """The seed of the noise. An image's noise depends only on the seed and the image's name."""
     crop_seed: Index = 0
-    """+ Seed of where the crops of pathology images lie."""
+    """+ The seed of the places of the crops of pathology images."""
     save_name: str = Field(pattern=SAVE_NAME)
-    """The run's folder below `output_dir`: a name, or names joined by /, of letters, digits, blank,
-    `.`, `_` and `-`."""
+    """The run's folder below `output_dir`: a name, or names joined by /. Names have letters,
+    digits, blanks, `.`, `_` and `-`."""
     pretrain: UserPath = Field(min_length=1)
     """The trained model: a file of torch.save or safetensors, or a model of CompressAI's zoo,
-    `zoo:mbt2018-mean:1` to `zoo:mbt2018-mean:8`. A file has the weights by CompressAI's names, old
-    or new, under any keys and prefixes. No code in it is run. Averaged weights (`ema`) are taken
-    only where there are no others."""
+    `zoo:mbt2018-mean:1` to `zoo:mbt2018-mean:8`. The file must have CompressAI's names of weights,
+    old or new, below any keys and with any prefix. No code in it is run. Averaged weights (`ema`)
+    are used only if there are no others."""
     path_train: TrainPath = TrainPath()
     tot_batches: Count = 24
-    """`tot_batches` * `batch_size` is the number of images, unless `images` gives it."""
+    """The largest number of images is `tot_batches` * `batch_size`, unless `images` is set."""
     images: Index | None = None
-    """+ How many images are refined at most, the first ones by name. null: `tot_batches` *
-    `batch_size`. 0: all that there are, which `--images PATH` on the command line implies unless
+    """+ The largest number of images to refine; the first ones by name are taken. null:
+    `tot_batches` * `batch_size`. 0: all. `--images PATH` on the command line also means all, unless
     the file or a `--set` has this key."""
     tot_inference_iterations: Count = 2000
-    """Steps of gradient descent for each image."""
+    """The steps of gradient descent for each image."""
     optimizer: Optimizer = Optimizer()
     improving_methods: dict[str, bool] = Field({})
-    """Rounding methods by name, of which at most one is true, unless `dev_options` has a true one:
-    `sga_logits_3c`, `sga_logits`, `sga`, `danneal`, `ste`, `unoise`, `temp_ste`, `temp_uste`,
-    `temp_unoise`, `temp_gnoise`, `gnoise`, `soft_round_unoise`, `soft_round_gnoise`,
+    """The rounding methods by name; at most one is true. A true one in `dev_options` wins over it.
+    The methods: `sga_logits_3c`, `sga_logits`, `sga`, `danneal`, `ste`, `unoise`, `temp_ste`,
+    `temp_uste`, `temp_unoise`, `temp_gnoise`, `gnoise`, `soft_round_unoise`, `soft_round_gnoise`,
     `soft_round_knoise`, or one of your own."""
     dev_options: DevOptions
     polish_passes: Index = 0
-    """+ Passes of the polish after the last step: it moves single symbols of y by one where this
-    lowers the loss. Each pass takes the time of a step, and 16 such times come before the first."""
+    """+ The passes of the polish after the last step. The polish moves symbols of y by one to lower
+    the loss. A pass takes the time of a step. 16 probes before the first pass take as long as 16
+    steps."""
     early_stop: EarlyStop | None = None
-    """+ End an image's descent when its true loss has come to rest; its polish follows. `{}` takes
-    the defaults below. null: every step is taken."""
+    """+ End the descent of an image early, when its true loss does not change any more. The polish
+    follows. `{}`: with the defaults below. null: take all steps."""
     max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """+ Time for each image in seconds; the schedule moves on by more than one step at a time where
-    the measured speed asks for it. Encoding, evaluations and polish are within the time, writing
-    files is not. Results then depend on the machine's speed. Excludes a target. null: no limit."""
+    """+ The time limit for each image in seconds. If the machine is too slow for all steps, the
+    schedule advances by more than one step at a time. The time includes encoding, evaluations and
+    polish, but not the writing of files. Results then depend on the machine's speed. It cannot be
+    used with a target. null: no limit."""
     eval_freq: Count = 50
-    """+ Steps between evaluations of the true loss. The best evaluated step is kept."""
+    """+ The steps between two evaluations of the true loss. The best evaluated step is kept."""
     device: str = "auto"
     """+ `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
     output_dir: UserPath = Field("results", min_length=1)
     """+ The folder of all runs."""
     num_workers: Index = 0
-    """+ Processes that read images ahead. 0: the main process reads them."""
+    """+ The number of processes that read images ahead. 0: the main process reads them."""
     resume: bool = False
-    """+ Go on with the results in the folder. Another config or other weights are refused."""
+    """+ Resume the run in the folder. Another config or other weights are refused."""
     tracker: Tracker | None = None
-    """+ Also send the metrics to a tracker. null: to none."""
+    """+ A tracker that also gets the metrics. null: none."""
     save_bitstreams: bool = False
     """+ Write each refined image as a file that `codec.py decompress` reads."""
     coder_scales: bool = False
-    """+ Compute rates with the scales that the entropy coder has, which are rounded up to the next
-    of its 64."""
+    """+ Compute rates with the entropy coder's scales: each scale is rounded up to the next of 64
+    values."""
     target_bpp: Positive | None = None
-    """+ The size that each image's file shall have, bits per pixel, within 2 %. The lambda is
-    searched for each image. Excludes `target_psnr`. null: no such target."""
+    """+ The wanted size of each image's file in bits per pixel, within 2 %. The lambda is searched
+    for each image. It cannot be used with `target_psnr`. null: no such target."""
     target_psnr: Positive | None = None
-    """+ The PSNR that each image's decoded file shall have, dB, within 0.05. The lambda is searched
-    for each image. Excludes `target_bpp`. null: no such target."""
+    """+ The wanted PSNR of each image's decoded file in dB, within 0.05 dB. The lambda is searched
+    for each image. It cannot be used with `target_bpp`. null: no such target."""
     max_memory_gb: Positive | None = None
-    """+ The memory that the process may take, GB; larger pictures are refined in tiles. null: 0.75
-    of the machine's memory, 0.9 of a GPU's, shared by the processes there."""
+    """+ The memory that the process may use, in GB. Pictures that need more are refined in tiles.
+    null: 0.75 of the machine's memory, or 0.9 of the GPU's, divided by the number of processes
+    there."""
     precision: Precision = "float32"
-    """+ With `bfloat16` g_s runs under autocast in the steps; evaluations stay in float32."""
+    """+ With `bfloat16` g_s runs under autocast in the steps. Evaluations are in float32."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:
-        """What `--images PATH` sets, by dotted key: this folder or file is the data set."""
+        """The keys that `--images PATH` sets: this folder or file is the data set."""
         return {
             **{f"dev_options.{name}": name == "folder" for name in DATA_SETS},
             "dev_options.path_test.folder": path,
@@ -299,49 +305,49 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
 
     @property
     def takes_all_images(self) -> bool:
-        """Whether no image of the data set is left out."""
+        """Whether all images of the data set are refined."""
         return self.images == 0
 
     @property
     def image_count(self) -> int:
-        """How many images are refined at most."""
+        """The largest number of images to refine."""
         if self.takes_all_images:
             return sys.maxsize
         return self.images or self.tot_batches * self.batch_size
 
     @property
     def images_at_once(self) -> int:
-        """How many images of one size are refined together; LBFGS and targets take one."""
+        """The largest number of images that are refined together."""
         alone = self.optimizer.name == "LBFGS" or self.target is not None
         return 1 if alone else self.batch_size
 
     @property
     def lmbda(self) -> float:
-        """The lambda of the refinement's loss; with a target, the first that is tried."""
+        """The lambda of the loss that refinement minimises; a target searches its own."""
         return self.dev_options.inference_lambda or self.train_lambda
 
     @property
     def method(self) -> str:
-        """The one rounding method that is on: dev_options' before the top level's."""
+        """The rounding method that is true; one in `dev_options` wins."""
         return (_true_in(self.dev_options.improving_methods) or _true_in(self.improving_methods))[0]
 
     @property
     def overruled_methods(self) -> list[str]:
-        """Methods that are true at the top level without effect, for dev_options has one."""
+        """The methods of the top level that are true but have no effect: `dev_options` has one."""
         return (
             _true_in(self.improving_methods) if _true_in(self.dev_options.improving_methods) else []
         )
 
     @property
     def target(self) -> Target | None:
-        """What every image's file must meet, if the config asks for it."""
+        """The target of every image's file; None if the config sets none."""
         if self.target_bpp is not None:
             return Target("bpp", self.target_bpp)
         return None if self.target_psnr is None else Target("psnr", self.target_psnr)
 
     @property
     def writes_files(self) -> bool:
-        """Whether refined images become files; a target is always met by one."""
+        """Whether refined images are written as files; a target implies it."""
         return self.save_bitstreams or self.target is not None
 
     @model_validator(mode="after")
@@ -356,7 +362,7 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
         return self
 
     def lr_at(self, step: float) -> float:
-        """The learning rate of optimisation step `step` (0 is the first)."""
+        """The learning rate at step `step` (0 is the first)."""
         if self.dev_options.custom_lr is not None:
             return self.dev_options.custom_lr.at(step)
         return self.optimizer.lr_at(step, self.tot_inference_iterations)

@@ -7,7 +7,7 @@ import skimage
 from PIL import Image
 
 from common.errors import InputError
-from common.files import fitting, printable, user_path, write_whole
+from common.files import printable, short_enough, user_path, write_whole
 from common.finding import find_by_suffix, find_images
 
 PHOTO = Image.fromarray(skimage.data.chelsea()[:40, :60])
@@ -124,13 +124,13 @@ def test_by_suffix_only_names_count(tmp_path):
 def test_names_fit_every_file_system(tmp_path):
     long = "日" * 83 + ".png"
     for name in ("a.png", "sub/a.png", long, f"sub/{long}", os.fsdecode(b"\xff" * 252), "x" * 255):
-        path = tmp_path / fitting(name, ".csv")
+        path = tmp_path / short_enough(name, ".csv")
         write_whole(path, lambda file: file.write_text("x"))
         assert path.read_text() == "x"
-    assert fitting("sub/a.png", ".csv") == "sub/a.png.csv"
-    assert fitting("x" * 251, ".csv") == "x" * 251 + ".csv"
-    assert fitting(long + "1", ".csv") != fitting(long + "2", ".csv")
-    assert fitting(long, ".csv") == fitting(long, ".csv")
+    assert short_enough("sub/a.png", ".csv") == "sub/a.png.csv"
+    assert short_enough("x" * 251, ".csv") == "x" * 251 + ".csv"
+    assert short_enough(long + "1", ".csv") != short_enough(long + "2", ".csv")
+    assert short_enough(long, ".csv") == short_enough(long, ".csv")
 
 
 def test_a_long_suffix_of_a_name_is_no_matter(tmp_path):
