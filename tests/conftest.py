@@ -149,6 +149,33 @@ def write_config(tmp_path):
     return write
 
 
+@pytest.fixture
+def tfrecords(tmp_path):
+    """Twenty pictures of distinct numbers in three files."""
+    from crops import encode, picture, write_tfrecord
+
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for shard, numbers in enumerate(np.array_split(np.arange(20), 3)):
+        write_tfrecord(
+            folder / f"train-{shard}.tfrecord", [encode(picture(number)) for number in numbers]
+        )
+    return folder
+
+
+@pytest.fixture
+def numbered_folder(tmp_path):
+    """Six pictures of distinct numbers, three of them in a folder within."""
+    from crops import encode, picture
+
+    root = tmp_path / "images"
+    (root / "class").mkdir(parents=True)
+    for number in range(6):
+        place = root / "class" if number % 2 else root
+        (place / f"{number}.png").write_bytes(encode(picture(number)))
+    return root
+
+
 def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
