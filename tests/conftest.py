@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Two processes share the cores: one thread each, which must be said before torch is imported.
@@ -164,6 +165,13 @@ def tfrecords(tmp_path):
 
 
 @pytest.fixture
+def converted_here(monkeypatch):
+    """Lets conversions to tfrecords work in this process: starting another takes seconds."""
+    here = "pretraining.make_tfrecords.ProcessPoolExecutor"
+    monkeypatch.setattr(here, lambda workers, **_: ThreadPoolExecutor(workers))
+
+
+@pytest.fixture
 def numbered_folder(tmp_path):
     """Six pictures of distinct numbers, three of them in a folder within."""
     from crops import encode, picture
@@ -174,6 +182,50 @@ def numbered_folder(tmp_path):
         place = root / "class" if number % 2 else root
         (place / f"{number}.png").write_bytes(encode(picture(number)))
     return root
+
+
+@pytest.fixture
+def train_values(tmp_path):
+    """The JSON values of a very short training of a very small network."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name, pixels in (
+        ("a", skimage.data.astronaut()[:200, :200]),
+        ("b", skimage.data.coffee()[:150, :150]),
+        ("c", skimage.data.rocket()[200:300, 200:330]),
+    ):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    test = tmp_path / "test"
+    test.mkdir()
+    Image.fromarray(skimage.data.chelsea()[:192, :256]).save(test / "cat.png")
+    Image.fromarray(skimage.data.chelsea()[100:171, 50:131]).save(test / "odd.png")
+    return {
+        "tot_iterations": 8,
+        "train_lambda": 0.01,
+        "channels": {"N": 8, "M": 12},
+        "lr": {"base": 1e-3, "warmup_step": 2, "decay": 0.5, "decay_interval": 6},
+        "batch_size": 2,
+        "print_freq": 2,
+        "save_model_freq": 4,
+        "image_size": 64,
+        "seed": 3,
+        "save_name": "run",
+        "train_folder": str(folder),
+        "path_test_data": str(test),
+        "device": "cpu",
+        "output_dir": str(tmp_path / "checkpoints"),
+    }
+
+
+@pytest.fixture
+def train_on(write_config):
+    """The exit code of a training by JSON values, some of them changed."""
+    import train
+
+    def train_on(values, **changed):
+        return train.main(["--config", str(write_config({**values, **changed}, "train.json"))])
+
+    return train_on
 
 
 def read_jsonl(path):

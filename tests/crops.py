@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
+import datasets
 from common.optional_packages import import_tensorflow
 from pretraining.draws import Draws
 from pretraining.tfrecord_crops import TfrecordCrops
@@ -64,3 +65,11 @@ def is_crop(x, number):
     left, top = pixels[0, 0, :2]
     whole = picture(number)
     return np.array_equal(pixels, whole[top : top + SIZE, left : left + SIZE])
+
+
+def convert(images, out, shards=2):
+    """The exit code of a conversion of a folder of images to tfrecords, in one process."""
+    return datasets.main([
+        "make-tfrecords", "--images", str(images), "--out", str(out),
+        "--shards", str(shards), "--workers", "1",
+    ])  # fmt: skip

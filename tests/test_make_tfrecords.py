@@ -17,16 +17,9 @@ from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow
 from conftest import ROOT
-from crops import draw, encode, numbers_of, picture
+from crops import convert, draw, encode, numbers_of, picture
 from pretraining.make_tfrecords import MANIFEST_NAME
 from profiles import DISPLAY_P3, profile_of
-
-
-def convert(images, out, shards=2):
-    return datasets.main([
-        "make-tfrecords", "--images", str(images), "--out", str(out),
-        "--shards", str(shards), "--workers", "1",
-    ])  # fmt: skip
 
 
 def read_examples(folder):
@@ -66,7 +59,7 @@ def test_converted_images_are_the_files_themselves(numbered_folder, tmp_path, ca
     assert not skipped
 
 
-def test_tfrecords_hold_the_pixels_that_folders_give(tmp_path):
+def test_tfrecords_hold_the_pixels_that_folders_give(tmp_path, converted_here):
     """Transparency, orientation, colour profile, inks, depth: what a decoder alone gets wrong."""
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -99,7 +92,7 @@ def test_tfrecords_hold_the_pixels_that_folders_give(tmp_path):
             assert np.asarray(files.picture(index).image).tobytes() in decoded, name
 
 
-def test_a_conversion_goes_on_where_it_was(numbered_folder, tmp_path, capsys):
+def test_a_conversion_goes_on_where_it_was(numbered_folder, tmp_path, capsys, converted_here):
     out = tmp_path / "out"
     assert convert(numbered_folder, out) == 0
     before = sorted(example["image"] for example in read_examples(out))
@@ -113,7 +106,9 @@ def test_a_conversion_goes_on_where_it_was(numbered_folder, tmp_path, capsys):
     assert "choose another folder" in capsys.readouterr().err
 
 
-def test_a_conversion_stopped_before_its_first_example_goes_on(numbered_folder, tmp_path):
+def test_a_conversion_stopped_before_its_first_example_goes_on(
+    numbered_folder, tmp_path, converted_here
+):
     """What a kill within the first shard leaves: a list of nothing and a torn temporary file."""
     out = tmp_path / "out"
     assert convert(numbered_folder, out) == 0
@@ -127,14 +122,16 @@ def test_a_conversion_stopped_before_its_first_example_goes_on(numbered_folder, 
     assert not list(out.glob(".*"))
 
 
-def test_changed_images_are_not_taken_for_converted_ones(numbered_folder, tmp_path, capsys):
+def test_changed_images_are_not_taken_for_converted_ones(
+    numbered_folder, tmp_path, capsys, converted_here
+):
     assert convert(numbered_folder, tmp_path / "out") == 0
     (numbered_folder / "0.png").write_bytes(encode(picture(77)))
     assert convert(numbered_folder, tmp_path / "out") == 2
     assert "choose another folder" in capsys.readouterr().err
 
 
-def test_a_killed_conversion_leaves_whole_shards_only(tmp_path):
+def test_a_killed_conversion_leaves_whole_shards_only(tmp_path, converted_here):
     rng = np.random.default_rng(0)
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
