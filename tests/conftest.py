@@ -1,7 +1,9 @@
 """Small real inputs shared by the tests: crops of scikit-image's photos and configs for them."""
 
+import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -104,38 +106,33 @@ def written(tmp_path):
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three small crops, of odd and even sizes."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    crops = {
-        "a_chelsea.png": skimage.data.chelsea()[60:131, 100:181],
-        "b_coffee.png": skimage.data.coffee()[100:164, 200:264],
-        "c_rocket.png": skimage.data.rocket()[200:264, 300:400],
-    }
-    for name, pixels in crops.items():
-        Image.fromarray(pixels).save(folder / name)
-    return folder
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.fixture
 def config_values(tmp_path, photos):
     """The JSON values of a short refinement of `photos`."""
-    return {
-        "train_lambda": 0.01,
-        "save_name": "run",
-        "pretrain": str(WEIGHTS),
-        "tot_batches": 3,
-        "tot_inference_iterations": 8,
-        "eval_freq": 4,
-        "optimizer": {"name": "adam", "lr": 0.02},
-        "output_dir": str(tmp_path / "results"),
-        "dev_options": {
-            "folder": True,
-            "path_test": {"folder": str(photos)},
-            "improving_methods": {"sga_logits_3c": True},
-            "sga_logits_params": {"logits": "log_ssl_a_factor_pow"},
-            "temp_rate": 0.01,
-        },
-    }
+    return values_of_refinement(photos, tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory):
+    """The JSON values of a short refinement that has been done."""
+    from train_flexible_inference import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    values = values_of_refinement(write_photos(folder / "photos"), folder / "results")
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    assert main(["--config", str(path)]) == 0
+    return values
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """The same, with a copy of its results for one test to spoil."""
+    output = shutil.copytree(finished_once["output_dir"], tmp_path / "finished")
+    return copy.deepcopy(finished_once) | {"output_dir": str(output)}
 
 
 @pytest.fixture
@@ -226,6 +223,40 @@ def train_on(write_config):
         return train.main(["--config", str(write_config({**values, **changed}, "train.json"))])
 
     return train_on
+
+
+def write_photos(folder):
+    """The folder, now with three small crops, of odd and even sizes."""
+    folder.mkdir()
+    crops = {
+        "a_chelsea.png": skimage.data.chelsea()[60:131, 100:181],
+        "b_coffee.png": skimage.data.coffee()[100:164, 200:264],
+        "c_rocket.png": skimage.data.rocket()[200:264, 300:400],
+    }
+    for name, pixels in crops.items():
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def values_of_refinement(photos, output):
+    """The JSON values of a short refinement of a folder of photos."""
+    return {
+        "train_lambda": 0.01,
+        "save_name": "run",
+        "pretrain": str(WEIGHTS),
+        "tot_batches": 3,
+        "tot_inference_iterations": 8,
+        "eval_freq": 4,
+        "optimizer": {"name": "adam", "lr": 0.02},
+        "output_dir": str(output),
+        "dev_options": {
+            "folder": True,
+            "path_test": {"folder": str(photos)},
+            "improving_methods": {"sga_logits_3c": True},
+            "sga_logits_params": {"logits": "log_ssl_a_factor_pow"},
+            "temp_rate": 0.01,
+        },
+    }
 
 
 def read_jsonl(path):

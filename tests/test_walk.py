@@ -208,9 +208,9 @@ def test_a_second_family_learns_by_compressais_own_pass(scale_only, monkeypatch)
     drawn, noises = torch.Generator().manual_seed(0), []
 
     def uniform(self, low, high):
-        noise = low + (high - low) * torch.rand(self.numel(), generator=drawn)
-        noises.append(noise)
-        return self.copy_(noise.reshape(self.shape))
+        assert (low, high) == (-0.5, 0.5)
+        noises.append(torch.rand(self.numel(), generator=drawn) - 0.5)
+        return self.copy_(noises[-1].reshape(self.shape))
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
     terms = TrainingPass(ours, RateDistortion(0.02))(x)
