@@ -1,11 +1,14 @@
 """Small real inputs shared by the tests: crops of scikit-image's photos and configs for them."""
 
+import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Two processes share the cores: one thread each, which must be said before torch is imported.
@@ -103,38 +106,33 @@ def written(tmp_path):
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three small crops, of odd and even sizes."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    crops = {
-        "a_chelsea.png": skimage.data.chelsea()[60:131, 100:181],
-        "b_coffee.png": skimage.data.coffee()[100:164, 200:264],
-        "c_rocket.png": skimage.data.rocket()[200:264, 300:400],
-    }
-    for name, pixels in crops.items():
-        Image.fromarray(pixels).save(folder / name)
-    return folder
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.fixture
 def config_values(tmp_path, photos):
     """The JSON values of a short refinement of `photos`."""
-    return {
-        "train_lambda": 0.01,
-        "save_name": "run",
-        "pretrain": str(WEIGHTS),
-        "tot_batches": 3,
-        "tot_inference_iterations": 8,
-        "eval_freq": 4,
-        "optimizer": {"name": "adam", "lr": 0.02},
-        "output_dir": str(tmp_path / "results"),
-        "dev_options": {
-            "folder": True,
-            "path_test": {"folder": str(photos)},
-            "improving_methods": {"sga_logits_3c": True},
-            "sga_logits_params": {"logits": "log_ssl_a_factor_pow"},
-            "temp_rate": 0.01,
-        },
-    }
+    return values_of_refinement(photos, tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory):
+    """The JSON values of a short refinement that has been done."""
+    from train_flexible_inference import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    values = values_of_refinement(write_photos(folder / "photos"), folder / "results")
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    assert main(["--config", str(path)]) == 0
+    return values
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """The same, with a copy of its results for one test to spoil."""
+    output = shutil.copytree(finished_once["output_dir"], tmp_path / "finished")
+    return copy.deepcopy(finished_once) | {"output_dir": str(output)}
 
 
 @pytest.fixture
@@ -147,6 +145,118 @@ def write_config(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def tfrecords(tmp_path):
+    """Twenty pictures of distinct numbers in three files."""
+    from crops import encode, picture, write_tfrecord
+
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for shard, numbers in enumerate(np.array_split(np.arange(20), 3)):
+        write_tfrecord(
+            folder / f"train-{shard}.tfrecord", [encode(picture(number)) for number in numbers]
+        )
+    return folder
+
+
+@pytest.fixture
+def converted_here(monkeypatch):
+    """Lets conversions to tfrecords work in this process: starting another takes seconds."""
+    here = "pretraining.make_tfrecords.ProcessPoolExecutor"
+    monkeypatch.setattr(here, lambda workers, **_: ThreadPoolExecutor(workers))
+
+
+@pytest.fixture
+def numbered_folder(tmp_path):
+    """Six pictures of distinct numbers, three of them in a folder within."""
+    from crops import encode, picture
+
+    root = tmp_path / "images"
+    (root / "class").mkdir(parents=True)
+    for number in range(6):
+        place = root / "class" if number % 2 else root
+        (place / f"{number}.png").write_bytes(encode(picture(number)))
+    return root
+
+
+@pytest.fixture
+def train_values(tmp_path):
+    """The JSON values of a very short training of a very small network."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name, pixels in (
+        ("a", skimage.data.astronaut()[:200, :200]),
+        ("b", skimage.data.coffee()[:150, :150]),
+        ("c", skimage.data.rocket()[200:300, 200:330]),
+    ):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    test = tmp_path / "test"
+    test.mkdir()
+    Image.fromarray(skimage.data.chelsea()[:192, :256]).save(test / "cat.png")
+    Image.fromarray(skimage.data.chelsea()[100:171, 50:131]).save(test / "odd.png")
+    return {
+        "tot_iterations": 8,
+        "train_lambda": 0.01,
+        "channels": {"N": 8, "M": 12},
+        "lr": {"base": 1e-3, "warmup_step": 2, "decay": 0.5, "decay_interval": 6},
+        "batch_size": 2,
+        "print_freq": 2,
+        "save_model_freq": 4,
+        "image_size": 64,
+        "seed": 3,
+        "save_name": "run",
+        "train_folder": str(folder),
+        "path_test_data": str(test),
+        "device": "cpu",
+        "output_dir": str(tmp_path / "checkpoints"),
+    }
+
+
+@pytest.fixture
+def train_on(write_config):
+    """The exit code of a training by JSON values, some of them changed."""
+    import train
+
+    def train_on(values, **changed):
+        return train.main(["--config", str(write_config({**values, **changed}, "train.json"))])
+
+    return train_on
+
+
+def write_photos(folder):
+    """The folder, now with three small crops, of odd and even sizes."""
+    folder.mkdir()
+    crops = {
+        "a_chelsea.png": skimage.data.chelsea()[60:131, 100:181],
+        "b_coffee.png": skimage.data.coffee()[100:164, 200:264],
+        "c_rocket.png": skimage.data.rocket()[200:264, 300:400],
+    }
+    for name, pixels in crops.items():
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def values_of_refinement(photos, output):
+    """The JSON values of a short refinement of a folder of photos."""
+    return {
+        "train_lambda": 0.01,
+        "save_name": "run",
+        "pretrain": str(WEIGHTS),
+        "tot_batches": 3,
+        "tot_inference_iterations": 8,
+        "eval_freq": 4,
+        "optimizer": {"name": "adam", "lr": 0.02},
+        "output_dir": str(output),
+        "dev_options": {
+            "folder": True,
+            "path_test": {"folder": str(photos)},
+            "improving_methods": {"sga_logits_3c": True},
+            "sga_logits_params": {"logits": "log_ssl_a_factor_pow"},
+            "temp_rate": 0.01,
+        },
+    }
 
 
 def read_jsonl(path):

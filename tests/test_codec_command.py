@@ -2,10 +2,8 @@
 
 import io
 import os
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import skimage
@@ -16,6 +14,7 @@ import codec
 from codec import main
 from coding.coder import decode_picture
 from conftest import ROOT, WEIGHTS, to_x
+from pixels import png
 
 
 def test_the_commands_make_pictures_into_files_and_back(coder, photos, tmp_path, capsys):
@@ -180,12 +179,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(photos, tmp_path):
 
 def test_large_pictures_are_refused_before_they_are_decoded(photos, tmp_path, capsys):
     """Of 200 megapixels, by a header alone; the others go on."""
-    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    (photos / "huge.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        + bytes(4) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    )  # fmt: skip
+    (photos / "huge.png").write_bytes(png(20_000, 10_000, 2, b""))
     arguments = ["--checkpoint", str(WEIGHTS), "-o", str(tmp_path / "coded")]
     assert main(["compress", str(photos), *arguments]) == 2
     error = capsys.readouterr().err

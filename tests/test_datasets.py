@@ -14,6 +14,7 @@ from common.finding import IMAGE_SUFFIXES, find_images
 from common.images import ImageFiles, seed_of
 from config import RefineConfig, load_config
 from datasets import clic_tfrecords, open_images
+from pixels import png
 from profiles import ADOBE_RGB, srgb_of
 
 PHOTO = skimage.data.chelsea()[:40, :60]
@@ -86,29 +87,11 @@ def test_16_bit_colour_is_scaled(tmp_path, suffix):
     if suffix == "tif":
         skimage.io.imsave(path, values, check_contrast=False)
     else:
-        _write_16_bit_png(path, values)
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        path.write_bytes(png(60, 40, 2, rows, 16))
     image = load_one(path)
     torch.testing.assert_close(image.x, expected(PHOTO), rtol=0, atol=1.01 / 255)
     assert "16 bits" in image.notes[0]
-
-
-def _write_16_bit_png(path, values):
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
 
 def _tiff(path, pixels, **options):

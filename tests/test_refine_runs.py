@@ -217,11 +217,10 @@ def test_two_processes_give_the_result_of_one(config_values, write_config):
     assert list(summary["failed"]) == ["d_broken.png"]
 
 
-def test_results_of_single_ranks_are_not_lost(config_values, write_config):
+def test_results_of_single_ranks_are_not_lost(finished, write_config):
     """What a killed run of several processes left is found by the next, in one process."""
-    path = write_config(config_values)
-    run(path)
-    folder = results(config_values)
+    path = write_config(finished)
+    folder = results(finished)
     lines = (folder / "images.jsonl").read_text().splitlines(keepends=True)
     (folder / "images.rank0.jsonl").write_text(lines[0])
     (folder / "images.rank1.jsonl").write_text(lines[1])
@@ -239,14 +238,13 @@ def test_results_of_single_ranks_are_not_lost(config_values, write_config):
     ],
 )
 def test_a_run_is_not_resumed_with_another_config(
-    config_values, write_config, capsys, override, message
+    finished, write_config, capsys, override, message
 ):
-    path = write_config(config_values)
-    run(path)
-    before = (results(config_values) / "images.jsonl").read_text()
+    path = write_config(finished)
+    before = (results(finished) / "images.jsonl").read_text()
     assert run(path, "resume=true", override) == 2
     assert message in capsys.readouterr().err
-    assert (results(config_values) / "images.jsonl").read_text() == before
+    assert (results(finished) / "images.jsonl").read_text() == before
 
 
 def test_a_run_is_not_resumed_with_other_weights(config_values, write_config, tmp_path, capsys):

@@ -77,11 +77,10 @@ def test_what_is_not_whole_is_done_again(config_values, write_config, capsys):
     "line",
     ['{"name": "b_cof', "[1]", '{"name": "b_coffee.png"}', "\0\0\0", '{"base": 1}', None],
 )
-def test_a_line_that_is_no_record_is_no_matter(config_values, write_config, capsys, line):
+def test_a_line_that_is_no_record_is_no_matter(finished, write_config, capsys, line):
     """A kill tears the last line, a crash of the machine leaves zeros."""
-    path = write_config(config_values)
-    assert run(path) == 0
-    folder = results(config_values)
+    path = write_config(finished)
+    folder = results(finished)
     before, records = numbers(folder), folder / "images.jsonl"
     lines = records.read_text().splitlines()
     if line is None:  # words for a number
@@ -231,10 +230,9 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path, small_files):
     assert [record["name"] for record in read_jsonl(path)] == ["one", "three"]
 
 
-def test_a_folder_with_records_of_any_kind_is_not_begun_anew(config_values, write_config, capsys):
-    path = write_config(config_values)
-    assert run(path) == 0
-    records = results(config_values) / "images.jsonl"
+def test_a_folder_with_records_of_any_kind_is_not_begun_anew(finished, write_config, capsys):
+    path = write_config(finished)
+    records = results(finished) / "images.jsonl"
     records.write_text(records.read_text().replace("psnr_raw", "psnr_of_before"))
     before = records.read_bytes()
     assert run(path) == 2

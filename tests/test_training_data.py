@@ -1,12 +1,6 @@
-"""Crops to train on: from tfrecords, from folders, and the way from these to those."""
+"""Crops to train on, from tfrecords and from folders."""
 
 import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -14,86 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
 from common.errors import InputError
 from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow, import_tensorflow_datasets
 from config import PretrainConfig
-from conftest import ROOT
+from crops import FIRST_DRAWS, SIZE, draw, encode, is_crop, numbers_of, picture, write_tfrecord
 from datasets import clic_tfrecords, open_training_data
 from pretraining.draws import READ_FAILED, TOO_SMALL, Draws
 from pretraining.folder_crops import FolderCrops
-from pretraining.make_tfrecords import MANIFEST_NAME
 from pretraining.tfrecord_crops import TfrecordCrops
 from pretraining.tfrecord_index import INDEX_NAME, epoch_order, index_tfrecords
-from profiles import DISPLAY_P3, profile_of
-
-SIZE = 64
-
-
-def picture(number, width=100, height=90):
-    """Red counts columns, green rows, blue is the picture's number: a crop tells where it lay."""
-    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
-    return np.stack((columns, rows, np.full_like(rows, number)), axis=-1).astype(np.uint8)
-
-
-def encode(pixels, form="PNG", **options):
-    buffer = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(
-        buffer, form, **options
-    )
-    return buffer.getvalue()
-
-
-def write_tfrecord(path, images):
-    """A tfrecord of the published features, written by tensorflow itself."""
-    tf = import_tensorflow()
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for image in images:
-            values = {"image": image, "height": b"1", "width": b"1", "channels": b"3"}
-            feature = {
-                key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-                for key, value in values.items()
-            }
-            example = tf.train.Example(features=tf.train.Features(feature=feature))
-            writer.write(example.SerializeToString())
-
-
-@pytest.fixture
-def tfrecords(tmp_path):
-    """Twenty pictures of distinct numbers in three files."""
-    folder = tmp_path / "records"
-    folder.mkdir()
-    for shard, numbers in enumerate(np.array_split(np.arange(20), 3)):
-        write_tfrecord(
-            folder / f"train-{shard}.tfrecord", [encode(picture(number)) for number in numbers]
-        )
-    return folder
-
-
-def draw(folder, count, *, seed=0, rank=0, world=1, position=0, batch_size=1, size=SIZE, **options):
-    """`count` batches, and what was skipped."""
-    skipped = {}
-    data = TfrecordCrops(index_tfrecords(folder), size, batch_size, 2, **options)
-    batches = data.batches(Draws(seed, rank, world, position), skipped.__setitem__)
-    drawn = [next(batches) for _ in range(count)]
-    batches.close()
-    return drawn, skipped
-
-
-def numbers_of(batches):
-    return [int(x[2, 0, 0]) for batch in batches for x in batch.x]
-
-
-def is_crop(x, number, size=SIZE):
-    """Whether x, uint8 [3, S, S], lies in picture(number), mirrored or not, pixel by pixel."""
-    pixels = x.permute(1, 2, 0).numpy()
-    if pixels[0, 0, 0] > pixels[0, -1, 0]:
-        pixels = pixels[:, ::-1]
-    left, top = pixels[0, 0, :2]
-    whole = picture(number)
-    return np.array_equal(pixels, whole[top : top + size, left : left + size])
 
 
 def test_an_epoch_has_every_example_once_as_a_crop_of_it(tfrecords):
@@ -122,7 +47,7 @@ def test_crops_lie_everywhere_and_half_are_mirrored(tfrecords):
 def test_the_seed_decides_order_and_crops(tfrecords):
     first, _ = draw(tfrecords, 20)
     again, _ = draw(tfrecords, 20, num_workers=1)
-    other, _ = draw(tfrecords, 20, seed=1)
+    other, _ = draw(tfrecords, 20, Draws(1))
     assert all(torch.equal(a.x, b.x) for a, b in zip(first, again, strict=True))
     assert numbers_of(first) != numbers_of(other)
     later, _ = draw(tfrecords, 40)
@@ -132,14 +57,14 @@ def test_the_seed_decides_order_and_crops(tfrecords):
 @pytest.mark.parametrize("start", [3, 7, 15])
 def test_a_resumed_reading_goes_on_with_the_same_crops(tfrecords, start):
     unbroken, _ = draw(tfrecords, 20, batch_size=3)
-    resumed, _ = draw(tfrecords, 20 - start, batch_size=3, position=unbroken[start - 1].position)
+    resumed, _ = draw(tfrecords, 20 - start, Draws(0, position=unbroken[start - 1].position), 3)
     for a, b in zip(unbroken[start:], resumed, strict=True):
         assert torch.equal(a.x, b.x)
         assert a.position == b.position
 
 
 def test_ranks_share_an_epoch(tfrecords):
-    parts = [numbers_of(draw(tfrecords, 10, rank=rank, world=2)[0]) for rank in (0, 1)]
+    parts = [numbers_of(draw(tfrecords, 10, Draws(0, rank, 2))[0]) for rank in (0, 1)]
     assert sorted(parts[0] + parts[1]) == list(range(20))
     alone = numbers_of(draw(tfrecords, 20)[0])
     assert alone[0::2] == parts[0]
@@ -261,7 +186,7 @@ def test_a_file_that_vanishes_is_skipped_and_all_of_them_end_the_data(tfrecords)
 def test_every_rank_finds_the_only_usable_example(tmp_path):
     write_tfrecord(tmp_path / "a.tfrecord", [encode(picture(1))])
     for rank in (0, 1, 2):
-        drawn, _ = draw(tmp_path, 2, rank=rank, world=3)
+        drawn, _ = draw(tmp_path, 2, Draws(0, rank, 3))
         assert numbers_of(drawn) == [1, 1]
 
 
@@ -362,200 +287,40 @@ def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, tfrecords):
 # --- folders --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
-    root = tmp_path / "images"
-    (root / "class").mkdir(parents=True)
-    for number in range(6):
-        place = root / "class" if number % 2 else root
-        (place / f"{number}.png").write_bytes(encode(picture(number)))
-    return root
-
-
-def draw_files(root, count, *, position=0, rank=0, world=1, **options):
+def draw_files(root, count, draws=FIRST_DRAWS, num_workers=0):
     skipped = {}
     images = ImageFiles(find_images(root))
-    data = FolderCrops(images, SIZE, 1, **options)
-    batches = data.batches(Draws(0, rank, world, position), skipped.__setitem__)
+    data = FolderCrops(images, SIZE, 1, num_workers)
+    batches = data.batches(draws, skipped.__setitem__)
     return [next(batches) for _ in range(count)], skipped
 
 
-def test_a_folder_gives_crops_without_tensorflow(folder):
-    drawn, skipped = draw_files(folder, 12)
+def test_a_folder_gives_crops_without_tensorflow(numbered_folder):
+    drawn, skipped = draw_files(numbered_folder, 12)
     assert sorted(numbers_of(drawn[:6])) == sorted(numbers_of(drawn[6:])) == list(range(6))
     assert all(is_crop(batch.x[0], int(batch.x[0, 2, 0, 0])) for batch in drawn)
     assert not skipped
-    parts = [numbers_of(draw_files(folder, 3, rank=rank, world=2)[0]) for rank in (0, 1)]
+    parts = [numbers_of(draw_files(numbered_folder, 3, Draws(0, rank, 2))[0]) for rank in (0, 1)]
     assert sorted(parts[0] + parts[1]) == list(range(6))
 
 
-def test_a_folder_goes_on_where_it_was(folder):
-    unbroken, _ = draw_files(folder, 12)
-    resumed, _ = draw_files(folder, 7, position=unbroken[4].position, num_workers=2)
+def test_a_folder_goes_on_where_it_was(numbered_folder):
+    unbroken, _ = draw_files(numbered_folder, 12)
+    resumed, _ = draw_files(
+        numbered_folder, 7, Draws(0, position=unbroken[4].position), num_workers=2
+    )
     assert all(torch.equal(a.x, b.x) for a, b in zip(unbroken[5:], resumed, strict=True))
 
 
-def test_a_folder_s_damaged_and_small_files_are_named(folder):
-    (folder / "broken.png").write_bytes(encode(picture(9))[:100])
-    (folder / "small.png").write_bytes(encode(picture(9, width=20)))
-    drawn, skipped = draw_files(folder, 12)
+def test_a_folder_s_damaged_and_small_files_are_named(numbered_folder):
+    (numbered_folder / "broken.png").write_bytes(encode(picture(9))[:100])
+    (numbered_folder / "small.png").write_bytes(encode(picture(9, width=20)))
+    drawn, skipped = draw_files(numbered_folder, 12)
     assert set(numbers_of(drawn)) == set(range(6))
     assert skipped.pop("small.png") == TOO_SMALL
     assert skipped.pop("broken.png").startswith(READ_FAILED)
     assert not skipped
-    for file in folder.rglob("?.png"):
+    for file in numbered_folder.rglob("?.png"):
         file.unlink()
     with pytest.raises(InputError, match="not one image gives a crop"):
-        draw_files(folder, 1)
-
-
-# --- the converter --------------------------------------------------------------------------------
-
-
-def convert(images, out, shards=2):
-    return datasets.main([
-        "make-tfrecords", "--images", str(images), "--out", str(out),
-        "--shards", str(shards), "--workers", "1",
-    ])  # fmt: skip
-
-
-def read_examples(folder):
-    """Every example's features, read by tensorflow itself."""
-    tf = import_tensorflow()
-    files = [str(file) for file in sorted(folder.glob("*.tfrecord"))]
-    found = []
-    for raw in tf.data.TFRecordDataset(files).as_numpy_iterator():
-        features = tf.train.Example.FromString(raw).features.feature
-        found.append({key: value.bytes_list.value[0] for key, value in features.items()})
-    return found
-
-
-def test_converted_images_are_the_files_themselves(folder, tmp_path, capsys):
-    (folder / "photo.jpg").write_bytes(encode(picture(7), "JPEG"))
-    (folder / "photo.webp").write_bytes(encode(picture(8), "WEBP", lossless=True))
-    (folder / "broken.jpg").write_bytes(encode(picture(9), "JPEG")[:300])
-    out = tmp_path / "out"
-    assert convert(folder, out, shards=3) == 1
-    assert "could not read broken.jpg" in capsys.readouterr().err
-    assert len(list(out.glob("*.tfrecord"))) == 3
-    found = read_examples(out)
-    originals = {file.read_bytes() for file in folder.rglob("*.*") if "broken" not in file.name}
-    webp = (folder / "photo.webp").read_bytes()
-    assert originals - {example["image"] for example in found} == {webp}
-    assert len(found) == 8
-    for example in found:
-        pixels = np.asarray(Image.open(io.BytesIO(example["image"])))
-        sizes = [int(example[key]) for key in ("height", "width", "channels")]
-        assert sizes == list(pixels.shape)
-        if example["image"] not in originals:
-            assert np.array_equal(pixels, picture(8))
-    drawn, skipped = draw(out, 8)
-    assert sorted(numbers_of(drawn))[:6] == list(range(6))
-    assert not skipped
-
-
-def test_tfrecords_hold_the_pixels_that_folders_give(tmp_path):
-    """Transparency, orientation, colour profile, inks, depth: what a decoder alone gets wrong."""
-    images, out = tmp_path / "images", tmp_path / "out"
-    images.mkdir()
-    photo, exif = Image.fromarray(picture(3)), Image.Exif()
-    exif[0x0112] = 6
-    clear = photo.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
-    clear.save(images / "clear.png")
-    photo.quantize(9).save(images / "key.png", transparency=3)
-    photo.save(images / "turned.jpg", exif=exif, quality=100)
-    photo.save(images / "turned.png", exif=exif)
-    photo.save(images / "p3.png", icc_profile=profile_of(DISPLAY_P3))
-    photo.save(images / "p3.jpg", icc_profile=profile_of(DISPLAY_P3))
-    photo.convert("CMYK").save(images / "inks.jpg")
-    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(
-        images / "deep.png"
-    )
-    plain = {"plain.jpg": photo, "plain.png": photo, "grey.jpg": photo.convert("L"),
-             "palette.png": photo.quantize(50)}  # fmt: skip
-    for name, image in plain.items():
-        image.save(images / name)
-    assert convert(images, out, shards=1) == 0
-    found = [example["image"] for example in read_examples(out)]
-    assert {(images / name).read_bytes() for name in plain} <= {*found}
-    tf = import_tensorflow()
-    decoded = {tf.io.decode_image(data, 3).numpy().tobytes() for data in found}
-    files = ImageFiles(find_images(images))
-    for index, name in enumerate(files.names):
-        if name != "plain.jpg" and name != "grey.jpg":  # two decoders of JPEG
-            assert np.asarray(files.picture(index).image).tobytes() in decoded, name
-
-
-def test_a_conversion_goes_on_where_it_was(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert convert(folder, out) == 0
-    before = sorted(example["image"] for example in read_examples(out))
-    first, second = sorted(out.glob("*.tfrecord"))
-    stamp = second.stat().st_mtime_ns
-    first.unlink()
-    assert convert(folder, out) == 0
-    assert second.stat().st_mtime_ns == stamp
-    assert sorted(example["image"] for example in read_examples(out)) == before
-    assert convert(folder, out, shards=3) == 2
-    assert "choose another folder" in capsys.readouterr().err
-
-
-def test_a_conversion_stopped_before_its_first_example_goes_on(folder, tmp_path):
-    """What a kill within the first shard leaves: a list of nothing and a torn temporary file."""
-    out = tmp_path / "out"
-    assert convert(folder, out) == 0
-    for file in out.glob("*.tfrecord"):
-        file.unlink()
-    (out / ".0123.tmp.tfrecord").write_bytes(b"torn")
-    manifest = json.loads((out / MANIFEST_NAME).read_text())
-    (out / MANIFEST_NAME).write_text(json.dumps({**manifest, "done": {}}))
-    assert convert(folder, out) == 0
-    assert len(read_examples(out)) == 6
-    assert not list(out.glob(".*"))
-
-
-def test_changed_images_are_not_taken_for_converted_ones(folder, tmp_path, capsys):
-    assert convert(folder, tmp_path / "out") == 0
-    (folder / "0.png").write_bytes(encode(picture(77)))
-    assert convert(folder, tmp_path / "out") == 2
-    assert "choose another folder" in capsys.readouterr().err
-
-
-def test_a_killed_conversion_leaves_whole_shards_only(tmp_path):
-    rng = np.random.default_rng(0)
-    images, out = tmp_path / "images", tmp_path / "out"
-    images.mkdir()
-    for number in range(60):
-        noise = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
-        (images / f"{number}.png").write_bytes(encode(noise))
-    command = [sys.executable, "datasets.py", "make-tfrecords", "--images", str(images),
-               "--out", str(out), "--shards", "30", "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.time() + 120
-    while len(list(out.glob("*.tfrecord"))) < 2 and time.time() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(list(out.glob("*.tfrecord"))) >= 2
-    assert convert(images, out, shards=30) == 0
-    assert len({example["image"] for example in read_examples(out)}) == 60
-    assert len(json.loads((out / MANIFEST_NAME).read_text())["done"]) == 30
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--images", "nowhere", "--out", "out", "--shards", "1"), "nowhere: no such folder"),
-        (("--images", "IMAGES", "--out", "out", "--shards", "0"), "--shards 0"),
-        (("--images", "IMAGES", "--out", "out", "--shards", "99"), "--shards 99: more than"),
-        (("--images", "IMAGES", "--out", "RECORDS", "--shards", "1"), "holds tfrecords already"),
-    ],
-)
-def test_a_wrong_conversion_is_one_line(folder, tfrecords, tmp_path, capsys, options, message):
-    known = {"IMAGES": str(folder), "RECORDS": str(tfrecords), "out": str(tmp_path / "out")}
-    assert datasets.main(["make-tfrecords", *(known.get(part, part) for part in options)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "\n" not in error
+        draw_files(numbered_folder, 1)

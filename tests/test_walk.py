@@ -1,6 +1,7 @@
 """The walk through a model's groups; and a second family of models, which is one class more."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from coding.coder import build_coder, decode_latents, decode_picture, encode_lat
 from config import Channels, RefineConfig, load_config
 from conftest import read_jsonl, refusal_of, to_x
 from models import build_model, freeze, load_checkpoint, save_weights
+from objectives import RateDistortion
 from passes import problem_of, refined, true_terms
+from pretraining.training_pass import TrainingPass
 from runs import NAMES, results, run
+from trainings import assert_same, checkpoint_of, folder_of
 
 SIZE = (100, 70)
 
@@ -193,6 +197,78 @@ def test_a_run_finds_a_second_family_by_its_weights(
         symbols, _ = decode_latents(coder, data)
         stored = np.load(folder / "latents" / f"{record['name']}.npz")
         assert all(np.array_equal(stored[name], v[0]) for name, v in symbols.items())
+
+
+def test_a_second_family_learns_by_compressais_own_pass(scale_only, monkeypatch):
+    """One picture, the same noise: the loss, each rate, and the gradient of every weight."""
+    ours = scale_only
+    ours.network.train().requires_grad_(True)
+    stock = copy.deepcopy(ours.network)
+    x = to_x(skimage.data.astronaut()[128:320, 128:256])
+    drawn, noises = torch.Generator().manual_seed(0), []
+
+    def uniform(self, low, high):
+        assert (low, high) == (-0.5, 0.5)
+        noises.append(torch.rand(self.numel(), generator=drawn) - 0.5)
+        return self.copy_(noises[-1].reshape(self.shape))
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+    terms = TrainingPass(ours, RateDistortion(0.02))(x)
+    again = iter(noises[:])
+    monkeypatch.setattr(
+        torch.Tensor, "uniform_", lambda self, *_: self.copy_(next(again).reshape(self.shape))
+    )
+    out = stock(x)
+    monkeypatch.undo()
+    assert [len(noise) for noise in noises] == [8 * 3 * 2, 12 * 12 * 8]
+    bpps = {name: -p.log2().sum() / (192 * 128) for name, p in out["likelihoods"].items()}
+    mse = (out["x_hat"] - x).square().mean()
+    expected = {
+        "bpp_y": bpps["y"], "bpp_z": bpps["z"], "bpp": bpps["y"] + bpps["z"],
+        "psnr": -10 * mse.log10(), "loss": bpps["y"] + bpps["z"] + 0.02 * 255**2 * mse,
+        "aux_loss": stock.aux_loss(),
+    }  # fmt: skip
+    assert terms.keys() == expected.keys()
+    for key, value in expected.items():
+        assert terms[key].item() == pytest.approx(value.item(), rel=1e-4), key
+    for losses in (terms, expected):
+        (losses["loss"] + losses["aux_loss"]).backward()
+    theirs = dict(stock.named_parameters())
+    for name, p in ours.network.named_parameters():
+        gradient = theirs[name].grad
+        assert gradient.abs().max() > 0, name
+        close = 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(p.grad, gradient, rtol=0, atol=close, msg=name)
+
+
+def test_a_second_family_is_trained_from_its_weights(scale_only, train_on, train_values, tmp_path):
+    """No key of the config names a family: `pretrain` and checkpoints are known by their weights.
+
+    A new training is of the mean-scale hyperprior.
+    """
+    start = tmp_path / "start.pth.tar"
+    save_weights(start, scale_only, 0)
+    train_values |= {"pretrain": str(start), "print_freq": 1, "save_model_freq": 2}
+    assert train_on(train_values, tot_iterations=4, save_name="unbroken") == 0
+    assert train_on(train_values, tot_iterations=2) == 0
+    assert train_on(train_values, tot_iterations=4, resume=True) == 0
+    assert_same(
+        checkpoint_of(train_values, 4, save_name="unbroken"), checkpoint_of(train_values, 4)
+    )
+    path = folder_of(train_values) / "iter_4.pth.tar"
+    before, after = load_checkpoint(str(start)), load_checkpoint(str(path))
+    assert isinstance(before, ScaleOnly) and isinstance(after, ScaleOnly)
+    assert isinstance(load_checkpoint(str(path.with_name("weights.pth.tar"))), ScaleOnly)
+    trained = dict(after.network.named_parameters())
+    for name, p in before.network.named_parameters():
+        assert not torch.equal(p, trained[name]), name
+    assert train_on(train_values, test=True) == 0
+    report = json.loads((folder_of(train_values) / "test.json").read_text())
+    (cat,) = (record for record in report["images"] if record["name"] == "cat.png")
+    with torch.no_grad():
+        out = after.network(to_x(skimage.data.chelsea()[:192, :256]))
+    bits = sum(-p.log2().sum().item() for p in out["likelihoods"].values())
+    assert cat["bpp"] == pytest.approx(bits / (192 * 256), rel=1e-4)
 
 
 def test_a_family_that_is_not_registered_is_refused(scale_only, saved):
