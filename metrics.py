@@ -115,8 +115,7 @@ def bd_rate(anchor: Curve, test: Curve, method: str = "akima") -> float:
             rate, or the curves have no quality in common.
     """
     anchor, test = _sorted(anchor), _sorted(test)
-    if not overlap(anchor.db, test.db):
-        raise CurvesDoNotCompareError(_no_overlap("dB", anchor.db, test.db))
+    _check_overlap("dB", anchor.db, test.db)
     return _delta(bjontegaard.bd_rate, anchor, test, method)
 
 
@@ -130,8 +129,7 @@ def bd_psnr(anchor: Curve, test: Curve, method: str = "akima") -> float:
             rate, or the curves have no rate in common.
     """
     anchor, test = _sorted(anchor), _sorted(test)
-    if not overlap(anchor.bpp, test.bpp):
-        raise CurvesDoNotCompareError(_no_overlap("bpp", anchor.bpp, test.bpp))
+    _check_overlap("bpp", anchor.bpp, test.bpp)
     return _delta(bjontegaard.bd_psnr, anchor, test, method)
 
 
@@ -151,9 +149,10 @@ def _sorted(curve: Curve) -> Curve:
     return Curve(bpp, db)
 
 
-def _no_overlap(unit: str, anchor: Sequence[float], test: Sequence[float]) -> str:
-    ranges = " and ".join(f"{min(side):.4g} to {max(side):.4g} {unit}" for side in (anchor, test))
-    return f"curves do not overlap: {ranges}"
+def _check_overlap(unit: str, anchor: Sequence[float], test: Sequence[float]) -> None:
+    if not overlap(anchor, test):
+        spans = [f"{min(side):.4g} to {max(side):.4g} {unit}" for side in (anchor, test)]
+        raise CurvesDoNotCompareError(f"curves do not overlap: {' and '.join(spans)}")
 
 
 def _delta(function: Callable[..., float], anchor: Curve, test: Curve, method: str) -> float:

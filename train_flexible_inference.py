@@ -58,6 +58,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report(refine_images(parse_command_line(RefineConfig, __doc__, argv)))
 
 
+def refine(
+    problem: Problem,
+    rounding: Rounding,
+    config: RefineConfig,
+    names: Sequence[str],
+    progress: Callable[[Tensor, Tensor | float], None],
+    start: Start | None = None,
+) -> list[Trajectory]:
+    """Overfit the latents of each of the problem's images to this image.
+
+    The first latents count as a candidate too, so no result is worse than they are. The loop does
+    not wait for a GPU between evaluations. `max_seconds` and `early_stop` may leave out steps.
+
+    Args:
+        names: the images' names. The noise of an image depends only on its name, the config's seed
+            and `start.trial`.
+        start: the first latents and step; by default the encoder's latents and step 0.
+    """
+    pace = pace_of(config, len(problem.x), start.step if start else 0)
+    start = start or Start(problem.model.analyze(problem.x))
+    latents = {name: v.clone().requires_grad_() for name, v in start.latents.items()}
+    optimizer = build_optimizer(latents, config.optimizer)
+    noise = ImageNoise.of_images(config.seed, names, problem.x.device, start.trial)
+    recorder = Recorder(problem, rounding, config, noise, pace)
+    losses = torch.zeros(len(problem.x))
+    # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
+    weight = 0.5 if config.dev_options.augmented_loss else 1.0
+
+    def closure() -> Tensor:
+        nonlocal losses
+        optimizer.zero_grad()
+        relaxed = problem.relaxed(latents, noise.rounding(rounding, step, pace.position))
+        losses = relaxed.loss.detach()  # [B]
+        objective = weight * relaxed.loss.sum()
+        objective.backward()
+        for v in latents.values() if config.optimizer.name == "LBFGS" else ():
+            if v.grad is not None:
+                v.grad = v.grad.contiguous()  # LBFGS needs contiguous gradients, not channels-last
+        return objective
+
+    for step in count(int(pace.position)):
+        recorder.evaluate_if_due(step, latents)
+        if pace.at_end or recorder.ended:
+            break
+        optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
+        optimizer.step(closure)  # type: ignore[arg-type]  # a loss may be a tensor
+        pace.advance()
+        progress(*recorder.progress_of(losses))
+    if config.polish_passes:
+        polish_batch(problem, recorder.trajectories, config, noise, pace, progress)
+    return recorder.trajectories
+
+
 def refine_images(
     config: RefineConfig, on_image: Callable[[Cost], None] = lambda cost: None
 ) -> Run:
@@ -298,59 +351,6 @@ def equal_sized(
     for size, equal in groupby(images, shape):
         while batch := list(islice(equal, 1 if size is None else most(size))):
             yield batch
-
-
-def refine(
-    problem: Problem,
-    rounding: Rounding,
-    config: RefineConfig,
-    names: Sequence[str],
-    progress: Callable[[Tensor, Tensor | float], None],
-    start: Start | None = None,
-) -> list[Trajectory]:
-    """Overfit the latents of each of the problem's images to this image.
-
-    The first latents count as a candidate too, so no result is worse than they are. The loop does
-    not wait for a GPU between evaluations. `max_seconds` and `early_stop` may leave out steps.
-
-    Args:
-        names: the images' names. The noise of an image depends only on its name, the config's seed
-            and `start.trial`.
-        start: the first latents and step; by default the encoder's latents and step 0.
-    """
-    pace = pace_of(config, len(problem.x), start.step if start else 0)
-    start = start or Start(problem.model.analyze(problem.x))
-    latents = {name: v.clone().requires_grad_() for name, v in start.latents.items()}
-    optimizer = build_optimizer(latents, config.optimizer)
-    noise = ImageNoise.of_images(config.seed, names, problem.x.device, start.trial)
-    recorder = Recorder(problem, rounding, config, noise, pace)
-    losses = torch.zeros(len(problem.x))
-    # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
-    weight = 0.5 if config.dev_options.augmented_loss else 1.0
-
-    def closure() -> Tensor:
-        nonlocal losses
-        optimizer.zero_grad()
-        relaxed = problem.relaxed(latents, noise.rounding(rounding, step, pace.position))
-        losses = relaxed.loss.detach()  # [B]
-        objective = weight * relaxed.loss.sum()
-        objective.backward()
-        for v in latents.values() if config.optimizer.name == "LBFGS" else ():
-            if v.grad is not None:
-                v.grad = v.grad.contiguous()  # LBFGS needs contiguous gradients, not channels-last
-        return objective
-
-    for step in count(int(pace.position)):
-        recorder.evaluate_if_due(step, latents)
-        if pace.at_end or recorder.ended:
-            break
-        optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
-        optimizer.step(closure)  # type: ignore[arg-type]  # a loss may be a tensor
-        pace.advance()
-        progress(*recorder.progress_of(losses))
-    if config.polish_passes:
-        polish_batch(problem, recorder.trajectories, config, noise, pace, progress)
-    return recorder.trajectories
 
 
 if __name__ == "__main__":
