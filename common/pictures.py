@@ -45,7 +45,7 @@ class Picture(NamedTuple):
     format: str | None
 
     @property
-    def is_as_decode(self) -> bool:
+    def is_as_decoded(self) -> bool:
         """Whether any decoder reads these pixels from the file."""
         return {*self.notes} <= HARMLESS
 
