@@ -1,4 +1,4 @@
-"""Classical codecs through Pillow on the images of a comparison."""
+"""Code the images of a comparison by classical codecs, through Pillow."""
 
 import io
 import math
@@ -30,17 +30,20 @@ CODECS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any]]] = {
 def codec_table(
     images: Images, names: Sequence[str], codecs: Sequence[str], known: Path
 ) -> pd.DataFrame:
-    """Rate and quality of classical codecs: one row an image, codec and quality setting.
+    """Rate and quality of classical codecs: one row for each image, codec and quality setting.
 
     Args:
-        names: of the images to code.
+        names: the images to code.
         codecs: keys of `CODECS`.
-        known: the table of an earlier comparison, if any; its rows are not computed again.
+        known: the CSV file of an earlier comparison, if there is one; its rows are reused.
+
+    Returns:
+        The columns image, method, model, bpp, psnr and ms_ssim_db.
     """
     done = pd.DataFrame(columns=["image", "method"])
-    with suppress(OSError, ValueError, KeyError):  # what is not whole is done again
+    with suppress(OSError, ValueError, KeyError):  # a damaged table is computed again
         done = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
-    raw = {printable(name): name for name in names}  # as the file names them
+    raw = {printable(name): name for name in names}  # by their names in the file
     done["image"] = done["image"].map(lambda name: raw.get(name, name))
     have = set(zip(done["image"], done["method"], strict=True))
     missing = [name for name in names if any((name, codec) not in have for codec in codecs)]
@@ -56,7 +59,7 @@ def codec_table(
 
 
 def coded_by(codec: str, name: str, x: Tensor) -> list[Record]:
-    """A codec on x [3, H, W] in [0, 1]: for each quality setting the file's bpp, and quality."""
+    """The rows of `codec_table` for one codec and one image, x [3, H, W] in [0, 1]."""
     picture, rows = Image.fromarray(to_pixels(x)), []
     kind, option, values, others = CODECS[codec]
     for value in values:
@@ -67,7 +70,7 @@ def coded_by(codec: str, name: str, x: Tensor) -> list[Record]:
         quality = picture_quality(decoded, x[None])
         bpp = 8 * file.getbuffer().nbytes / (x.size(1) * x.size(2))
         row = {"image": name, "method": codec, "model": f"{option} {value}", "bpp": bpp}
-        # A picture that comes back as it was has no finite quality, and no place on a curve.
+        # An exactly decoded picture has no finite quality, and no point on a curve.
         row |= {key: quality[key] for key in ("psnr", "ms_ssim_db")}
         rows.append({key: None if value == math.inf else value for key, value in row.items()})
     return rows

@@ -1,4 +1,4 @@
-"""The runs that a comparison compares."""
+"""One run of a comparison."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ class ComparedRun(NamedTuple):
 
 
 def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:
-    """The first run of each method with a model."""
+    """The run of each method with a model and the first seed, in the order of methods."""
     found: dict[str, ComparedRun] = {}
     for run in runs:
         if run.model == model:

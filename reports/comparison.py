@@ -1,10 +1,10 @@
-"""What a comparison leaves behind: tables, plots, and the page that shows them.
+"""Write the report of a comparison: its tables, its plots, and the page that shows them.
 
 results/<save_name>/
-    report.html              all of it in one file that needs no network
+    report.html              tables and plots in one file that needs no network
     table.csv, table.md      means, and paired differences to the anchor with confidence intervals
     bd.csv                   Bjontegaard deltas to the anchor, per image and of the mean curve
-    images.csv, codecs.csv   every image of every run; the classical codecs
+    images.csv, codecs.csv   every image of every run; every image by classical codecs
     curves.csv               the points of the rate-distortion curves
     compressai/              the same points in the layout that CompressAI's plot tool reads
     *.png, *.svg             the plots
@@ -51,17 +51,18 @@ from reports.page import markdown, write_page
 def write_report(
     config: CompareConfig, runs: Sequence[ComparedRun], refine_config: RefineConfig, images: Images
 ) -> Path | None:
-    """Write every table, plot and the page; print the main table.
+    """Write all tables and plots and the page; print the main table.
 
     Args:
-        refine_config: of any run with the first model.
+        refine_config: the config of any run with the first model.
         images: the image set that was refined.
 
     Returns:
         The page's path, or None where no image was refined by every method.
 
     Raises:
-        InputError: a published curve cannot be read. OSError: a file cannot be written.
+        InputError: a published curve cannot be read.
+        OSError: a file cannot be written.
     """
     folder = Path(config.output_dir) / config.name
     rows = image_table(runs, images.names[: refine_config.image_count])
@@ -95,7 +96,7 @@ def write_report(
 
 
 def _names_of_all_models(shared: pd.DataFrame) -> list[str]:
-    """The images that are compared with every model."""
+    """The images that are compared for every model."""
     counts = shared.groupby("image")["model"].nunique()
     return [name for name in counts.index if counts[name] == shared["model"].nunique()]
 
@@ -108,19 +109,19 @@ def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
 
 
 def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
-    """Write the curves of each image and of the means as CompressAI's plot tool reads them.
+    """Write the curves of each image and of the mean in the format of CompressAI's plot tool.
 
     Raises:
         OSError: a file cannot be written.
     """
-    # An earlier comparison may have left files of methods that the config has no more.
+    # An earlier comparison may have written files of methods that are no longer in the config.
     shutil.rmtree(folder / "compressai", ignore_errors=True)
     every = pd.concat([points, mean_points(points).assign(image="mean")])
     for (image, curve), own in every.groupby(["image", "curve"], sort=False):
         own = own.sort_values("bpp")
         results = {"bpp": list(own["bpp"]), "psnr-rgb": list(own["psnr"])}
         if own["ms_ssim_db"].notna().all():
-            # The tool turns similarities into dB itself.
+            # The plot tool converts MS-SSIM to dB itself.
             results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
         path = folder / "compressai" / short_enough(str(image)) / f"{folder_name(curve)}.json"
         write_json(path, {"name": curve, "description": str(image), "results": results})
@@ -134,11 +135,12 @@ def all_plots(
     curves: pd.DataFrame,
     names: dict[str, Sequence[str]],
 ) -> dict[str, Figure]:
-    """Every plot of a report by its file's name.
+    """The plots of a report, by their file names without suffix.
 
     Args:
         refine_config, images: see `write_report`.
-        names: the images that are compared, by model.
+        curves: see `comparison_plots`.
+        names: the compared images of each model.
     """
     model = runs[0].model
     own = names.get(model, [])
@@ -158,7 +160,7 @@ def all_plots(
 
 
 def _write_plots(folder: Path, plots: dict[str, Figure]) -> dict[str, bytes]:
-    """Write each plot as PNG and SVG; the PNGs' bytes by name."""
+    """Write each plot as PNG and SVG; return the PNGs' bytes by name."""
     for plot in [*folder.glob("detail_*"), *folder.glob("bits_*")]:
         plot.unlink()  # an earlier comparison may have shown more images
     pictures = {}

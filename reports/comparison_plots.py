@@ -1,7 +1,7 @@
 """Plots of a comparison; each function returns one matplotlib figure.
 
-`curves` tables have a row for each point: curve, bpp, psnr, ms_ssim_db and `dashed`, which sets
-others' curves apart from the methods'.
+A table `curves` has one row for each point, with the columns curve, bpp, psnr, ms_ssim_db and
+dashed. `dashed` is True for the curves that are not of our methods.
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
     return {"base": "grey"} | dict(zip(others, cycle(colors), strict=False))
 
 
-def plain(text: str) -> str:
-    """A name as matplotlib shows it: no glyphs that its font lacks, and no formula between $."""
+def plot_text(text: str) -> str:
+    """A name as a text for matplotlib: printable, and not read as a formula between $."""
     return printable(text).replace("$", r"\$")
 
 
 def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
-    """PSNR and MS-SSIM over bits per pixel, up and to the left is better.
+    """PSNR and MS-SSIM (dB) over bits per pixel; up and to the left is better.
 
-    The methods' curves are solid and in the middle, all others dashed.
+    The axes show the range of the methods' curves, which are solid. All others are dashed.
     """
     figure = Figure(figsize=(12, 4.8), dpi=130, layout="constrained")
     panels = (("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)"))
@@ -52,7 +52,7 @@ def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
                 marker, color = next(others)
                 style = {"marker": marker, "ms": 3.5, "lw": 1, "ls": "--", "color": color}
             points = points.sort_values("bpp")
-            axis.plot(points["bpp"], points[key], label=plain(name), **style)
+            axis.plot(points["bpp"], points[key], label=plot_text(name), **style)
         axis.set(xlabel="bits per pixel", ylabel=label)
         axis.grid(alpha=0.3)
         ours = known[~known["dashed"].astype(bool)]
@@ -69,10 +69,10 @@ def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
 def plot_loss(
     runs: Sequence[ComparedRun], names: dict[str, Sequence[str]], colors: dict[str, str]
 ) -> Figure:
-    """True loss of every method over steps and over seconds; a row of panels for each model.
+    """The true loss of each method over steps and over seconds; one row of panels for each model.
 
     Args:
-        names: the images that count, by model.
+        names: the compared images of each model.
     """
     models = list(dict.fromkeys(run.model for run in runs))
     figure = Figure(figsize=(12, 4.4 * len(models)), dpi=130, layout="constrained")
@@ -84,12 +84,12 @@ def plot_loss(
                 continue
             base, color = curve["true_loss"].iloc[0], colors[run.method]
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
-                axis.plot(curve[key], curve["true_loss"], color=color, label=plain(run.method))
+                axis.plot(curve[key], curve["true_loss"], color=color, label=plot_text(run.method))
                 axis.plot(curve[key].iloc[-1], curve["true_loss"].iloc[-1], "o", color=color, ms=5)
         labels = ("step, or pass of the polish", "seconds per image")
         for axis, label in zip(axes, labels, strict=True):
             axis.set(xlabel=label, ylabel="true R-D loss, mean over images", xscale="log",
-                     title=plain(model))  # fmt: skip
+                     title=plot_text(model))  # fmt: skip
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -97,7 +97,7 @@ def plot_loss(
             if base is not None:
                 lowest = axis.get_ylim()[0]
                 axis.axhline(base, color=colors["base"], ls=":", label="base")
-                # Annealing may begin far above: what matters is below the base.
+                # Annealing may begin far above the base, but only what is below it matters.
                 axis.set_ylim(lowest, base + 0.1 * (base - lowest))
         axes[0].legend(fontsize=8)
     return figure
@@ -106,12 +106,12 @@ def plot_loss(
 def plot_trajectories(
     runs: Sequence[ComparedRun], model: str, names: Sequence[str], colors: dict[str, str]
 ) -> Figure:
-    """Losses and their gap, rate, quality and temperature over the steps, every method.
+    """Losses, their gap, rate, quality and temperature of each method over the steps.
 
-    The second figure of arXiv 2401.17789.
+    It is like the second figure of arXiv 2401.17789.
     """
     figure = Figure(figsize=(14, 7.4), dpi=120, layout="constrained")
-    figure.suptitle(f"{plain(model)}: true (solid) and relaxed (dashed)", fontsize=10)
+    figure.suptitle(f"{plot_text(model)}: true (solid) and relaxed (dashed)", fontsize=10)
     axes = figure.subplots(2, 3).ravel()
     panels = ("loss", "gap", "bpp", "psnr_raw", "temperature")
     labels = ("R-D loss", "true less relaxed loss", "bits per pixel", "PSNR (dB, raw floats)",
@@ -123,7 +123,7 @@ def plot_trajectories(
         curve["gap"] = curve["true_loss"] - curve["relaxed_loss"]
         for axis, key in zip(axes, panels, strict=False):
             if key in curve:
-                axis.plot(curve["step"], curve[key], color=color, label=plain(run.method))
+                axis.plot(curve["step"], curve[key], color=color, label=plot_text(run.method))
                 continue
             axis.plot(curve["step"], curve[f"true_{key}"], color=color)
             axis.plot(curve["step"], curve[f"relaxed_{key}"], color=color, ls="--", lw=0.9)
@@ -137,10 +137,10 @@ def plot_trajectories(
 
 
 def plot_probabilities() -> Figure:
-    """The probability of each candidate over the position between integers, temperature 1.
+    """The probability of each rounding candidate over v, at temperature 1.
 
-    Every registered function with its default hyper-parameters; the first figure of arXiv
-    2401.17789.
+    There is a panel for each registered function, with its default hyper-parameters, like the first
+    figure of arXiv 2401.17789.
     """
     scored = [(name, function) for (name, function), method in METHODS.items() if method.score]
     figure = Figure(figsize=(13, 2.7 * -(-len(scored) // 4)), dpi=110, layout="constrained")
@@ -162,7 +162,7 @@ def plot_probabilities() -> Figure:
 def candidate_probabilities(
     name: str, function: str | None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Positions v [n], probabilities [K, n] at temperature 1, and the K candidates' names."""
+    """Values v [n], the probabilities [K, n] at temperature 1, and the names of K candidates."""
     candidates, _ = rounding_logits(torch.tensor([0.25]), name, function)
     three = candidates.size(-1) == 3
     v = torch.linspace(-0.499, 0.499, 400) if three else torch.linspace(0.001, 0.999, 400)
@@ -172,17 +172,17 @@ def candidate_probabilities(
 
 
 def plot_details(name: str, details: Sequence[Detail]) -> Figure:
-    """A detail of an image in every version, the original first, then the base and the methods."""
+    """A detail of an image: the original, the base, and the result of each method."""
     pixels = [to_pixels(detail.x) for detail in details]
     window = most_improved(pixels[0], pixels[1], pixels[-1])
     columns = min(len(details), 4)
     rows = -(-len(details) // columns)
     figure = Figure(figsize=(3.3 * columns, 3.6 * rows + 0.3), dpi=120, layout="constrained")
-    figure.suptitle(plain(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
+    figure.suptitle(plot_text(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, detail, picture in zip(axes, details, pixels, strict=False):
         axis.imshow(picture[window], interpolation="nearest")
-        title = plain(detail.label)
+        title = plot_text(detail.label)
         if detail.bpp is not None:
             title += f"\n{detail.bpp:.4f} bpp, {detail.psnr:.2f} dB"
         axis.set_title(title, fontsize=9)
@@ -192,7 +192,7 @@ def plot_details(name: str, details: Sequence[Detail]) -> Figure:
 
 
 def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
-    """Where the bits of y are: in base, with each method, and what the last method changed."""
+    """Maps of the bits of y: of the base, of each method, and the last method's change."""
     coded = [(detail.label, detail.bits / 256) for detail in details if detail.bits is not None]
     maps: list[tuple[str, Tensor, dict[str, Any]]] = []
     highest = max(bits.max().item() for _, bits in coded)
@@ -206,11 +206,11 @@ def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
     columns = min(len(maps), 3)
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * rows + 0.3), dpi=120, layout="constrained")
-    figure.suptitle(plain(f"{name}: bits of y per pixel, 16x16 pixels a position"), fontsize=9)
+    figure.suptitle(plot_text(f"{name}: bits of y per pixel, 16x16 pixels a position"), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (label, values, options) in zip(axes, maps, strict=False):
         shown = axis.imshow(values.numpy(), interpolation="nearest", **options)
-        axis.set_title(plain(label), fontsize=9)
+        axis.set_title(plot_text(label), fontsize=9)
         figure.colorbar(shown, ax=axis, shrink=0.8)
     for axis in axes:
         axis.axis("off")

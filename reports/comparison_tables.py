@@ -1,6 +1,6 @@
-"""The numbers of a comparison as tables: images, methods, curves, what curves differ by.
+"""The tables of a comparison: images, methods, curves, and differences between curves.
 
-Every function maps tables, or the records of runs, to a table (pandas).
+Most functions take tables, or runs, and return a table (pandas).
 """
 
 import math
@@ -22,13 +22,13 @@ QUALITIES = ("bpp", "psnr", "ms_ssim_db")
 
 
 def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFrame:
-    """One row an image, run and seed; unrefined images are the method `base`.
+    """One row for each image and run; unrefined images are the method `base`.
 
-    `rate` says what bpp is: of the "file" where every refined image was written as a file, else an
-    "estimate".
+    The column `rate` is "file" if all refined images were written as files; bpp is then that of the
+    files. Otherwise it is "estimate".
 
     Args:
-        names: the images that count.
+        names: the images to take.
     """
     known = {run: read_records(run.folder / "images.jsonl") for run in runs}
     found = {run: [one[name] for name in names if name in one] for run, one in known.items()}
@@ -49,7 +49,7 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     table = pd.DataFrame(rows)
     if table.empty:
         return table
-    # Unknown ones are None: MS-SSIM of small pictures.
+    # Unknown values are None, such as MS-SSIM of small pictures.
     table[list(QUALITIES)] = table[list(QUALITIES)].astype(float)
     is_base = table["method"] == "base"
     base = table[is_base].drop_duplicates(["model", "image"])
@@ -57,13 +57,13 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
 
 
 def rows_of_shared_images(images: pd.DataFrame) -> pd.DataFrame:
-    """The rows of those images that all methods refined, so that their means compare.
+    """The rows of images that all methods refined, so that means can be compared.
 
-    Each model counts for itself: an image may stay for one model and go for another. A method that
-    refined no image at all with a model does not count there.
+    This is decided for each model separately. A method that refined no image with a model is left
+    out for that model.
 
     Args:
-        images: of `image_table`.
+        images: a table of `image_table`.
     """
     parts = [images.iloc[:0]]
     for _, own in images.groupby("model", sort=False) if len(images) else ():
@@ -73,18 +73,18 @@ def rows_of_shared_images(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
-    """One row a model and method: means over the images, and the difference to the anchor.
+    """One row for each model and method: means over the images, and changes against the anchor.
 
     The seeds of an image are averaged first. Columns beside the means:
-    seed_spread_percent: the standard deviation over the seeds, mean over images.
+    seed_spread_percent: the standard deviation of the loss over the seeds, mean over images.
     change_percent: the mean over images of loss / anchor's loss - 1.
-    half_interval: half the width of the confidence interval of change_percent (Student's).
-    least_change, most_change: the range of the change over images.
+    half_interval: half the width of Student's 95 % confidence interval of change_percent.
+    least_change, most_change: the lowest and highest change of an image, in percent.
     change_of_mean_percent: the change of the mean loss.
-    group: <name> (n): change_percent over the n images of a group that are there.
+    group: <name> (n): change_percent over the n compared images of a group.
 
     Args:
-        images: `rows_of_shared_images`.
+        images: the table of `rows_of_shared_images`.
     """
     rows = []
     for model, of_model in images.groupby("model", sort=False):
@@ -104,7 +104,7 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 
 
 def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) -> dict[str, float]:
-    """How losses by image differ from the anchor's, under the names of `method_table`."""
+    """The changes of losses by image against the anchor's, by the names of `method_table`."""
     own, anchor = own.align(anchor, join="inner")
     change = 100 * (own / anchor - 1)
     return {
@@ -132,10 +132,11 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
-    """Points of rate-distortion curves, one row an image, curve and point.
+    """The points of rate-distortion curves: one row for each image, curve and point.
 
-    A method is one curve over the models. Where a checkpoint has several inference lambdas, a
-    method has a curve over these for each `checkpoint`. That column is "" otherwise, and for base.
+    Each method has one curve, with a point for each model. If a checkpoint has several inference
+    lambdas, each method has a curve over these for each `checkpoint`. Otherwise that column is "".
+    It is always "" for base.
     """
     checkpoints = {model.label: model.checkpoint for model in config.models}
     points = images.assign(curve=images["method"], checkpoint="")
@@ -151,7 +152,7 @@ def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 
 
 def mean_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Each curve's points as means over the images that all points of all curves have."""
+    """The points of each curve, as means over the images that every point of every curve has."""
     of_image = points.groupby("image").size()
     shared = points[points["image"].map(of_image) == len(points.groupby(["curve", "model"]))]
     keys = ["curve", "method", "checkpoint", "model"]
@@ -160,10 +161,10 @@ def mean_points(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
-    """Bjontegaard deltas of PSNR to the anchor's curve: of each image, and of the mean curve.
+    """Bjontegaard deltas against the anchor's curve, for each image and for the mean curve.
 
-    `overlap` is the common part of the two ranges of PSNR; where there is none, or too few points,
-    `reason` says so.
+    BD-rates are in percent, BD-PSNRs in dB. `overlap`, in [0, 1], is the common part of the two
+    ranges of PSNR. If the curves cannot be compared, `reason` says why.
     """
     means = mean_points(points).assign(image="(mean curve)")
     every = pd.concat([points, means], ignore_index=True)
@@ -195,10 +196,13 @@ def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> Record:
 
 
 def published_curves(files: dict[str, str]) -> pd.DataFrame:
-    """Curves from CSV files with columns bpp, psnr and, if known, ms_ssim_db.
+    """Read curves from CSV files with the columns bpp, psnr and, optionally, ms_ssim_db.
+
+    Args:
+        files: the paths, by the curves' names.
 
     Raises:
-        InputError: no such file, or not such a table.
+        InputError: there is no such file, or it is no such table.
     """
     tables = []
     for name, path in files.items():
@@ -218,10 +222,10 @@ def published_curves(files: dict[str, str]) -> pd.DataFrame:
 
 
 def codec_curves(codecs: pd.DataFrame) -> pd.DataFrame:
-    """The points of each codec's curve as means over the images, in the form of `mean_points`.
+    """The points of each codec's curve, as means over the images, in the form of `mean_points`.
 
     Args:
-        codecs: of `classical_codecs.codec_table`.
+        codecs: the table of `classical_codecs.codec_table`.
     """
     return pd.concat([pd.DataFrame(), *(
         own.groupby("model", sort=False)[list(QUALITIES)].mean().reset_index()
@@ -231,9 +235,9 @@ def codec_curves(codecs: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
-    """A run's trajectory over steps and `seconds`, mean over the images of these names.
+    """A run's trajectory over steps, with `seconds`, as the mean over the images of these names.
 
-    An image that ended early counts on with its last row.
+    If an image ended early, its last row counts at later steps, too.
     """
     tables = []
     records = read_records(run.folder / "images.jsonl")

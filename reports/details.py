@@ -1,4 +1,4 @@
-"""Versions of one image, decoded again from the latents that runs kept, for plots of details."""
+"""Decode the results of an image from the latents that runs stored, for plots of details."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from config import RefineConfig
 from models import freeze, load_checkpoint
 from reports.compared_run import ComparedRun
 
-LARGEST_SHOWN = 4_000_000  # pixels; larger images are in the tables alone
+LARGEST_SHOWN = 4_000_000  # pixels; larger images are only in the tables
 
 
 class Detail(NamedTuple):
-    """One version of an image: x [3, H, W] in [0, 1], and the bits of y at each position [h, w].
+    """A version of an image: x [3, H, W] in [0, 1], and the bits of y at each position [h, w].
 
-    bpp and psnr, in dB, are of the whole image; the original has neither, and no bits.
+    bpp and psnr (dB) are those of the whole image. They and the bits are None for the original.
     """
 
     label: str
@@ -35,12 +35,17 @@ class Detail(NamedTuple):
 def details_of(
     runs: Sequence[ComparedRun], config: RefineConfig, images: Images, name: str
 ) -> list[Detail] | None:
-    """An image as it is, coded without refinement, and as each run coded it, in this order.
+    """The versions of an image: the original, the base, and the result of each run.
 
-    None, and a line on the console, where a run lacks the image or where it is too large.
+    If a run lacks the image, or the image is too large: None, and a line on the console.
 
     Args:
-        runs: of one model. config: of any of them.
+        runs: the runs with one model.
+        config: the config of any of these runs.
+        name: the image.
+
+    Raises:
+        InputError: the model cannot be read.
     """
     found = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
     records = [record for record in found if record]

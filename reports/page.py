@@ -1,4 +1,4 @@
-"""A comparison's table as markdown, and its page: one HTML file that needs no network."""
+"""Write a comparison's table as Markdown, and its page as one HTML file without links."""
 
 import base64
 import html
@@ -15,7 +15,7 @@ from reports.comparison_tables import half_interval
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A `method_table` for people, the lowest loss of each model in bold."""
+    """The table of `method_table` as Markdown; the lowest loss of each model is bold."""
     heads, rows = table_cells(table)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for cells in rows:
@@ -24,10 +24,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def table_cells(table: pd.DataFrame, bold: str = "**{}**") -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of cells of a `method_table` as they are shown.
+    """The heads and the rows of a `method_table` as texts.
 
     Args:
-        bold: how the lowest loss of each model is written; {} stands for the loss.
+        bold: the format of the lowest loss of each model; {} stands for the loss.
     """
     groups = [key for key in table if key.startswith("group: ")]
     heads = ["model", "method", "images", "bpp", "PSNR (dB)", "MS-SSIM (dB)", "loss",
@@ -50,7 +50,7 @@ def table_cells(table: pd.DataFrame, bold: str = "**{}**") -> tuple[list[str], l
 
 
 def _lowest_losses(table: pd.DataFrame) -> set[int]:
-    """The row with the lowest loss of each model."""
+    """The index of the row with the lowest loss of each model."""
     return set(table.groupby("model")["true_loss"].idxmin())
 
 
@@ -65,8 +65,8 @@ def _digits(value: float, digits: int = 0) -> str:
 
 
 def _seeds(row: pd.Series) -> str:
+    """The number of seeds, and the standard deviation of the loss over them."""
     spread = row["seed_spread_percent"]
-    """How many seeds, and the spread of the loss over them."""
     return _digits(row["seeds"]) + ("" if math.isnan(spread) else f" (std {spread:.2f} %)")
 
 
@@ -141,9 +141,9 @@ def write_page(
     """Write the report as one HTML file that opens without a network.
 
     Args:
-        images: the compared rows of `image_table`.
-        table, bd: of `method_table` and `bd_table`.
-        pictures: PNG files by their plot's name, in the order of the page.
+        images: the table of `rows_of_shared_images`.
+        table, bd: the tables of `method_table` and `bd_table`.
+        pictures: the bytes of PNG files by their plot's name, in the order of the page.
 
     Raises:
         OSError: it cannot be written.
@@ -178,7 +178,7 @@ def write_page(
 
 
 def _bd_section(bd: pd.DataFrame, anchor: str) -> str:
-    """The table of Bjontegaard deltas, one row a curve; "" where there are none."""
+    """The table of Bjontegaard deltas, one row for each curve; "" if there are none."""
     heads = ["curve", "anchor", "images", "BD-rate, mean curve (Akima)", "(PCHIP)",
              "BD-PSNR, mean curve (Akima)", "points", "overlap", "BD-rate, mean over images",
              "no number, for"]  # fmt: skip
@@ -203,7 +203,7 @@ def _bd_section(bd: pd.DataFrame, anchor: str) -> str:
 
 
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], best: set[int]) -> str:
-    """A table of unescaped cells; the rows of these indices are bold."""
+    """An HTML table of unescaped cells; the rows of the indices `best` are bold."""
     head = "".join(f'<th><button type="button">{html.escape(one)}</button></th>' for one in heads)
     lines = []
     for index, row in enumerate(rows):

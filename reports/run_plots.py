@@ -13,7 +13,7 @@ from common.files import label_of
 from common.records import Record, rate_of, result_file
 
 RELAXED, TRUE = "tab:orange", "tab:blue"
-# Names may have letters that no font here has; a box stands for each.
+# Names may have letters that the font lacks; matplotlib draws a box for each.
 warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
@@ -21,7 +21,7 @@ def plot_trajectory(table: pd.DataFrame) -> Figure:
     """Relaxed and true loss, bpp and PSNR over the steps, with the temperature.
 
     Args:
-        table: of `run_tables.mean_trajectory`.
+        table: the table of `run_tables.mean_trajectory`.
     """
     figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
     panels = (
@@ -51,10 +51,10 @@ def plot_trajectory(table: pd.DataFrame) -> Figure:
 
 
 def plot_training(rows: Sequence[Record]) -> Figure:
-    """Loss, rate and quality over the steps, of training and of the tests in between.
+    """Loss, rate and quality over the steps, of the training and of its tests.
 
     Args:
-        rows: of a metrics.jsonl.
+        rows: the rows of a metrics.jsonl.
     """
     figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
     panels = (("loss", "R-D loss"), ("bpp", "bits per pixel"), ("psnr", "PSNR (dB)"))
@@ -112,13 +112,14 @@ def plot_rate_distortion(records: Sequence[Record]) -> Figure:
 
 
 def plot_comparison(folder: Path, records: Sequence[Record], names: Sequence[str]) -> Figure:
-    """A detail of each image in three versions, where refinement improved it most.
-
-    The versions are the original, base and refined.
+    """A detail of each image, where refinement improved it most: original, base and refined.
 
     Args:
-        folder: the run's, which has the pictures.
+        folder: the run's folder, which has the pictures.
         names: the images to show.
+
+    Raises:
+        OSError: a picture cannot be read.
     """
     by_name = {record["name"]: record for record in records}
     figure = Figure(figsize=(9, 3.2 * len(names) + 0.4), dpi=110, layout="constrained")
@@ -152,9 +153,13 @@ def plot_comparison(folder: Path, records: Sequence[Record], names: Sequence[str
 def most_improved(
     original: np.ndarray, base: np.ndarray, refined: np.ndarray
 ) -> tuple[slice, slice]:
-    """The window whose squared error fell most, as slices of rows and columns.
+    """The window in which refinement reduced the squared error most.
 
-    It has 160x160 pixels, or fewer where the pictures do. They are uint8 [H, W, 3].
+    Args:
+        original, base, refined: uint8 [H, W, 3].
+
+    Returns:
+        Slices of rows and columns, 160 pixels long, or as long as a side that is shorter.
     """
 
     def error(picture: np.ndarray) -> np.ndarray:

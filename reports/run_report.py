@@ -1,9 +1,9 @@
-"""What is made of a refinement's results at its end.
+"""Write the tables and plots of a refinement at its end.
 
 results/<save_name>/
-    trajectory.csv/.png  the mean over the images
-    before_after.png     every image from base to refined
-    comparison.png       details of images before and after, with `save_final`
+    trajectory.csv/.png  the trajectory, mean over the images
+    before_after.png     rate and PSNR of each image, base and refined
+    comparison.png       details of images, original, base and refined, with `save_final`
     summary.json         means over the images
 """
 
@@ -25,16 +25,16 @@ MOST_SHOWN = 4  # images in comparison.png
 def write_run_report(
     folder: Path, records: Sequence[Record], failed: dict[str, str], facts: Record
 ) -> int:
-    """Write the tables and plots of a run, print its table and where all is; the exit code.
+    """Write the tables and plots of a run; log its table and the paths of the results.
 
     Args:
-        folder: the run's, with the trajectories and, where they are kept, the pictures.
+        folder: the run's folder, with the trajectories and, with `save_final`, the pictures.
         records: one for each image that is done, in order.
-        failed: why images were skipped, by name.
-        facts: what summary.json says of the run as a whole.
+        failed: the reasons why images were skipped, by name.
+        facts: further entries of summary.json, about the whole run.
 
     Returns:
-        0, or 1 where an image failed or none was refined.
+        The exit code: 0, or 1 if an image failed or none was refined.
 
     Raises:
         OSError: a file cannot be written.

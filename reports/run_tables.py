@@ -1,7 +1,7 @@
-"""The numbers of one run: means over its images, and tables for people.
+"""The numbers of one run: means over its images, and tables as text.
 
-A record is a line of images.jsonl (see `common.records`), or of a test of a network: name, loss,
-bpp, ... or name and error.
+A record is a line of images.jsonl (see `common.records`). A result is that of one image in a test
+of a network (see `pretraining.validation.measure`).
 """
 
 import math
@@ -20,15 +20,15 @@ TEST_KEYS = ("loss", "bpp", "bpp_y", "bpp_z", "psnr", "ms_ssim", "ms_ssim_db")
 
 
 def mean_trajectory(trajectories: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The mean over images at each step at which some image was evaluated.
+    """The mean over images at each step at which an image was evaluated.
 
-    An image that was not evaluated at that step counts with its row of the last step before.
+    If an image was not evaluated at a step, its row of the last step before counts.
 
     Args:
-        trajectories: one table an image, with a column `step`.
+        trajectories: one table for each image, with a column `step`.
 
     Returns:
-        One row a step: `step`, `images` (how many), and the means of all other columns.
+        One row for each step: `step`, `images` (their number), and the means of all other columns.
     """
     tables = [table.set_index("step") for table in trajectories]
     steps = sorted(set().union(*(table.index for table in tables)))
@@ -39,10 +39,10 @@ def mean_trajectory(trajectories: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def summarize(records: Sequence[Record], failed: dict[str, str]) -> Record:
-    """Means over the images and what refinement changed, as summary.json has it.
+    """Means over the images, and the gain by refinement, for summary.json.
 
     Args:
-        failed: why images have no record, by name.
+        failed: the reasons why images have no record, by name.
     """
     means = {
         side: {
@@ -83,11 +83,10 @@ def _meets_target(record: Record) -> bool:
 
 
 def format_table(records: Sequence[Record], summary: Record) -> str:
-    """The before/after table, one line an image and the mean.
+    """The table of a run as text: one line for each image, base -> refined, and the mean.
 
-    Where files were written: their bpp beside the estimate, and quality from the decoded files.
-    With a target: each image's lambda in place of its losses, for losses at different lambdas do
-    not compare.
+    If files were written, it has their bpp, too. With a target it has each image's lambda in place
+    of its losses, for losses at different lambdas cannot be compared.
     """
     width = max(5, *(len(label_of(record["name"])) for record in records))
     files, target = "file_bpp" in records[0]["base"], records[0].get("target")
@@ -110,7 +109,7 @@ def format_table(records: Sequence[Record], summary: Record) -> str:
 
 
 def _changes(entry: Record) -> str:
-    """The columns between an image's size and its time, of a record or of the means."""
+    """The columns between size and best step, for a record or for the means."""
     base, refined = entry["base"], entry["refined"]
     bpp, loss = (base["bpp"], refined["bpp"]), (base["true_loss"], refined["true_loss"])
     psnr = [math.inf if side["psnr"] is None else side["psnr"] for side in (base, refined)]
@@ -133,7 +132,7 @@ def _changes(entry: Record) -> str:
 
 
 def means_of_tests(results: Sequence[Record]) -> Record:
-    """Unweighted means over the images that could be tested."""
+    """Unweighted means over the images without an error, and their number `images`."""
     known = [record for record in results if "error" not in record]
     return {
         "images": len(known),
@@ -142,7 +141,7 @@ def means_of_tests(results: Sequence[Record]) -> Record:
 
 
 def format_tests(results: Sequence[Record], means: Record) -> str:
-    """The table of a test, one line an image and the mean."""
+    """The table of a test as text: one line for each image without an error, and the mean."""
     width = max(5, *(len(label_of(record["name"])) for record in results))
     header = f"{'image':{width}}  {'bpp':>7}  {'PSNR':>6}  {'MS-SSIM':>7}  {'(dB)':>6}  {'loss':>7}"
     lines = [header, "-" * len(header)]
