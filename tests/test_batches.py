@@ -60,6 +60,7 @@ def test_a_batch_is_refined_as_its_images_are(model, config_values, write_config
         for row, expected in zip(ours.rows, alone.rows, strict=True):
             for metric in ("relaxed_loss", "true_loss", "true_psnr"):
                 assert row[metric] == pytest.approx(expected[metric], rel=1e-3)
+        assert ours.pictures.keys() == alone.pictures.keys() > {"base", "refined"}
         for label, picture in alone.pictures.items():
             assert ours.pictures[label].shape == picture.shape
             assert (ours.pictures[label] - picture).abs().mean() < 1e-3
