@@ -60,6 +60,7 @@ def test_a_batch_is_refined_as_its_images_are(model, config_values, write_config
         for row, expected in zip(ours.rows, alone.rows, strict=True):
             for metric in ("relaxed_loss", "true_loss", "true_psnr"):
                 assert row[metric] == pytest.approx(expected[metric], rel=1e-3)
+        assert ours.reconstructions.keys() == alone.reconstructions.keys() > {"base", "refined"}
         for label, picture in alone.reconstructions.items():
             assert ours.reconstructions[label].shape == picture.shape
             assert (ours.reconstructions[label] - picture).abs().mean() < 1e-3

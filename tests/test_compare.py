@@ -100,7 +100,9 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
     runs = plan_runs(load_config(path, CompareConfig))
     done = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
     left, right = plot_loss(done, {"lambda 0.01": NAMES}, colors_of(list(compared["methods"]))).axes
-    for run, line, clock in zip(runs, left.lines[::2], right.lines[::2], strict=False):
+    steps, clocks = left.lines[::2], right.lines[::2]
+    assert min(len(steps), len(clocks)) >= len(runs) == 2
+    for run, line, clock in zip(runs, steps, clocks, strict=False):
         records = read_jsonl(run.folder / "images.jsonl")
         tables = [pd.read_csv(run.folder / f"trajectories/{name}.csv") for name in NAMES]
         for step, loss in zip(*line.get_data(), strict=True):
@@ -202,10 +204,11 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_comparison_runs_nothing(
-    compared, write_config, tmp_path, monkeypatch, capsys, changes, message
+    compared, write_config, tmp_path, monkeypatch, capsys, case
 ):
+    changes, message = case
     monkeypatch.chdir(tmp_path)
     assert main(["--config", str(write_config(compared | changes, "compare.json"))]) == 2
     error = capsys.readouterr().err

@@ -404,6 +404,7 @@ def test_the_reference_has_every_key_that_the_example_files_have(schema):
         PretrainConfig: PRETRAIN_EXAMPLES,
         CompareConfig: COMPARE_EXAMPLES,
     }[schema]
+    assert len(paths) > 0
     known = {key.name for key in keys_of(schema)}
     free = {"improving_methods", "rounding_params", "set", "groups", "published"}
 

@@ -171,8 +171,9 @@ def test_a_target_is_2_percent_or_a_twentieth_of_a_decibel():
     assert Target("psnr", 30.0).miss(30.049) < 1 < Target("psnr", 30.0).miss(29.949)
 
 
-@pytest.mark.parametrize(("key", "change"), [("target_bpp", 0.85), ("target_psnr", 0.4)])
-def test_files_meet_a_target(config_values, write_config, photos, coder, capsys, key, change):
+@pytest.mark.parametrize("target", [("target_bpp", 0.85), ("target_psnr", 0.4)])
+def test_files_meet_a_target(config_values, write_config, photos, coder, capsys, target):
+    key, change = target
     values = config_values | {"tot_batches": 1, "tot_inference_iterations": 40}
     path = write_config(values)
     run(path, "save_name=plain", "save_bitstreams=true", "tot_inference_iterations=1")

@@ -81,7 +81,7 @@ def test_every_script_starts_without_them_and_folders_are_trained_on(tmp_path):
 @pytest.mark.parametrize("package", ["tensorflow", "google_crc32c"])
 @pytest.mark.parametrize("is_indexed", [False, True])
 def test_training_on_tfrecords_says_what_to_install(
-    run_training, tfrecords, tmp_path, hide, capsys, package, is_indexed
+    run_training, tfrecords, hide, capsys, package, is_indexed
 ):
     index_tfrecords(tfrecords)
     if not is_indexed:
@@ -91,7 +91,7 @@ def test_training_on_tfrecords_says_what_to_install(
                "path_train": {"train_imagenet": str(tfrecords)}}  # fmt: skip
     assert run_training(**changed) == 2
     assert_names(capsys.readouterr().err, "tfrecords", package)
-    assert not (tmp_path / "out").exists()
+    assert not tfrecords.with_name("out").exists()
 
 
 def test_making_tfrecords_says_what_to_install(photos, tmp_path, hide, capsys):

@@ -258,6 +258,8 @@ def test_recipes_run(name, config_values, tmp_path):
     }  # fmt: skip
     overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     assert main(["--config", str(path), *overrides]) == 0
-    for row in read_jsonl(tmp_path / "results" / name / "images.jsonl"):
+    rows = read_jsonl(tmp_path / "results" / name / "images.jsonl")
+    assert len(rows) == 2
+    for row in rows:
         assert row["method"] == "soft_round_unoise"
         assert row["refined"]["true_loss"] < 0.99 * row["base"]["true_loss"]

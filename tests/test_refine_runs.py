@@ -276,6 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_image_at_its_best(config_values, wr
     path = write_config(config_values | {"optimizer": {"name": "sgd", "lr": 1e30}})
     assert run(path) == 0
     records = numbers(results(config_values))
+    assert [record["name"] for record in records] == NAMES
     assert all(record["best_step"] == 0 for record in records)
     assert all("not finite at step 4" in record["stopped"] for record in records)
     assert "stopped, the loss is not finite at step 4; kept step 0" in capsys.readouterr().out
