@@ -157,7 +157,10 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         if config.quick:
             values |= quick_values(config, refine_config)
             refine_config = load_config(method.config, RefineConfig, _as_overrides(values), source)
-        rounding_from_config(refine_config)
+        try:
+            rounding_from_config(refine_config)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
         if refine_config.target is not None:
             raise InputError(f"{source}: a target has a lambda for each image; losses say nothing")
         runs.append(PlannedRun(name, model, seed, refine_config))

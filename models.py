@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.files import write_whole
 from common.weights import find_state_dict, read_checkpoint
 from config import Channels
-from fast.freezing import freeze_layers, use_fast_layers
+from fast.freezing import freeze_layers, is_frozen, use_fast_layers
 
 CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")
 
@@ -183,6 +183,8 @@ def freeze(model: Architecture, coder_scales: bool = False) -> Architecture:
         ValueError: the model is frozen already, or a transposed convolution is not CompressAI's
             `deconv`.
     """
+    if is_frozen(model.network):
+        raise ValueError("the model is frozen already")
     if coder_scales:
         model.prepare_tables()
         use_coder_scales(model.network.gaussian_conditional)

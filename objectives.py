@@ -6,6 +6,8 @@ Only this module weighs the distortion.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -111,12 +113,11 @@ class Problem:
         self, latents: Latents, rounding: Callable[[Tensor], Tensor], precision: torch.dtype
     ) -> Terms:
         walk = self.model.round(latents, rounding, self.size)
-        likelihoods = walk.likelihoods
-        rates = {name: bits_per_pixel(p, self.pixels) for name, p in likelihoods.items()}
+        rates = {name: bits_per_pixel(p, self.pixels) for name, p in walk.likelihoods.items()}
         with _autocast(self.x.device.type, precision):
             error, x_hat = self.squared_error(walk.y_hat)
         mse = (error / self.x[0].numel()).to(self.x.dtype)
-        bpp = torch.stack(tuple(rates.values())).sum(0)
+        bpp = reduce(add, rates.values())
         return Terms(self.objective(bpp, mse), bpp, rates, mse, walk.values, x_hat)
 
 

@@ -190,15 +190,15 @@ def refine_and_save(
     """
     with run.begin(batch) as progress:
         watch = Stopwatch(refiner.model.device)
-        done = refiner.refine_batch(batch, progress, run.skip)
-    if not done:
-        return
+        results, failures = refiner.refine_batch(batch, progress)
     seconds, peak = watch.read()
     share = seconds / len(batch)
-    steps = max(result.trajectory.rows[-1]["step"] for _, result in done)
-    cost = Cost(share, share / max(1, steps), peak, len(batch))
-    for image, result in done:
-        if run.save(image, result, cost):
+    steps = [result.trajectory.rows[-1]["step"] for result in results.values()]
+    cost = Cost(share, share / max([1, *steps]), peak, len(batch))
+    for image in batch:
+        if image.name in failures:
+            run.skip(image.name, str(failures[image.name]))
+        elif run.save(image, results[image.name], cost):
             on_image(cost)
 
 
@@ -235,21 +235,15 @@ class Refiner:
         return min(self.config.images_at_once, self.bound.images(size))
 
     def refine_batch(
-        self,
-        batch: Sequence[LoadedImage],
-        progress: Progress,
-        skip: Callable[[str, str], None],
-    ) -> list[tuple[LoadedImage, Refined]]:
-        """The images of one size that have a result, and their results.
-
-        Args:
-            skip: called with the name of each image without a result, and the reason.
+        self, batch: Sequence[LoadedImage], progress: Progress
+    ) -> tuple[dict[str, Refined], dict[str, ImageError]]:
+        """The results of images of one size, by name, and why the others have none.
 
         Raises:
             BatchTooLargeError: several images do not fit into memory.
             ImageError: the batch is one image, which cannot be read, coded or kept in memory.
         """
-        done = []
+        results, failures = {}, {}
         with self._named_failures(batch):
             problem = self._problem_of(batch)
             outcomes = self._outcomes_of(problem, [image.name for image in batch], progress)
@@ -257,10 +251,10 @@ class Refiner:
                 batch, problem.images(), outcomes, strict=True
             ):
                 try:
-                    done.append((image, result_of(image_problem, *outcome, self.coder)))
+                    results[image.name] = result_of(image_problem, *outcome, self.coder)
                 except ImageError as error:
-                    skip(image.name, str(error))
-        return done
+                    failures[image.name] = error
+        return results, failures
 
     def refine_image(self, image: LoadedImage, progress: Progress) -> Refined:
         """One image's result, with its compressed file if there is a coder.
@@ -268,12 +262,10 @@ class Refiner:
         Raises:
             ImageError: the image cannot be refined or coded; the message says why.
         """
-
-        def fail(name: str, reason: str) -> None:
-            raise ImageError(reason)
-
-        ((_, result),) = self.refine_batch([image], progress, fail)
-        return result
+        results, failures = self.refine_batch([image], progress)
+        for error in failures.values():
+            raise error
+        return results[image.name]
 
     def _problem_of(self, batch: Sequence[LoadedImage]) -> Problem:
         x = torch.stack([image.pixels() for image in batch]).to(self.model.device)  # [B, 3, H, W]

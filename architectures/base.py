@@ -119,7 +119,8 @@ class Architecture(ABC):
 
     def prepare_tables(self) -> None:
         """Compute the coding tables that the checkpoint does not hold, as CompressAI does."""
-        scale_table = self.network.gaussian_conditional.scale_table
+        conditional = getattr(self.network, "gaussian_conditional", None)
+        scale_table = () if conditional is None else conditional.scale_table
         self.network.update(scale_table if len(scale_table) else None)
 
     @torch.no_grad()

@@ -17,7 +17,10 @@ from pretraining.training_pass import TrainingPass
 
 
 def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
-    """The step of a simple training loop, as a user of CompressAI would write it."""
+    """The step of a simple training loop, as a user of CompressAI would write it.
+
+    The loss is written again on purpose: this loop shares nothing with `objectives`.
+    """
     network = model.network.train()
     named = dict(network.named_parameters())
     quantiles = [p for name, p in named.items() if name.endswith(".quantiles")]

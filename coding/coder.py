@@ -183,9 +183,10 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
     model = coder.model
     symbols = _checked_symbols(model, symbols, size)
     writer = _Writer(symbols)
-    model.visit(size, writer)
-    exact = coder.exact.place(symbols, size).groups[-1].distribution
-    exceptions = list_exceptions(exact.indexes(symbols["y"].shape), writer.indexes["y"])
+    model.walk(size, writer)
+    # The walk's float64 tensors are large: nothing but the indexes is kept of them.
+    exact = coder.exact.place(symbols, size).groups[-1].distribution.indexes(symbols["y"].shape)
+    exceptions = list_exceptions(exact, writer.indexes["y"])
     if len(exceptions) > 0xFFFF:
         raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
     header = Header(

@@ -82,7 +82,7 @@ def use_fast_layers(network: CompressionModel) -> None:
 
 def is_frozen(network: CompressionModel) -> bool:
     """Whether `freeze_layers` has changed this network."""
-    return isinstance(network.g_s, FrozenDecoder)
+    return isinstance(network.entropy_bottleneck, FrozenBottleneck)
 
 
 def freeze_layers(network: CompressionModel) -> None:
@@ -99,19 +99,23 @@ def freeze_layers(network: CompressionModel) -> None:
         raise ValueError("the model is frozen already")
     network.entropy_bottleneck = FrozenBottleneck(network.entropy_bottleneck)
     pool = Pool()
-    for part in (network.g_a, network.g_s, network.h_s):
+    h_s: nn.Sequential = getattr(network, "h_s", nn.Sequential())
+    for part in (network.g_a, network.g_s, h_s):
         for index, layer in enumerate(part):
             if isinstance(layer, GDN):
                 part[index] = FrozenGDN(layer, pool)
             elif isinstance(layer, nn.ConvTranspose2d):
                 # h_s is too small to gain from a pool and Winograd.
-                part[index] = UpsamplingKernel.of(layer, None if part is network.h_s else pool)
-    *layers, before, normalisation, last = network.g_s
-    to_picture = ToPicture(before, normalisation.beta, normalisation.gamma, last.weight, last.bias)
-    network.g_s = FrozenDecoder(*layers, to_picture=to_picture)
+                part[index] = UpsamplingKernel.of(layer, None if part is h_s else pool)
+    *layers, before, gdn_layer, last = network.g_s
+    fused = isinstance(before, UpsamplingKernel) and isinstance(last, UpsamplingKernel)
+    if fused and isinstance(gdn_layer, FrozenGDN) and gdn_layer.inverse:
+        to_picture = ToPicture(before, gdn_layer.beta, gdn_layer.gamma, last.weight, last.bias)
+        network.g_s = FrozenDecoder(*layers, to_picture=to_picture)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def release_memory(network: CompressionModel) -> None:
     """Free the unused memory that a frozen network keeps for images of the last size."""
-    network.g_s.to_picture.upsampling.pool.clear()
+    if isinstance(network.g_s, FrozenDecoder) and network.g_s.to_picture.upsampling.pool:
+        network.g_s.to_picture.upsampling.pool.clear()

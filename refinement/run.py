@@ -70,9 +70,11 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
     def prepare() -> list[str]:
         _clear_folder(folder, config, facts)
         start_logging(folder / "log.txt")
-        undone = _find_undone(folder, config, names)
+        undone, broken = _find_undone(folder, config, names)
         write_json(folder / "config.json", resolved(config))
         _announce(config, images, facts, len(names) - len(undone))
+        for name in broken:
+            log.warning("%s: its results are not whole; it is done again", name)
         return undone
 
     undone = first_rank_does(ranks, prepare)
@@ -164,12 +166,6 @@ class Run:
 
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)
-        if self.config.dev_options.save_final:
-            images = {"original": image.pixels()}
-            for label, x_hat in result.trajectory.reconstructions.items():
-                images[label] = x_hat[0]
-            for label, x in images.items():
-                save_picture(self._file("reconstructions", name) / f"{label}.png", x)
         write_whole(
             self._file("trajectories", name, ".csv"), lambda f: table.to_csv(f, index=False)
         )
@@ -182,6 +178,12 @@ class Run:
                 self._file("bitstreams", name, SUFFIX),
                 lambda file: file.write_bytes(coded.bitstream),
             )
+        if self.config.dev_options.save_final:
+            images = {"original": image.pixels()}
+            for label, x_hat in result.trajectory.reconstructions.items():
+                images[label] = x_hat[0]
+            for label, x in images.items():
+                save_picture(self._file("reconstructions", name) / f"{label}.png", x)
 
     def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
         trajectory, x = result.trajectory, image.pixels()
@@ -226,10 +228,12 @@ class Run:
 # --- images still to refine -----------------------------------------------------------------------
 
 
-def _find_undone(folder: Path, config: RefineConfig, names: Sequence[str]) -> list[str]:
-    """The images that are still to be refined; logs the faults of earlier results.
+def _find_undone(
+    folder: Path, config: RefineConfig, names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The images that are still to be refined, and those of them whose earlier files are damaged.
 
-    If a file of an image is damaged, its record is dropped and the image is refined again.
+    The record of a damaged image is dropped.
     """
     path = folder / "images.jsonl"
     found = read_records(path)
@@ -241,9 +245,7 @@ def _find_undone(folder: Path, config: RefineConfig, names: Sequence[str]) -> li
     kept = [record for name, record in found.items() if name not in broken]
     if path.is_file():
         write_records(path, kept)
-    for name in broken:
-        log.warning("%s: its results are not whole; it is done again", name)
-    return [name for name in names if name not in found or name in broken]
+    return [name for name in names if name not in found or name in broken], broken
 
 
 def _announce(config: RefineConfig, images: Images, facts: Record, done: int) -> None:
