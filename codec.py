@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from common.errors import InputError, exits_with_one_line, reason_of
-from config import RefineConfig, load_config
+from config import Channels, RefineConfig, load_config, resolved
 
 # isort: split
 import torch
@@ -309,7 +309,7 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     from train_flexible_inference import open_refiner
 
     model = load_checkpoint(checkpoint)
-    config = recipe_config(recipe, checkpoint, lmbda)
+    config = recipe_config(recipe, checkpoint, lmbda, Channels(N=model.N, M=model.M))
     rounding = rounding_from_config(config)
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
@@ -330,8 +330,14 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     return compress
 
 
-def recipe_config(recipe: str, checkpoint: str, lmbda: float | None) -> RefineConfig:
-    """The refinement config of a recipe for this checkpoint; see `refining_compressor`."""
+def recipe_config(
+    recipe: str, checkpoint: str, lmbda: float | None, channels: Channels
+) -> RefineConfig:
+    """The refinement config of a recipe for this checkpoint; see `refining_compressor`.
+
+    Args:
+        channels: those of the checkpoint.
+    """
     shipped = Path(__file__).parent / "example_files" / f"{recipe}.json"
     path = shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
     if not path.is_file():
@@ -347,7 +353,11 @@ def recipe_config(recipe: str, checkpoint: str, lmbda: float | None) -> RefineCo
             f"--lmbda is missing: which lambda was {checkpoint} trained for? "
             f"--refine {recipe} has {config.train_lambda:g} for {config.pretrain}"
         )
-    values: dict[str, Any] = {"pretrain": checkpoint, "channels": None, "save_bitstreams": True}
+    values: dict[str, Any] = {
+        "pretrain": checkpoint,
+        "channels": resolved(channels),
+        "save_bitstreams": True,
+    }
     if lmbda is not None:
         values |= {"train_lambda": lmbda, "dev_options.inference_lambda": None}
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
