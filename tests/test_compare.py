@@ -44,6 +44,12 @@ def compared(config_values, write_config, photos, tmp_path):
     }
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Leaves out the plots, which take most of a comparison's time, where no test reads them."""
+    monkeypatch.setattr("reports.comparison.all_plots", lambda *_: {})
+
+
 def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys):
     path = write_config(compared, "compare.json")
     assert main(["--config", str(path)]) == 0
@@ -85,6 +91,7 @@ def test_a_comparison_counts_as_it_says(compared, write_config, tmp_path, capsys
     assert "<svg" in (folder / "loss.svg").read_text()[:600]
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config, tmp_path):
     compared["seeds"] = [0]
     both, slow = compared["methods"], compared["methods"].pop("fast, of course")
@@ -216,6 +223,7 @@ def test_a_wrong_comparison_runs_nothing(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_only_images_of_the_set_that_every_method_has_are_compared(
     compared, write_config, tmp_path, photos, capsys
 ):

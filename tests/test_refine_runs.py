@@ -169,11 +169,10 @@ def start(config_path, *overrides, launcher=("-u",)):
     )  # fmt: skip
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config):
+def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config, capsys):
     values = config_values | {"tot_inference_iterations": 60, "eval_freq": 20}
     path = write_config(values)
-    whole = start(path, "save_name=whole")
-    assert whole.wait() == 0, whole.stderr.read()
+    assert run(path, "save_name=whole") == 0
     killed = start(path)
     folder = results(values)
     deadline = time.monotonic() + 120
@@ -184,12 +183,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config):
     done = len(read_jsonl(folder / "images.jsonl"))
     assert 1 <= done < 3
     (folder / "latents" / ".123.tmp.npz").write_bytes(b"left behind")
-    refused = start(path)
-    assert refused.wait() == 2
-    assert 'go on with "resume": true' in refused.stderr.read()
-    resumed = start(path, "resume=true")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert f"{done} of 3 images are done already" in resumed.stdout.read()
+    assert run(path) == 2
+    assert 'go on with "resume": true' in capsys.readouterr().err
+    assert run(path, "resume=true") == 0
+    assert f"{done} of 3 images are done already" in capsys.readouterr().out
     assert numbers(folder) == numbers(results(values | {"save_name": "whole"}))
     means = [pd.read_csv(folder.parent / run / "trajectory.csv") for run in ("run", "whole")]
     pd.testing.assert_frame_equal(*means)

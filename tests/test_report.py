@@ -258,7 +258,7 @@ def test_wrong_published_curves_are_refused(tmp_path):
 
 def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_path):
     """Killed hard in its second run, then run again: as if nothing had been."""
-    method = write_config(config_values | {"tot_inference_iterations": 150}, "method.json")
+    method = write_config(config_values | {"tot_inference_iterations": 50}, "method.json")
     values = {
         "save_name": "killed", "output_dir": str(tmp_path / "results"), "data_set": "folder",
         "path": str(photos), "images": 3, "shown": 0,
