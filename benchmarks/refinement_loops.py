@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Architecture, Latents
-from benchmarks.variant import LMBDA, METHOD, SCHEDULE, Variant
+from benchmarks.variant import LMBDA, METHOD, MSE_WEIGHT, SCHEDULE, Variant
 from common.compressai import CompressionModel
 from experimental_inference_methods import build_rounding
 from models import freeze
@@ -39,7 +39,7 @@ def plain_loss(
     p_y = conditional.likelihood_lower_bound(conditional._likelihood(y_hat, scales, means))
     bits = -p_z.log2().sum() - p_y.log2().sum()
     mse = F.mse_loss(network.g_s(y_hat), x)
-    return bits / (x.numel() / 3) + LMBDA * 255**2 * mse
+    return bits / (x.numel() / 3) + MSE_WEIGHT * mse
 
 
 def plain_round(v: Tensor, tau: float) -> Tensor:

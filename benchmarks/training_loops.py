@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Architecture
-from benchmarks.variant import LMBDA, Variant
+from benchmarks.variant import LMBDA, MSE_WEIGHT, Variant
 from config import Channels, PretrainConfig
 from models import prepare_for_training
 from objectives import RateDistortion
@@ -32,7 +32,7 @@ def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
         aux_optimizer.zero_grad()
         out = network(x)
         bits = sum(-p.log2().sum() for p in out["likelihoods"].values())
-        loss = bits / (x.numel() / 3) + LMBDA * 255**2 * F.mse_loss(out["x_hat"], x)
+        loss = bits / (x.numel() / 3) + MSE_WEIGHT * F.mse_loss(out["x_hat"], x)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from experimental_inference_methods import Temperature
 
 LMBDA, SCHEDULE = 0.01, Temperature(rate=1e-3, ub=1.0)
+MSE_WEIGHT = 650.25  # of the plain loops, written out: they share nothing with `objectives`
 METHOD = "sga_logits_3c", "log_ssl_a_factor_pow"
 
 
