@@ -153,7 +153,10 @@ print(watch.read()[1] - watch.before / 2**20)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="only Linux can forget a process's peak memory before a measurement",
+)
 def test_tiles_need_less_memory():
     whole, tiled = (
         float(subprocess.run([sys.executable, "-c", PEAK, str(WEIGHTS), tile], cwd=ROOT, check=True,
