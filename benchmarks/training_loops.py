@@ -44,7 +44,7 @@ def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
     return step
 
 
-def our_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
+def our_training(model: Architecture, x: Tensor, precision: str = "float32") -> Callable[[], Any]:
     """The step of train.py."""
     model = prepare_for_training(model)
     config = PretrainConfig(
@@ -54,7 +54,7 @@ def our_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
         train_folder="sample",
     )
     state = TrainingState(*build_optimizers(model.network, config))
-    network = TrainingPass(model, RateDistortion(LMBDA))
+    network = TrainingPass(model, RateDistortion(LMBDA), precision)
     return lambda: train_step(network, state, x, 1e-4, config.lr.clip_grad)
 
 
