@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
     precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
-    network = distribute(TrainingPass(model, objective, precision), ranks)
+    network = distribute(TrainingPass(model, objective, getattr(torch, precision)), ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
