@@ -135,7 +135,7 @@ def test_the_record_and_the_first_line_say_which(config_values, write_config, ca
     monkeypatch.setattr(common.device, "is_faster_in_bfloat16", lambda device: True)
     path = write_config(config_values)
     assert run(path, "images=1", "precision=auto", "tot_inference_iterations=1") == 0
-    assert "cpu, bfloat16" in capsys.readouterr().err
+    assert "cpu, bfloat16" in capsys.readouterr().out
     folder = results(config_values)
     (record,) = read_jsonl(folder / "images.jsonl")
     assert record["precision"] == "bfloat16"
