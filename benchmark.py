@@ -126,7 +126,7 @@ def time_refinement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"refinement, {size}, N = {figures['ours']['N']}, batch {images}, "
                   f"{torch.get_num_threads()} threads ({platform.machine()}), median of "
                   f"{arguments.rounds} rounds")  # fmt: skip
-            print_figures(REFINEMENTS, figures, ("plain", "plain, pages kept", "floor"))
+            print_figures(REFINEMENTS, figures, ("plain, pages kept", "floor", "floor, bfloat16"))
             rows.append({"images": images, "variants": figures})
     return rows
 

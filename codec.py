@@ -38,7 +38,7 @@ from coding.coder import (
     file_measures,
 )
 from common.command_line import script_parser
-from common.device import is_out_of_memory, pick_device
+from common.device import is_out_of_memory, pick_device, pick_precision
 from common.files import label_of, printable, short_enough, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
 from common.images import ImageFiles, LoadedImage, save_picture
@@ -315,7 +315,9 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
         f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish"
     )
-    refiner = open_refiner(model, rounding, config, pick_device(config.device))
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    refiner = open_refiner(model, rounding, config, device, precision)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
         start, steps = time.perf_counter(), config.tot_inference_iterations

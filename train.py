@@ -22,7 +22,7 @@ from config import PretrainConfig, parse_command_line
 import torch
 
 from architectures import Architecture
-from common.device import pick_device
+from common.device import pick_device, pick_precision
 from common.images import ImageFiles
 from common.processes import StopSignal, first_rank_does, join_ranks
 from datasets import open_folder, open_training_data
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
-    network = distribute(TrainingPass(model, objective, config.precision), ranks)
+    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
+    network = distribute(TrainingPass(model, objective, getattr(torch, precision)), ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = data.batches(
         Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
     )
-    run.announce(state.step, model, data, device)
+    run.announce(state.step, model, data, f"{device}, {precision}")
     run.log_passed_over("path_test_data", left_out)
 
     window, save_due = Window(ranks, config.batch_size), False

@@ -27,7 +27,7 @@ from torch import Tensor
 from architectures import Architecture
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
-from common.device import is_out_of_memory, pick_device
+from common.device import is_out_of_memory, pick_device, pick_precision
 from common.images import LoadedImage
 from common.measuring import Cost, Stopwatch, machine_facts
 from common.processes import first_rank_does, join_ranks
@@ -129,12 +129,14 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
+    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
-        "weights": model.weights_hash, "N": model.N, "M": model.M, **machine_facts(device),
+        "weights": model.weights_hash, "N": model.N, "M": model.M,
+        "precision": precision, **machine_facts(device),
     })  # fmt: skip
-    refiner = open_refiner(model, rounding, config, device)
+    refiner = open_refiner(model, rounding, config, device, precision)
 
     for batch in equal_sized(images.load(run.todo, config.num_workers), refiner.most_at_once):
         waiting = [batch]
@@ -165,9 +167,16 @@ def report(run: Run) -> int:
 
 
 def open_refiner(
-    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
+    model: Architecture,
+    rounding: Rounding,
+    config: RefineConfig,
+    device: torch.device,
+    precision: str,
 ) -> "Refiner":
     """The refiner of a config; freezes the loaded model in place.
+
+    Args:
+        precision: `float32` or `bfloat16`, see `Problem`.
 
     Raises:
         InputError: the checkpoint's coding tables are broken.
@@ -177,7 +186,8 @@ def open_refiner(
         2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
     )  # fmt: skip
     coder = build_coder(model) if config.writes_files else None
-    return Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
+    frozen = freeze(model.to(device), config.coder_scales)
+    return Refiner(frozen, coder, rounding, config, bound, getattr(torch, precision))
 
 
 def refine_and_save(
@@ -210,7 +220,8 @@ class BatchTooLargeError(Exception):
 class Refiner:
     """Refines images with a frozen model, as a config says.
 
-    coder: codes the results, if compressed files are wanted. bound: the memory limit.
+    coder: codes the results, if compressed files are wanted. bound: the memory limit. precision:
+    see `Problem`.
     """
 
     model: Architecture
@@ -218,6 +229,7 @@ class Refiner:
     rounding: Rounding
     config: RefineConfig
     bound: MemoryBound
+    precision: torch.dtype
 
     @property
     def file_coder(self) -> Coder:
@@ -275,7 +287,7 @@ class Refiner:
             x.contiguous(memory_format=torch.channels_last),
             RateDistortion(self.config.lmbda),
             self.bound.tile((x.size(2), x.size(3))),
-            getattr(torch, self.config.precision),
+            self.precision,
         )
 
     def _outcomes_of(

@@ -198,7 +198,8 @@ class Recorder:
     """Evaluates a batch at some steps, and keeps one `Trajectory` for each image.
 
     It evaluates truly rounded latents at the first step, at the last one and at every `eval_freq`
-    steps, before the step's update. With `save_final` it also keeps x_hat at a few steps.
+    steps, before the step's update, always in float32. With `save_final` it also keeps x_hat at a
+    few steps.
     """
 
     def __init__(
@@ -209,7 +210,8 @@ class Recorder:
         noise: ImageNoise,
         pace: Pace,
     ):
-        self.problem, self.rounding, self.noise, self.pace = problem, rounding, noise, pace
+        self.problem = problem.in_float32()
+        self.rounding, self.noise, self.pace = rounding, noise, pace
         self.early_stop = config.early_stop
         self.eval_freq, self.keeps_reconstructions = config.eval_freq, config.dev_options.save_final
         self.first_step = int(pace.position)

@@ -81,7 +81,7 @@ def small_training(optimizer="adam", precision="float32"):
     model = build_model(config.channels)
     model.network.train()
     state = TrainingState(*build_optimizers(model.network, config))
-    return TrainingPass(model, RateDistortion(0.01), precision), state
+    return TrainingPass(model, RateDistortion(0.01), getattr(torch, precision)), state
 
 
 def crops(count=4):
