@@ -18,6 +18,7 @@ from common.device import is_out_of_memory, pick_device
 from common.errors import InputError
 from common.measuring import machine_facts
 from common.records import write_json
+from refinement.batch import ImageError
 from train_flexible_inference import BatchTooLargeError
 
 # Seconds from the start, after which no timing begins that would end later. The whole shall end
@@ -110,11 +111,12 @@ def check_gpu(device_name: str, checkpoint: str, path: Path) -> int:
 def run_checks(checks: Mapping[str, Check], bench: Bench, report: Report) -> None:
     """Run every check; one that raises an error has failed, and the others go on."""
     for name, check in checks.items():
-        row = {"name": name, **attempt(partial(_found, check, bench))}
+        row = {"name": name, **attempt(partial(finding_of, check, bench))}
         report.add("checks", row, line_of_check(row))
 
 
-def _found(check: Check, bench: Bench) -> Row:
+def finding_of(check: Check, bench: Bench) -> Row:
+    """The row of a check that raises no error: its status, value, bound and unit."""
     finding = check(bench)
     return {"status": "passed" if finding.passed else "failed", **finding._asdict()}
 
@@ -129,7 +131,7 @@ def run_timings(wanted: Sequence[Setting], place: Place, report: Report) -> None
         if report.elapsed + expected > LIMIT:
             row = {"status": "left out", "reason": f"takes about {expected:.0f} s"}
         else:
-            row = attempt(partial(_measured, setting, place))
+            row = attempt(partial(figures_of, setting, place))
             free_memory()
         row = {**setting.row(), **row}
         report.add("speed", row, line_of_timing(row))
@@ -141,7 +143,8 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def _measured(setting: Setting, place: Place) -> Row:
+def figures_of(setting: Setting, place: Place) -> Row:
+    """The row of a timing that raises no error: its status and figures."""
     return {"status": "measured", **setting.measure(place)}
 
 
@@ -153,7 +156,7 @@ def attempt(run: Callable[[], Row]) -> Row:
     except Skipped as error:
         row = {"status": "skipped", "reason": str(error)}
     except Exception as error:
-        full = is_out_of_memory(error) or isinstance(error, BatchTooLargeError)
+        full = is_out_of_memory(error) or isinstance(error, BatchTooLargeError | ImageError)
         row = {"status": "out of memory" if full else "failed", "reason": one_line(error)}
     return {**row, "took": time.perf_counter() - start}
 
@@ -187,8 +190,8 @@ def line_of_check(row: Row) -> str:
 def line_of_timing(row: Row) -> str:
     """A timing as a line of the table, or with the reason why there is none."""
     numbers = NUMBERS[row["tf32"]] if row["precision"] == "float32" else row["precision"]
-    if row["what"] == "recipe" and row["precision"] == "float32":
-        numbers = "as configured"
+    if row["precision"] == "auto" and "chosen" in row:
+        numbers = f"auto: {row['chosen']}"
     cells = [
         row["what"],
         row["loop"],

@@ -76,21 +76,21 @@ class Bench:
         """Two photos [2, 3, H, W] on the CPU."""
         return photos(2, *self.scale.size)
 
-    def refiner(self, device: torch.device, *overrides: str) -> Refiner:
-        """A refiner on a device, as fast.json and these overrides say."""
+    def refiner(self, device: torch.device, *overrides: str, precision: str = "float32") -> Refiner:
+        """A refiner on a device, as fast.json and these overrides say, in a precision."""
         given = [f"pretrain={json.dumps(self.checkpoint)}", *overrides]
         config = load_config(EXAMPLES / "fast.json", RefineConfig, given)
         rounding = rounding_from_config(config)
-        return open_refiner(copy.deepcopy(self.stock), rounding, config, device)
+        return open_refiner(copy.deepcopy(self.stock), rounding, config, device, precision)
 
-    def short(self, device: torch.device, *overrides: str) -> Refiner:
+    def short(self, device: torch.device, *overrides: str, precision: str = "float32") -> Refiner:
         """A refiner of few steps, without polish and with evaluations at the ends only.
 
         At the published learning rate a difference in float rounding stays small for so long.
         """
         steps = self.scale.steps
         ends = f"tot_inference_iterations={steps}", f"eval_freq={steps}", "polish_passes=0"
-        return self.refiner(device, *ends, "optimizer.lr=0.005", *overrides)
+        return self.refiner(device, *ends, "optimizer.lr=0.005", *overrides, precision=precision)
 
     @cached_property
     def losses_on_cpu(self) -> Tensor:

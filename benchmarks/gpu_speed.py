@@ -123,7 +123,7 @@ class Setting(ABC):
     """What is timed; its fields and the result of `measure` become a row of the table.
 
     batch: images or crops at once. width: the channels of an untrained model; None is the shipped
-    model. precision: float32 or bfloat16. tf32: see `backend`.
+    model. precision: float32, bfloat16, or auto in a recipe. tf32: see `backend`.
     """
 
     what: ClassVar[str]
@@ -131,7 +131,12 @@ class Setting(ABC):
     batch: int
     width: int | None = None
     precision: str = "float32"
-    tf32: str = TORCH_DEFAULT
+    tf32: str = "off"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch's type."""
+        return getattr(torch, self.precision)
 
     @abstractmethod
     def measure(self, place: Place) -> Row:
@@ -160,7 +165,9 @@ class RefinementStep(Setting):
         model = place.model(self.width)
         x = photos(self.batch, *place.size)
         watch, timer = Stopwatch(place.device), StepTimer(place.device, place.seconds)
-        others = {PLAIN: plain_step, FLOOR: floor_step}
+        others: dict[str, Loop] = {
+            PLAIN: plain_step, FLOOR: partial(floor_step, precision=self.dtype)
+        }  # fmt: skip
         ours = self.loop not in others
         fastest = self.loop == FREE
         with backend(self.tf32, deterministic=ours and not fastest, fastest=fastest):
@@ -173,12 +180,13 @@ class RefinementStep(Setting):
     def _time_ours(self, model: Architecture, x: Tensor, place: Place, timer: StepTimer) -> None:
         values = {
             "pretrain": place.checkpoint, "tot_inference_iterations": LONG, "eval_freq": LONG,
-            "precision": self.precision, "device": str(place.device),
+            "device": str(place.device),
         }  # fmt: skip
         if self.loop == GRAPHS:
             values["cuda_graphs"] = True
         config = recipe_config("flexible_inference", values)
-        refiner = open_refiner(model, rounding_from_config(config), config, place.device)
+        refiner = open_refiner(model, rounding_from_config(config), config, place.device,
+                               self.precision)  # fmt: skip
         images = [LoadedImage(str(index), one) for index, one in enumerate(x)]
         with suppress(EnoughError), AfterStep(lambda steps: timer.count()) as progress:
             _, failures = refiner.refine_batch(images, progress)
@@ -195,7 +203,7 @@ class TrainingStep(Setting):
         model = place.model(self.width)
         loops: dict[str, Loop] = {
             PLAIN: plain_training,
-            OURS: partial(our_training, precision=self.precision),
+            OURS: partial(our_training, precision=self.dtype),
         }
         x = photos(self.batch, place.crop, place.crop).to(place.device)
         watch, timer = Stopwatch(place.device), StepTimer(place.device, place.seconds)
@@ -208,8 +216,8 @@ class TrainingStep(Setting):
 class Recipe(Setting):
     """Whole refinements by a recipe of example_files: images are read, results are written.
 
-    images: how many. changed: keys of the config that are not the recipe's. Number formats are
-    those of the config, so `tf32` says nothing.
+    precision: auto is the recipes' own. images: how many. changed: keys of the config that are not
+    the recipe's.
     """
 
     what = "recipe"
@@ -236,8 +244,10 @@ class Recipe(Setting):
             raise RuntimeError(next(iter(run.failed.values())))
         if any(cost.batch != self.batch for cost in costs):
             raise torch.OutOfMemoryError("the images do not fit into memory together")
-        return {"images_per_minute": 60 * self.images / seconds, "N": run.facts["N"],
-                "peak_mb": max(cost.peak_memory_mb for cost in costs)}  # fmt: skip
+        return {
+            "images_per_minute": 60 * self.images / seconds, "N": run.facts["N"],
+            "chosen": run.facts["precision"], "peak_mb": max(cost.peak_memory_mb for cost in costs),
+        }  # fmt: skip
 
     def expected_seconds(self, rows: Sequence[Row]) -> float:
         """See `Setting`. The polish refines the images of a batch one by one."""
@@ -269,33 +279,39 @@ def settings() -> list[Setting]:
     first = [step for (_, batch), group in steps.items() if batch in (1, 16) for step in group]
     rest = [step for (_, batch), group in steps.items() if batch in (4, 24) for step in group]
     training = [
-        TrainingStep(PLAIN, 32, 192),
+        TrainingStep(PLAIN, 32, 192, tf32=TORCH_DEFAULT),
         TrainingStep(OURS, 32, 192),
-        TrainingStep(OURS, 32, 192, tf32="on"),
         TrainingStep(OURS, 32, 192, "bfloat16"),
-        TrainingStep(PLAIN, 32, 192, tf32="off"),
-        TrainingStep(OURS, 32, 192, tf32="off"),
+        TrainingStep(OURS, 32, 192, tf32="on"),
+        TrainingStep(PLAIN, 32, 192),
     ]
     graphs = (("cuda_graphs", True),) if HAS_GRAPHS else ()
     recipes = [
-        Recipe("fast", 1, images=8),
+        Recipe("fast", 1, None, "auto", images=8),
+        Recipe("fast", 16, None, "auto", images=32),
+        Recipe("fast", 16, None, "auto", images=32, changed=graphs),
         Recipe("fast", 16, images=32),
-        Recipe("fast", 16, precision="bfloat16", images=32, changed=graphs),
-        Recipe("best", 16, images=16),
-        Recipe("best", 1, images=2),
+        Recipe("best", 16, None, "auto", images=16),
+        Recipe("best", 1, None, "auto", images=2),
     ]
     return [*first, *training, *recipes, *rest]
 
 
 def refinement_steps(N: int | None, batch: int) -> list[Setting]:
-    """All loops and number formats at one size of model and batch."""
-    formats = [("float32", "off"), ("float32", TORCH_DEFAULT), ("float32", "on"),
-               ("bfloat16", TORCH_DEFAULT)]  # fmt: skip
-    loops = [OURS, *([GRAPHS] if HAS_GRAPHS else ())]
-    return [
-        RefinementStep(PLAIN, batch, N, tf32="off"),
-        RefinementStep(PLAIN, batch, N),
-        *(RefinementStep(loop, batch, N, *used) for loop in loops for used in formats),
-        RefinementStep(FREE, batch, N, tf32="on"),
-        RefinementStep(FLOOR, batch, N, tf32="on"),
+    """The loops and number formats at one size of model and batch.
+
+    Our loop with TF32 in all products is not an option of this project, only a comparison. So is
+    cuDNN's choice of algorithms: the same numbers need not come again.
+    """
+    loops = [
+        (PLAIN, "float32", TORCH_DEFAULT),
+        (OURS, "float32", "off"),
+        (OURS, "bfloat16", "off"),
+        *([(GRAPHS, "float32", "off"), (GRAPHS, "bfloat16", "off")] if HAS_GRAPHS else ()),
+        (FLOOR, "float32", "off"),
+        (FLOOR, "bfloat16", "off"),
+        (PLAIN, "float32", "off"),
+        (OURS, "float32", "on"),
+        (FREE, "bfloat16", "off"),
     ]
+    return [RefinementStep(loop, batch, N, precision, tf32=tf32) for loop, precision, tf32 in loops]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import benchmarks.gpu as gpu
 from benchmark import main
 from benchmarks.gpu_bench import TOY, Bench
 from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_setting import TF32, backend, photos
+from benchmarks.gpu_setting import HAS_GRAPHS, TF32, backend, photos
 from benchmarks.gpu_speed import (
     FEWEST_STEPS,
     FLOOR,
@@ -32,6 +33,13 @@ from pretraining.step import TrainingState
 from refinement.batch import ImageNoise, Recorder
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    """No test here reads the plot of a training."""
+    plot = SimpleNamespace(savefig=lambda path: path.touch())
+    monkeypatch.setattr("pretraining.run.plot_training", lambda rows: plot)
 
 
 @pytest.fixture
@@ -93,8 +101,7 @@ def _wrong_gradient(monkeypatch):
 
 
 def _wrong_upsampling(monkeypatch):
-    monkeypatch.setattr("fast.upsampling.F.conv_transpose2d",
-                        _louder(torch.conv_transpose2d, 1.001))  # fmt: skip
+    monkeypatch.setattr(UpsamplingKernel, "forward", _louder(UpsamplingKernel.forward))
 
 
 def _wrong_gdn(monkeypatch):
@@ -106,7 +113,7 @@ def _wrong_bfloat16(monkeypatch):
     right = UpsamplingKernel.forward
 
     def forward(kernel, x):
-        return right(kernel, x) * (1.2 if torch.is_autocast_enabled("cpu") else 1)
+        return right(kernel, x) * (1.5 if x.dtype == torch.bfloat16 else 1)
 
     monkeypatch.setattr(UpsamplingKernel, "forward", forward)
 
@@ -164,10 +171,8 @@ def _a_value_is_read(monkeypatch):
 
 
 FAULTS = {
-    "refinement of two photos, beside the CPU, TF32 off": _wrong_gradient,
-    "refinement of two photos, beside the CPU, TF32 on": _wrong_gradient,
+    "refinement of two photos, beside the CPU, TF32 off": _wrong_gdn,
     "gradients of the frozen layers, TF32 off": _wrong_gradient,
-    "gradients of the frozen layers, TF32 on": _wrong_gradient,
     "gradients of the frozen layers, in tiles": _tiles_that_see_too_little,
     "gradients of the frozen layers, in bfloat16": _wrong_bfloat16,
     "gradients of the training layers": _wrong_gdn,
@@ -184,15 +189,17 @@ FAULTS = {
 
 
 def test_there_is_a_fault_for_each_check():
-    assert FAULTS.keys() == CHECKS.keys() - {"CUDA graphs, beside no graphs"}
+    """TF32 is the same check on a CPU, and CUDA graphs are none there."""
+    others = {name for name in CHECKS if name.endswith("TF32 on") or name.startswith("CUDA graphs")}
+    assert FAULTS.keys() == CHECKS.keys() - others
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(bench, monkeypatch, name):
+def test_a_fault_isfinding_of(bench, monkeypatch, name):
     for result in ("coded", "trained"):
         bench.__dict__.pop(result, None)
     FAULTS[name](monkeypatch)
-    row = gpu.attempt(lambda: gpu._found(CHECKS[name], bench))
+    row = gpu.attempt(lambda: gpu.finding_of(CHECKS[name], bench))
     assert row["status"] == "failed"
     assert gpu.line_of_check({"name": name, **row}).startswith("FAILED ")
 
@@ -236,26 +243,20 @@ def place():
 
 def _toy(setting):
     """The same at a size for tests; recipes of few steps."""
-    width = None if setting.width is None else 8
     if not isinstance(setting, Recipe):
-        return replace(setting, width=width, batch=2)
+        return replace(setting, width=8, batch=2, tf32="off")
     few = (("tot_inference_iterations", 2), ("polish_passes", 1), ("eval_freq", 2))
-    return replace(setting, batch=2, images=2, changed=few)
+    return replace(setting, precision="auto", batch=2, images=2, changed=few)
 
 
 def test_every_kind_of_setting_runs_and_has_figures(place, tmp_path, capsys):
-    """Each loop, number format and recipe of the real list once, but not on a CPU what it lacks."""
-    kinds = {
-        replace(toy, width=8 if toy.width else None): None
-        for toy in map(_toy, settings())
-        if toy.loop != GRAPHS
-    }
-    untrained = [toy for toy in kinds if toy.width or toy.what == "recipe"]
+    """Each loop, precision and recipe of the real list once; a CPU has no graphs."""
+    kinds = dict.fromkeys(_toy(one) for one in settings() if one.loop != GRAPHS)
     report = gpu.Report(tmp_path / "gpu.json", CPU)
-    gpu.run_timings(untrained, place, report)
+    gpu.run_timings(list(kinds), place, report)
     rows = json.loads((tmp_path / "gpu.json").read_text())["gpu"]["speed"]
     out = capsys.readouterr().out
-    assert [row["status"] for row in rows] == ["measured"] * len(untrained), out
+    assert [row["status"] for row in rows] == ["measured"] * len(kinds), out
     assert {row["loop"] for row in rows} == {PLAIN, OURS, FREE, FLOOR, "fast", "best"}
     for row in rows:
         assert row["peak_mb"] > 0
@@ -314,15 +315,19 @@ def test_the_settings_cover_what_is_asked_and_the_most_telling_come_first():
     steps = [one for one in settings() if isinstance(one, RefinementStep)]
     for width in (192, None):
         for batch in (1, 4, 16, 24):
-            here = [one for one in steps if (one.width, one.batch) == (width, batch)]
-            for loop in (PLAIN, OURS):
-                formats = {(one.precision, one.tf32) for one in here if one.loop == loop}
-                assert {("float32", "off"), ("float32", "convolutions")} <= formats
-            assert ("bfloat16", "convolutions") in formats
+            formats = {
+                (one.loop, one.precision, one.tf32)
+                for one in steps
+                if (one.width, one.batch) == (width, batch)
+            }
+            assert formats > {(PLAIN, "float32", tf32) for tf32 in ("off", "convolutions")}
+            assert formats > {(OURS, "float32", tf32) for tf32 in ("off", "on")}
+            assert (OURS, "bfloat16", "off") in formats
     assert (steps[0].width, steps[0].batch) == (192, 1)
     training = {one.loop for one in settings() if isinstance(one, TrainingStep) and one.batch == 32}
     assert training == {PLAIN, OURS}
     assert {one.loop for one in settings() if isinstance(one, Recipe)} == {"fast", "best"}
+    assert len(set(settings())) == len(settings()) - (not HAS_GRAPHS)
 
 
 # --- what both share ------------------------------------------------------------------------------
