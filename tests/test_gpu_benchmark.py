@@ -195,7 +195,7 @@ def test_there_is_a_fault_for_each_check():
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_isfinding_of(bench, monkeypatch, name):
+def test_a_fault_is_found(bench, monkeypatch, name):
     for result in ("coded", "trained"):
         bench.__dict__.pop(result, None)
     FAULTS[name](monkeypatch)
