@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Generator, Tensor
+from torch import Tensor
 
+from rounding.noise import Source
 from rounding.registry import METHODS, PYTHON_NAMES, bind_params, find_method
 from rounding.temperature import Temperature
 from schemas.refine import RefineConfig
@@ -32,13 +33,13 @@ class Rounding:
         """The method's full name, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
         return self.method if self.logits is None else f"{self.method}/{self.logits}"
 
-    def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
+    def __call__(self, v: Tensor, tau: float, source: Source = None) -> Tensor:
         """The relaxed rounding of centred latents v, any shape, at temperature tau in [0, 1]."""
-        return self.sample(v, tau, generator, **self.params)
+        return self.sample(v, tau, source, **self.params)
 
-    def at(self, step: float, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
+    def at(self, step: float, source: Source = None) -> Callable[[Tensor], Tensor]:
         """The rounding v -> v_hat at one step of the schedule, as `Problem.relaxed` takes it."""
-        return partial(self, tau=self.temperature(step), generator=generator)
+        return partial(self, tau=self.temperature(step), source=source)
 
 
 def build_rounding(
