@@ -143,7 +143,7 @@ class ImageNoise:
     def __init__(self, seeds: Sequence[int], device: torch.device):
         self.seeds = tuple(seeds)
         self.device = device
-        self._generators = tuple(Generator(device) for _ in self.seeds)
+        self.source = ImageGenerators(tuple(Generator(device) for _ in self.seeds))
         self._kept: dict[int, Tensor] = {}
 
     @classmethod
@@ -168,17 +168,21 @@ class ImageNoise:
         Args:
             position: the position in the temperature schedule, in steps.
         """
-        for generator, seed in zip(self._generators, self.seeds, strict=True):
+        self.restart(step)
+        return rounding.at(position, self.source)
+
+    def restart(self, step: int) -> None:
+        """Restart the noise of one step."""
+        for generator, seed in zip(self.source.images, self.seeds, strict=True):
             generator.manual_seed(seed + step)
-        return rounding.at(position, ImageGenerators(self._generators))
 
     def keep(self, index: int) -> None:
         """Keep the state of an image's generator for `of_image`."""
-        self._kept[index] = self._generators[index].get_state()
+        self._kept[index] = self.source.images[index].get_state()
 
     def of_image(self, index: int) -> Generator:
         """An image's generator, in the state that `keep` kept, if any."""
-        generator = self._generators[index]
+        generator = self.source.images[index]
         if index in self._kept:
             generator.set_state(self._kept.pop(index))
         return generator

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rounding.noise import ImageGenerators, Source, open_uniform
+from rounding.temperature import Tau, at_least
 
 # At a lower tau float32 would lose the Gumbel noise, and a draw is hard rounding already.
 TAU_MIN = 1e-8
@@ -30,26 +31,33 @@ def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
     return candidates, (v - candidates).abs()
 
 
-def gumbel_softmax(logits: Tensor, tau: float, source: Source) -> Tensor:
+def gumbel_softmax(logits: Tensor, tau: Tau, source: Source) -> Tensor:
     """Weights softmax((logits / tau + Gumbel noise) / tau) over the first axis, [K, ...].
 
     tau scales the logits and relaxes the sample (arXiv 2006.04240). For K = 2 one sigmoid of one
     logistic draw gives the same: a logistic draw is the difference of two Gumbel draws.
     """
-    tau = max(tau, TAU_MIN)
+    tau = at_least(tau, TAU_MIN)
     if len(logits) == 2:
         noise = torch.logit(open_uniform(logits[0], source))
-        second = torch.sigmoid(torch.add(noise / tau, logits[1] - logits[0], alpha=tau**-2))
+        second = torch.sigmoid(_plus_scaled(noise / tau, logits[1] - logits[0], tau**-2))
         return torch.stack((1 - second, second))
     exponential = open_uniform(logits, source).log_().neg_()
-    return torch.softmax(torch.sub(logits * tau**-2, exponential.log_(), alpha=1 / tau), dim=0)
+    return torch.softmax(_plus_scaled(logits * tau**-2, exponential.log_(), -1 / tau), dim=0)
+
+
+def _plus_scaled(v: Tensor, other: Tensor, factor: Tau) -> Tensor:
+    """v + factor * other; a number as the factor saves a pass over memory."""
+    if isinstance(factor, Tensor):
+        return v + factor * other
+    return torch.add(v, other, alpha=factor)
 
 
 def sample_candidates(
     candidates: Candidates,
     score: Callable[..., Tensor],
     v: Tensor,
-    tau: float,
+    tau: Tau,
     source: Source,
     **params: Any,
 ) -> Tensor:
@@ -76,7 +84,7 @@ class CandidateSample(torch.autograd.Function):
         v: Tensor,
         candidates_of: Candidates,
         score: Callable[[Tensor], Tensor],
-        tau: float,
+        tau: Tau,
         source: Source,
     ) -> Tensor:
         """The relaxed rounding v_hat, shaped as v."""
@@ -95,7 +103,7 @@ class CandidateSample(torch.autograd.Function):
             # The derivative of v_hat to the logits; the factor 1 / tau^2 follows below.
             to_logits = (candidates - v_hat_part).mul_(weights)
             (to_v,) = torch.autograd.grad(logits, v_part, to_logits)
-            torch.mul(to_v, max(tau, TAU_MIN) ** -2, out=derivative_part)
+            torch.mul(to_v, at_least(tau, TAU_MIN) ** -2, out=derivative_part)
         ctx.save_for_backward(derivative)
         return _in_order_of_dims(v_hat)
 

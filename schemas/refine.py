@@ -294,6 +294,9 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     there."""
     precision: Precision = "float32"
     """+ With `bfloat16` g_s runs under autocast in the steps. Evaluations are in float32."""
+    cuda_graphs: bool = False
+    """+ Let the GPU repeat the kernels of a step without the processor. Needs a GPU, and takes up
+    to twice the memory."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 # They allocate memory, or write none.
@@ -65,3 +65,44 @@ class Kernels(TorchDispatchMode):
         if name in WAITING or of_mask or len(devices) > 1:
             self.waits.append(name)
         return result
+
+
+class RecordedGraph(TorchDispatchMode):
+    """A `refinement.graph.Graph` without a GPU, as strict as a CUDA graph.
+
+    `replay` repeats the operations with the recorded numbers, on the recorded tensors.
+    """
+
+    def __init__(self, device, generators):
+        super().__init__()
+        self.generators = generators
+        self.operations = []
+        self.replays = self.warm_ups = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def warm_up(self, function):
+        self.warm_ups += 1
+        return function()
+
+    def record(self, function):
+        states = [generator.get_state() for generator in self.generators]
+        with self:
+            results = function()
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+        tree_map(lambda v: v.fill_(torch.nan), results)  # a GPU records without computing
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)

@@ -16,13 +16,10 @@ from refinement.batch import ImageNoise
 from refinement.descent import build_optimizer
 from rounding.candidates import CandidateSample
 
+pytestmark = pytest.mark.usefixtures("generators_here")
+
 SSL = ("sga_logits_3c", "log_ssl_a_factor_pow")
 ID_OF = {"ids": lambda key: "-".join(filter(None, key))}
-
-
-@pytest.fixture(autouse=True)
-def _no_generators_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("refinement.batch.Generator", lambda device: torch.Generator())
 
 
 def kernels_of_a_step(method, images, channels=8):
