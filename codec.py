@@ -306,6 +306,7 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     """
     # Imported here, because plain coding does not need refinement.
     from experimental_inference_methods import rounding_from_config
+    from refinement.graph import refuse_cuda_graphs
     from train_flexible_inference import open_refiner
 
     model = load_checkpoint(checkpoint)
@@ -316,6 +317,7 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
         f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish"
     )
     device = pick_device(config.device)
+    refuse_cuda_graphs(config, rounding, device)
     precision = pick_precision(config.precision, device)
     refiner = open_refiner(model, rounding, config, device, precision)
 
