@@ -1,11 +1,15 @@
-"""Without the packages that only some of the training needs: the rest works, a line names them."""
+"""Without the packages that only some of the code needs: the rest works, a line names them."""
 
 import os
 import subprocess
 import sys
 import textwrap
 
+import imagecodecs
+import numpy as np
+import pillow_heif
 import pytest
+from PIL import Image
 
 import datasets
 import train
@@ -16,7 +20,10 @@ from config import RefineConfig, load_config
 from conftest import ROOT
 from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 
-OPTIONAL = ("tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer")
+OPTIONAL = (
+    "tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer", "tensorboard",
+    "imagecodecs", "pillow_heif",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -50,15 +57,19 @@ def run_training(write_config, tmp_path):
     return run
 
 
-def assert_names(message, user, package):
+def assert_names(message, user, package, part="training"):
     """The message is the one line that says what to install."""
     assert message.strip().removeprefix("error: ") == (
         f"{user}: needs the package {package}, which is not installed: "
-        "pip install -r requirements/training.txt"
+        f"pip install -r requirements/{part}.txt"
     )
 
 
-def test_every_script_starts_without_them_and_folders_are_trained_on(tmp_path):
+def test_every_script_starts_without_them_folders_are_trained_on_and_photos_read(tmp_path):
+    photo = np.full((8, 8, 3), 2**12 - 1, np.uint16)
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64))).save(tmp_path / "a.heic")
+    (tmp_path / "12").write_bytes(imagecodecs.jpeg2k_encode(photo, bitspersample=12))
+    Image.new("RGB", (8, 8)).save(tmp_path / "8", "JPEG2000")
     script = f"""
         import sys
         for package in {OPTIONAL}:
@@ -70,12 +81,19 @@ def test_every_script_starts_without_them_and_folders_are_trained_on(tmp_path):
                                 image_size=64, batch_size=2)
         data = datasets.open_training_data(config)
         print(tuple(next(data.batches(Draws(0), print)).x.shape))
+        for photo in datasets.open_folder({str(tmp_path)!r}, "path").load(["12", "8", "a.heic"]):
+            print(photo.error)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.stdout == "(2, 3, 64, 64)\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    shape, of_12_bits, of_8_bits, heic = done.stdout.splitlines()
+    assert shape == "(2, 3, 64, 64)"
+    assert_names(of_12_bits, "JPEG 2000 of 12 bits", "imagecodecs", "refine")
+    assert of_8_bits == "None"
+    assert_names(heic, "HEIC", "pillow_heif", "refine")
 
 
 @pytest.mark.parametrize("package", ["tensorflow", "google_crc32c"])

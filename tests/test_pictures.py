@@ -6,6 +6,7 @@ import warnings
 
 import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
@@ -277,9 +278,20 @@ def test_the_profile_in_a_jpeg_2000(tmp_path):
     assert "Display P3" in notes[-1]
 
 
-def test_heic(tmp_path):
-    import pillow_heif
+@pytest.mark.parametrize("brand", [b"avif", b"mif1"])
+def test_avif_of_any_brand(tmp_path, brand):
+    """HEIC files may have the brand mif1, too."""
+    path = tmp_path / "a.avif"
+    Image.fromarray(PHOTO).save(path, quality=95)
+    data = path.read_bytes()
+    assert data[4:12] == b"ftypavif"
+    path.write_bytes(data[:8] + brand + data[12:])
+    pixels, notes = read(path)
+    assert abs(pixels - PHOTO).mean() < 6
+    assert notes == ()
 
+
+def test_heic(tmp_path):
     path = tmp_path / "a.heic"
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(path, quality=95)
     pixels, notes = read(path)
