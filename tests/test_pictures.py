@@ -4,9 +4,7 @@ import io
 import struct
 import warnings
 
-import imagecodecs
 import numpy as np
-import pillow_heif
 import pytest
 import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
@@ -252,6 +250,7 @@ def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, suffix):
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_jpeg_2000_of_any_depth(tmp_path, bits):
     """White among it, which Pillow turns to black above 8 bits."""
+    imagecodecs = pytest.importorskip("imagecodecs")
     levels = PHOTO.copy()
     levels[:10] = 255
     most = 2**bits - 1
@@ -292,6 +291,7 @@ def test_avif_of_any_brand(tmp_path, brand):
 
 
 def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
     path = tmp_path / "a.heic"
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(path, quality=95)
     pixels, notes = read(path)
