@@ -312,13 +312,14 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     model = load_checkpoint(checkpoint)
     config = recipe_config(recipe, checkpoint, lmbda, Channels(N=model.N, M=model.M))
     rounding = rounding_from_config(config)
-    print(
-        f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
-        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish"
-    )
     device = pick_device(config.device)
     refuse_cuda_graphs(config, rounding, device)
     precision = pick_precision(config.precision, device)
+    print(
+        f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
+        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish, "
+        f"{device}, {precision}"
+    )
     refiner = open_refiner(model, rounding, config, device, precision)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
