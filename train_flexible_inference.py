@@ -33,7 +33,7 @@ from common.measuring import Cost, Stopwatch, machine_facts
 from common.processes import first_rank_does, join_ranks
 from common.progress import Progress
 from datasets import open_images
-from experimental_inference_methods import Rounding, rounding_from_config
+from experimental_inference_methods import Rounding, Tau, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound
 from fast.pool import keep_pages
@@ -45,6 +45,7 @@ from refinement.descent import (
     build_optimizer,
     pace_of,
 )
+from refinement.graph import graphed, refuse_cuda_graphs
 from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run
@@ -86,16 +87,19 @@ def refine(
     # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
     weight = 0.5 if config.dev_options.augmented_loss else 1.0
 
-    def closure() -> Tensor:
-        nonlocal losses
+    def loss_and_gradients(tau: Tau) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
-        relaxed = problem.relaxed(latents, noise.rounding(rounding, step, pace.position))
-        losses = relaxed.loss.detach()  # [B]
+        relaxed = problem.relaxed(latents, rounding.with_tau(tau, noise.source))
         objective = weight * relaxed.loss.sum()
         objective.backward()
-        for v in latents.values() if config.optimizer.name == "LBFGS" else ():
-            if v.grad is not None:
-                v.grad = v.grad.contiguous()  # LBFGS needs contiguous gradients, not channels-last
+        return relaxed.loss.detach(), objective.detach()  # [B], scalar
+
+    compute = graphed(loss_and_gradients, noise) if config.cuda_graphs else loss_and_gradients
+
+    def closure() -> Tensor:
+        nonlocal losses
+        noise.restart(step)
+        losses, objective = compute(rounding.temperature(pace.position))
         return objective
 
     for step in count(int(pace.position)):
@@ -129,6 +133,7 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
+    refuse_cuda_graphs(config, rounding, device)
     precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
@@ -185,6 +190,8 @@ def open_refiner(
         model.N, model.M, config.max_memory_gb, device, ":" in config.device,
         2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
     )  # fmt: skip
+    if config.cuda_graphs:  # the graph keeps the memory of a step, and evaluations need their own
+        bound = bound._replace(limit=(bound.base + bound.limit) / 2)
     coder = build_coder(model) if config.writes_files else None
     frozen = freeze(model.to(device), config.coder_scales)
     return Refiner(frozen, coder, rounding, config, bound, getattr(torch, precision))
