@@ -19,6 +19,15 @@ def host_names(ranks: Ranks) -> list[str]:
     return gather(ranks, socket.gethostname())
 
 
+def log_file(folder: Path, ranks: Ranks, hosts: Sequence[str]) -> Path:
+    """The file in which a rank logs: log.txt, or log.MACHINE.txt if it is not on rank 0's machine.
+
+    Several processes of a machine append whole lines to a file, but several machines may not.
+    """
+    host = hosts[ranks.rank]
+    return folder / ("log.txt" if host == hosts[0] else f"log.{host}.txt")
+
+
 def refuse_other_input(ranks: Ranks, hosts: Sequence[str], inputs: Mapping[str, object]) -> None:
     """Refuse to go on if a process does not have the input of the first; every rank must call this.
 
@@ -56,14 +65,15 @@ def refuse_other_folder(ranks: Ranks, hosts: Sequence[str], folder: Path) -> Non
         return
     # A new name: a network file system may remember that an old one was not there.
     probe = folder / first_rank_does(ranks, lambda: _touch(folder / f".{uuid4().hex}.tmp"))
-    seen = gather(ranks, _is_there(probe))
+    seen = gather(ranks, (_is_there(probe), str(folder)))
     if ranks.rank == 0:
         probe.unlink()
-    if not all(seen):
-        raise InputError(
-            f"{folder} on {_place(seen.index(False), hosts)} is not the folder of "
-            f"{_place(0, hosts)}; all machines need one common folder for results (output_dir)"
-        )
+    for rank, (is_there, path) in enumerate(seen):
+        if not is_there:
+            raise InputError(
+                f"{path} on {_place(rank, hosts)} is not the folder of {_place(0, hosts)}; all "
+                "machines need one common folder for results (output_dir)"
+            )
 
 
 def _place(rank: int, hosts: Sequence[str]) -> str:

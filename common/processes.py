@@ -264,6 +264,7 @@ def shares(ranks: Ranks, items: Sequence[Item], at_once: int, key: str) -> Itera
 
     A process that asks for a run gets the next one that nobody has taken. So no process is idle
     while there is work, however long an item takes. A process alone takes the whole list at once.
+    The first process may host the count, so no process must end before all are done (`gather`).
 
     Args:
         items: the list, the same on all ranks.

@@ -26,7 +26,7 @@ from common.errors import InputError, reason_of
 from common.files import write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.logs import log, open_tracker, start_logging
-from common.machines import host_names, refuse_other_folder, refuse_other_input
+from common.machines import host_names, log_file, refuse_other_folder, refuse_other_input
 from common.measuring import Cost
 from common.numbers import percent_change
 from common.processes import Ranks, first_rank_does, gather, shares
@@ -94,9 +94,7 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
     undone, key = first_rank_does(ranks, prepare)
     refuse_other_folder(ranks, hosts, folder)
     if ranks.rank:
-        # A line is appended whole on one machine, but on a network drive not among several.
-        own = hosts[ranks.rank]
-        start_logging(folder / ("log.txt" if own == hosts[0] else f"log.{own}.txt"))
+        start_logging(log_file(folder, ranks, hosts))
     run = Run(folder, config, ranks, facts, names)
     run.todo = shares(ranks, undone, config.images_at_once, key)
     return run
