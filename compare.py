@@ -32,7 +32,7 @@ from config import (
 # isort: split
 from common.device import pick_device
 from common.measuring import Cost
-from common.processes import first_rank_does, join_ranks
+from common.processes import first_rank_does, join_ranks, ranks_from_environment
 from common.records import read_records
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = plan_runs(config)
     check_inputs(config)
     ranks = join_ranks()
-    forecast = Forecast(runs, ranks.world)
+    # On the first rank: the others may read records while this one merges them.
+    forecast = first_rank_does(ranks, lambda: Forecast(runs, ranks.world))
     if ranks.rank == 0:
         print(forecast.in_words(), flush=True)
     exit_code = 0
@@ -88,7 +89,7 @@ def check_inputs(config: CompareConfig) -> None:
         InputError: a checkpoint, a published curve or the device is missing or wrong.
     """
     published_curves(config.published)
-    pick_device(config.device)
+    pick_device(config.device, ranks_from_environment().local)
     for pretrain in {model.pretrain for model in config.models}:
         load_checkpoint(pretrain)
 

@@ -7,9 +7,10 @@ python datasets.py make-tfrecords --help
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,25 @@ class ClicImages:
         count = self._builder.info.splits[self.split].num_examples
         self.names = [f"clic_{self.split}_{index:04d}" for index in range(count)]
 
-    def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
-        """The images of these names, in the data set's own order; reads the split once."""
-        wanted = set(names)
-        examples = self._builder.as_dataset(
+    def load(self, names: Iterable[str], num_workers: int = 0) -> Iterator[LoadedImage]:
+        """The images of these names, in this order; reads on from one to the next."""
+        position = {name: index for index, name in enumerate(self.names)}
+        examples, at = self._examples(), 0
+        for name in names:
+            if position[name] < at:
+                examples, at = self._examples(), 0
+            example = next(islice(examples, position[name] - at, None))
+            at = position[name] + 1
+            yield LoadedImage(name, to_tensor(Image.fromarray(example["image"])))
+
+    def _examples(self) -> Iterator[dict[str, Any]]:
+        """The split's examples from the first one on, in the order of `names`."""
+        data = self._builder.as_dataset(
             split=self.split,
             shuffle_files=False,
             read_config=self._tfds.ReadConfig(interleave_cycle_length=1),
         )
-        for name, example in zip(self.names, examples.as_numpy_iterator(), strict=True):
-            if name in wanted:
-                yield LoadedImage(name, to_tensor(Image.fromarray(example["image"])))
+        return iter(data.as_numpy_iterator())
 
 
 def is_prepared_clic(path: str) -> bool:

@@ -11,10 +11,11 @@ Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamle
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, groupby, islice
+from itertools import chain, count, groupby, islice
 from typing import Any
 
 from common.errors import InputError, exits_with_one_line
@@ -28,7 +29,7 @@ from architectures import Architecture
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device, pick_precision
-from common.images import LoadedImage
+from common.images import Images, LoadedImage
 from common.measuring import Cost, Stopwatch, machine_facts
 from common.processes import first_rank_does, join_ranks
 from common.progress import Progress
@@ -143,7 +144,7 @@ def refine_images(
     })  # fmt: skip
     refiner = open_refiner(model, rounding, config, device, precision)
 
-    for batch in equal_sized(images.load(run.todo, config.num_workers), refiner.most_at_once):
+    for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):
         waiting = [batch]
         while waiting:
             part = waiting.pop(0)
@@ -166,9 +167,12 @@ def report(run: Run) -> int:
         OSError: a file cannot be written.
     """
     failed = run.gather_failures()
-    return first_rank_does(
-        run.ranks, lambda: write_run_report(run.folder, run.merge_records(), failed, run.facts)
-    )
+
+    def write() -> int:
+        records = run.merge_records()
+        return write_run_report(run.folder, records, failed | run.lost(records, failed), run.facts)
+
+    return first_rank_does(run.ranks, write)
 
 
 def open_refiner(
@@ -343,6 +347,35 @@ class Refiner:
                 )
             kind = ImageError if len(batch) == 1 else BatchTooLargeError
             raise kind(reason) from None
+
+
+def batches(
+    images: Images,
+    shares: Iterable[Sequence[str]],
+    num_workers: int,
+    most: Callable[[tuple[int, int]], int],
+) -> Iterator[list[LoadedImage]]:
+    """Read images of each share, and make batches of those that are `equal_sized`.
+
+    No batch has images of two shares, so batches do not depend on who takes which share. The next
+    share is asked for when the last one's images are used up, or when processes read ahead.
+
+    Args:
+        shares: names of images, some at a time.
+        num_workers: how many processes read ahead, each one image.
+        most: see `equal_sized`.
+    """
+    lengths: deque[int] = deque()
+
+    def names() -> Iterator[str]:
+        for share in shares:
+            lengths.append(len(share))
+            yield from share
+
+    loaded = images.load(names(), num_workers)
+    for first in loaded:
+        share = chain([first], islice(loaded, lengths.popleft() - 1))
+        yield from equal_sized(share, most)
 
 
 def equal_sized(

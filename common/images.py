@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
 from common.errors import InputError
@@ -51,8 +51,11 @@ class Images(Protocol):
     names: list[str]
     passed_over: str
 
-    def load(self, names: Sequence[str], num_workers: int) -> Iterator[LoadedImage]:
-        """One `LoadedImage` for each of these names, in this order."""
+    def load(self, names: Iterable[str], num_workers: int) -> Iterator[LoadedImage]:
+        """One `LoadedImage` for each of these names, in this order.
+
+        A name is asked for when its image is, or at most `num_workers` images ahead.
+        """
 
 
 class UnreadableError(Exception):
@@ -98,13 +101,16 @@ class ImageFiles(Dataset):
         except Exception as error:  # damaged files make decoders raise dozens of kinds
             raise UnreadableError(why_unreadable(error, self.files[name], name)) from None
 
-    def load(self, names: Sequence[str], num_workers: int = 0) -> Iterator[LoadedImage]:
-        """Read images by name, in this order; `num_workers` processes read ahead, 0: none."""
+    def load(self, names: Iterable[str], num_workers: int = 0) -> Iterator[LoadedImage]:
+        """Read images by name, in this order; `num_workers` processes read ahead, 0: none.
+
+        Each of them reads one image ahead: names may be shared with processes that wait for them.
+        """
         position = {name: index for index, name in enumerate(self.names)}
-        chosen = Subset(self, [position[name] for name in names])
         yield from DataLoader(
-            chosen, batch_size=None, num_workers=num_workers, collate_fn=as_it_is,
-            generator=torch.Generator(),
+            self, batch_size=None, sampler=(position[name] for name in names),
+            num_workers=num_workers, prefetch_factor=1 if num_workers else None,
+            collate_fn=as_it_is, generator=torch.Generator(),
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The processes of one job: they meet, exchange values, and stop together."""
+"""The processes of one job: they meet, exchange values, share work, and stop together."""
 
 import atexit
 import os
@@ -8,12 +8,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
@@ -27,6 +27,8 @@ TORCHRUN_SECONDS, MEETING_SECONDS = 600, 30
 COLLECTIVE_TIMEOUT = timedelta(days=7)
 AGREEMENT_SECONDS = 1.0  # between two agreements of `StopSignal`
 REMEDY = "start all with torchrun, or for one process alone `unset WORLD_SIZE`"
+
+Item = TypeVar("Item")
 
 
 class Ranks(NamedTuple):
@@ -252,6 +254,46 @@ def _while_all_live(ranks: Ranks) -> Iterator[None]:
             f"rank {ranks.rank} ends because another of the {ranks.world} processes has ended, "
             f"whose own last lines say why ({reason})"
         ) from error
+
+
+# --- sharing work ---------------------------------------------------------------------------------
+
+
+def shares(ranks: Ranks, items: Sequence[Item], at_once: int, key: str) -> Iterator[Sequence[Item]]:
+    """Take runs of consecutive items from a list that all processes share.
+
+    A process that asks for a run gets the next one that nobody has taken. So no process is idle
+    while there is work, however long an item takes. A process alone takes the whole list at once.
+    The first process may host the count, so no process must end before all are done (`gather`).
+
+    Args:
+        items: the list, the same on all ranks.
+        at_once: the length of a run; less if there would be fewer runs than processes. Which items
+            make up a run does not depend on who takes it.
+        key: a name for this list, the same on all ranks, that no other list of the job has.
+
+    Raises:
+        ConnectionError: the process that counts the runs has ended.
+    """
+    if ranks.world == 1:
+        yield items
+        return
+    length = min(at_once, -(-len(items) // ranks.world))
+    store = _store()
+    for _ in range(len(items)):
+        with _while_all_live(ranks):
+            start = length * (store.add(key, 1) - 1)
+        if start >= len(items):
+            return
+        yield items[start : start + length]
+
+
+def _store() -> distributed.Store:
+    """The key-value store where the processes met; torchrun or the first process hosts it."""
+    group = distributed.group.WORLD
+    if group is None:
+        raise ValueError("the processes have not met: see `join_ranks`")
+    return group.get_group_store()
 
 
 # --- stopping together ----------------------------------------------------------------------------

@@ -105,16 +105,24 @@ def _is_record(record: Record) -> bool:
     )
 
 
-def merge_records(folder: Path, order: Sequence[str]) -> dict[str, Record]:
+def rank_file(folder: Path, rank: int) -> Path:
+    """The file in which one of several ranks writes its records."""
+    return folder / f"images.rank{rank}.jsonl"
+
+
+def merge_records(folder: Path, order: Sequence[str], world: int = 0) -> dict[str, Record]:
     """All records in a run's folder by image name; the ranks' files are merged into images.jsonl.
 
     Args:
         order: image names; their records come first, in this order.
+        world: the number of ranks that wrote just now. Their files are opened by name, because a
+            network drive may be late to list what another machine wrote.
 
     Raises:
         OSError: images.jsonl cannot be written.
     """
-    parts = sorted(folder.glob("images.rank*.jsonl"))
+    named = (rank_file(folder, rank) for rank in range(world))
+    parts = sorted({*folder.glob("images.rank*.jsonl"), *filter(Path.is_file, named)})
     found = read_records(folder / "images.jsonl")
     for part in parts:
         found |= read_records(part)

@@ -8,13 +8,14 @@ Each file is whole or absent. results/<save_name>/
     bitstreams/*.olc     the refined images as compressed files, with `save_bitstreams`
     trajectories/*.csv   each metric at each evaluated step, per image
     reconstructions/     images as PNG, with `save_final`
-    log.txt              all messages of the run
+    log.txt              all messages of the run; another machine's are in log.<machine>.txt
     and the tables and plots of `reports.run_report`, at the end
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -25,14 +26,16 @@ from common.errors import InputError, reason_of
 from common.files import write_whole
 from common.images import Images, LoadedImage, save_picture
 from common.logs import log, open_tracker, start_logging
+from common.machines import host_names, log_file, refuse_other_folder, refuse_other_input
 from common.measuring import Cost
 from common.numbers import percent_change
-from common.processes import Ranks, first_rank_does, gather
+from common.processes import Ranks, first_rank_does, gather, shares
 from common.progress import Progress
 from common.records import (
     Record,
     append_record,
     merge_records,
+    rank_file,
     rate_of,
     read_records,
     result_file,
@@ -49,12 +52,15 @@ FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
     "batch_size", "tracker", "device", "max_memory_gb", "precision",
 ))  # fmt: skip
-# Facts of the run that each record repeats.
-RECORDED_FACTS = ("method", "params", "weights", "device", "precision")
+# The facts of a run that must be the same for all its images, and those that each record repeats.
+DECISIVE_FACTS = ("weights", "device", "precision")
+RECORDED_FACTS = ("method", "params", *DECISIVE_FACTS)
 
 
 def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) -> "Run":
     """Open the run's folder, `output_dir/save_name`, new or resumed, and start its log there.
+
+    Every rank must call this.
 
     Args:
         images: the data set of the config.
@@ -63,13 +69,20 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
 
     Raises:
         InputError: the folder holds results and `resume` is off, or these were made with another
-            config, other weights or another device.
+            config, other weights or another device; or the ranks differ in these, or in the
+            folder.
         OSError: a file cannot be written.
+        ConnectionError: another process has ended.
     """
     folder = Path(config.output_dir) / config.save_name
     names = images.names[: config.image_count]
+    hosts = host_names(ranks)
+    refuse_other_input(ranks, hosts, {
+        "config": resolved(config), "list of images": names,
+        **{key: facts[key] for key in DECISIVE_FACTS},
+    })  # fmt: skip
 
-    def prepare() -> list[str]:
+    def prepare() -> tuple[list[str], str]:
         _clear_folder(folder, config, facts)
         start_logging(folder / "log.txt")
         undone, broken = _find_undone(folder, config, names)
@@ -77,21 +90,23 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
         _announce(config, images, facts, len(names) - len(undone))
         for name in broken:
             log.warning("%s: its results are not whole; it is done again", name)
-        return undone
+        return undone, f"images/{uuid4().hex}"
 
-    undone = first_rank_does(ranks, prepare)
+    undone, key = first_rank_does(ranks, prepare)
+    refuse_other_folder(ranks, hosts, folder)
     if ranks.rank:
-        start_logging(folder / "log.txt")
+        start_logging(log_file(folder, ranks, hosts))
     run = Run(folder, config, ranks, facts, names)
-    run.todo = undone[ranks.rank :: ranks.world]
+    run.todo = shares(ranks, undone, config.images_at_once, key)
     return run
 
 
 class Run:
     """The folder of one run, for one process; `open_run` creates it.
 
-    names: the images of the run. todo: the images that this process has to refine. failed: by
-    image, why it was skipped.
+    names: the images of the run. todo: gives out images that this process shall refine now, some
+    consecutive ones at a time; the ranks share them (`shares`). failed: by image, why it was
+    skipped.
     """
 
     def __init__(
@@ -102,10 +117,10 @@ class Run:
         self.ranks = ranks
         self.facts = facts
         self.names = names
-        self.todo: list[str] = []
+        self.todo: Iterable[Sequence[str]] = ()
         self.failed: dict[str, str] = {}
-        file_name = "images.jsonl" if ranks.world == 1 else f"images.rank{ranks.rank}.jsonl"
-        self._records_path = folder / file_name
+        alone = ranks.world == 1
+        self._records_path = folder / "images.jsonl" if alone else rank_file(folder, ranks.rank)
         self._mentioned: set[str] = set()
         self._track = open_tracker(config.tracker, config.save_name, folder, resolved(config))
 
@@ -223,8 +238,14 @@ class Run:
         Raises:
             OSError: images.jsonl cannot be written.
         """
-        records = merge_records(self.folder, self.names)
+        records = merge_records(self.folder, self.names, self.ranks.world)
         return [records[name] for name in self.names if name in records]
+
+    def lost(self, records: Sequence[Record], failed: dict[str, str]) -> dict[str, str]:
+        """The images that have neither a record nor a reason why they were skipped; says so."""
+        known = failed.keys() | {record["name"] for record in records}
+        reason = f'{self.folder} has no record of it; go on with "resume": true'
+        return {name: reason for name in self.names if name not in known}
 
 
 # --- images still to refine -----------------------------------------------------------------------
@@ -326,7 +347,7 @@ def _stored_config(folder: Path, config: RefineConfig) -> Record:
 
 def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:
     remedies = {"precision": f'set "precision": "{record["precision"]}", '}
-    for key in ("weights", "device", "precision"):
+    for key in DECISIVE_FACTS:
         if record.get(key) != facts[key]:
             raise InputError(
                 f"{folder}: cannot resume, its results were made with other {key} "

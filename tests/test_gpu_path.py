@@ -69,8 +69,8 @@ def test_a_rounding_has_as_many_kernels_for_any_batch_and_never_waits(method):
     assert_only_noise_differs(*(kernels_of_a_rounding(method, images) for images in (2, 5)))
 
 
-def test_a_step_never_waits_for_the_host():
-    assert kernels_of_a_step(SSL, 2).waits == []
+def test_a_step_has_as_many_kernels_for_any_batch_and_never_waits():
+    assert_only_noise_differs(*(kernels_of_a_step(SSL, images) for images in (2, 5)))
 
 
 @pytest.mark.parametrize("method", [("unoise", None), SSL], **ID_OF)

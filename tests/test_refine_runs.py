@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 from architectures import MeanScale
+from config import RefineConfig, load_config
 from conftest import ROOT, WEIGHTS, read_jsonl, to_x
 from passes import true_terms
 from refinement.batch import metrics_of
 from runs import NAMES, numbers, results, run
+from train_flexible_inference import refine_images, report
 
 # --- what a run leaves behind ---------------------------------------------------------------------
 
@@ -225,6 +227,19 @@ def test_results_of_single_ranks_are_not_lost(finished, write_config):
     assert run(path, "resume=true") == 0
     assert [record["name"] for record in numbers(folder)] == NAMES
     assert (folder / "images.jsonl").read_text().startswith(lines[0] + lines[1])
+
+
+def test_a_record_that_is_lost_is_a_failure(finished, write_config, capsys):
+    """A process says that it is done, but what it wrote cannot be read."""
+    config = load_config(write_config(finished), RefineConfig, ["resume=true"])
+    refined = refine_images(config)
+    path = results(finished) / "images.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert report(refined) == 1
+    assert f"failed: {NAMES[0]}" in capsys.readouterr().out
+    summary = json.loads((results(finished) / "summary.json").read_text())
+    assert list(summary["failed"]) == [NAMES[0]]
+    assert run(write_config(finished), "resume=true") == 0
 
 
 @pytest.mark.parametrize(
