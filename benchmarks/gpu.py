@@ -135,6 +135,7 @@ def run_timings(wanted: Sequence[Setting], place: Place, report: Report) -> None
             free_memory()
         row = {**setting.row(), **row}
         report.add("speed", row, line_of_timing(row))
+    gc.unfreeze()
 
 
 def free_memory() -> None:

@@ -59,17 +59,23 @@ class Place:
     checkpoint: str
     size: tuple[int, int] = (512, 768)
     crop: int = 256
-    seconds: float = 0.7
+    seconds: float = 0.5
     _loaded: dict[int | None, Architecture] = field(default_factory=dict)
+    _pictures: dict[int, Tensor] = field(default_factory=dict)
 
     def model(self, N: int | None) -> Architecture:
         """An untrained model of N = M channels, or the shipped one, on the device, not frozen."""
         if N not in self._loaded:
-            built = (
+            self._loaded[N] = (
                 load_checkpoint(self.checkpoint) if N is None else build_model(Channels(N=N, M=N))
             )
-            self._loaded[N] = built
         return copy.deepcopy(self._loaded[N]).to(self.device)
+
+    def pictures(self, count: int) -> Tensor:
+        """Photos [count, 3, H, W] in [0, 1], on the CPU."""
+        if count not in self._pictures:
+            self._pictures[count] = photos(count, *self.size)
+        return self._pictures[count]
 
 
 class EnoughError(Exception):
@@ -163,7 +169,7 @@ class RefinementStep(Setting):
     def measure(self, place: Place) -> Row:
         """See `Setting`."""
         model = place.model(self.width)
-        x = photos(self.batch, *place.size)
+        x = place.pictures(self.batch)
         watch, timer = Stopwatch(place.device), StepTimer(place.device, place.seconds)
         others: dict[str, Loop] = {
             PLAIN: plain_step, FLOOR: partial(floor_step, precision=self.dtype)
@@ -229,7 +235,7 @@ class Recipe(Setting):
         costs: list[Cost] = []
         with tempfile.TemporaryDirectory() as name, quietly():
             folder = Path(name)
-            for index, x in enumerate(photos(self.images, *place.size)):
+            for index, x in enumerate(place.pictures(self.images)):
                 save_picture(folder / "photos" / f"{index:03d}.png", x)
             values = {
                 "pretrain": place.checkpoint, "device": str(place.device), "output_dir": name,
@@ -287,12 +293,11 @@ def settings() -> list[Setting]:
     ]
     graphs = (("cuda_graphs", True),) if HAS_GRAPHS else ()
     recipes = [
-        Recipe("fast", 1, None, "auto", images=8),
+        Recipe("fast", 1, None, "auto", images=4),
         Recipe("fast", 16, None, "auto", images=32),
         Recipe("fast", 16, None, "auto", images=32, changed=graphs),
-        Recipe("fast", 16, images=32),
         Recipe("best", 16, None, "auto", images=16),
-        Recipe("best", 1, None, "auto", images=2),
+        Recipe("best", 1, None, "auto", images=1),
     ]
     return [*first, *training, *recipes, *rest]
 
