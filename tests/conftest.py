@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 # Two processes share the cores: one thread each, which must be said before torch is imported.
@@ -31,6 +32,12 @@ TORCH_FORMATS = {
     "before torch 1.6": {"_use_new_zipfile_serialization": False},
     "pickle protocol 4": {"pickle_protocol": 4},
 }
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skip where packages are absent: on a machine with `requirements/gpu_machine.txt` alone."""
+    absent = [package for package in packages if find_spec(package) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from common.errors import InputError
 from common.finding import IMAGE_SUFFIXES, find_images
 from common.images import ImageFiles, seed_of
 from config import RefineConfig, load_config
+from conftest import needs
 from datasets import clic_tfrecords, open_images
 from pixels import png
 from profiles import ADOBE_RGB, srgb_of
@@ -277,6 +278,7 @@ def test_clic_from_image_files(config_values, write_config, tmp_path):
     assert open_images(_config(config_values, write_config, "clic", folder)).names == ["photo.png"]
 
 
+@needs("tensorflow_datasets")
 def test_clic_from_tensorflow_datasets(config_values, write_config, tmp_path):
     """A small prepared copy of the real `clic`, read through tensorflow-datasets."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"

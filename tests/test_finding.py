@@ -9,6 +9,7 @@ from PIL import Image
 from common.errors import InputError
 from common.files import printable, short_enough, user_path, write_whole
 from common.finding import find_by_suffix, find_images
+from conftest import needs
 
 PHOTO = Image.fromarray(skimage.data.chelsea()[:40, :60])
 
@@ -21,12 +22,15 @@ def names(found):
 KINDS = {
     "a.jfif": "JPEG", "a.jpe": "JPEG", "a.JPG": "JPEG", "a.j2k": "JPEG2000", "a.jpx": "JPEG2000",
     "a.tga": "TGA", "a.pbm": "PPM", "a.pgm": "PPM", "a.apng": "PNG", "a.dib": "DIB",
-    "a.avif": "AVIF", "a.heic": "HEIF", "no_suffix": "JPEG", "scan.0001": "TIFF", "b.dat": "WEBP",
+    "a.avif": "AVIF", "no_suffix": "JPEG", "scan.0001": "TIFF", "b.dat": "WEBP",
     "a.pcx": "PCX", "a.sgi": "SGI",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+HEIC = pytest.param("a.heic", "HEIF", marks=needs("pillow_heif"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS.items(), HEIC])
 def test_every_kind_of_image_is_found_and_read(tmp_path, name, kind):
     from common.pictures import read_picture
 

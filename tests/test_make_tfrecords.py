@@ -16,10 +16,12 @@ import datasets
 from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow
-from conftest import ROOT
+from conftest import ROOT, needs
 from crops import convert, draw, encode, numbers_of, picture
 from pretraining.make_tfrecords import MANIFEST_NAME
 from profiles import DISPLAY_P3, profile_of
+
+pytestmark = needs("tensorflow")
 
 
 def read_examples(folder):

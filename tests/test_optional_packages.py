@@ -15,7 +15,7 @@ from common.formats import CODESTREAM
 from common.logs import open_tracker
 from common.optional_packages import import_tensorflow
 from config import RefineConfig, load_config
-from conftest import ROOT
+from conftest import ROOT, needs
 from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 
 OPTIONAL = (
@@ -95,6 +95,7 @@ def test_every_script_starts_without_them_folders_are_trained_on_and_photos_read
     assert_names(heic, "HEIC", "pillow_heif", "refine")
 
 
+@needs("tensorflow")
 @pytest.mark.parametrize("package", ["tensorflow", "google_crc32c"])
 @pytest.mark.parametrize("is_indexed", [False, True])
 def test_training_on_tfrecords_says_what_to_install(
@@ -120,6 +121,7 @@ def test_making_tfrecords_says_what_to_install(photos, tmp_path, hide, capsys):
     assert not out.exists()
 
 
+@needs("tensorflow")
 @pytest.mark.parametrize("package", ["tensorflow", "tensorflow_datasets"])
 def test_clic_says_what_to_install(config_values, write_config, hide, package):
     hide(package)

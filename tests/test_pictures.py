@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from common.limits import MAX_PIXELS
 from common.pictures import read_picture
 from common.tiff import FIRST_FRAME
+from conftest import needs
 from pixels import (
     CMYK,
     GREY,
@@ -247,10 +248,12 @@ def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, suffix):
     assert FIRST_FRAME not in read(path)[1]
 
 
+@needs("imagecodecs")
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_jpeg_2000_of_any_depth(tmp_path, bits):
     """White among it, which Pillow turns to black above 8 bits."""
-    imagecodecs = pytest.importorskip("imagecodecs")
+    import imagecodecs
+
     levels = PHOTO.copy()
     levels[:10] = 255
     most = 2**bits - 1
@@ -290,8 +293,10 @@ def test_avif_of_any_brand(tmp_path, brand):
     assert notes == ()
 
 
+@needs("pillow_heif")
 def test_heic(tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
+    import pillow_heif
+
     path = tmp_path / "a.heic"
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(path, quality=95)
     pixels, notes = read(path)

@@ -21,7 +21,7 @@ from PIL import Image
 from common.errors import InputError
 from compare import main, plan_runs
 from config import CompareConfig, load_config
-from conftest import ROOT, read_jsonl, to_x
+from conftest import ROOT, needs, read_jsonl, to_x
 from datasets import open_images
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.classical_codecs import coded_by
@@ -349,6 +349,7 @@ def browser(request, tmp_path):
     driver.quit()
 
 
+@needs("selenium")
 def test_the_page_works_in_a_browser(compared, browser):
     _, folder = compared
     browser.get((folder / "report.html").as_uri())

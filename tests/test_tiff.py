@@ -6,6 +6,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from common.pictures import read_picture
+from conftest import needs
 from pixels import (
     CMYK,
     GREY,
@@ -129,6 +130,7 @@ def test_premultiplied_grey(tmp_path, bits):
     assert_near(read(path)[0], on_white(GREY[..., None], OPACITY), 1.6)
 
 
+@needs("imagecodecs")
 def test_12_bits_are_scaled_by_12_bits(tmp_path):
     """Packed by hand: two values in three bytes, the first one's high bits first."""
     values = np.linspace(0, 4095, 40 * 60).astype(int).reshape(40, 60)
@@ -141,6 +143,7 @@ def test_12_bits_are_scaled_by_12_bits(tmp_path):
     assert_near(read(path)[0], values[..., None] * (255 / 4095), 0.51)
 
 
+@needs("imagecodecs")
 def test_ycbcr_that_no_decoder_turns_into_rgb_is_refused(tmp_path):
     """Without JPEG nothing says that its colours have half the resolution but a default."""
     path = tmp_path / "a.tif"
@@ -194,6 +197,7 @@ def test_what_has_no_meaning_in_8_bits_is_refused_by_name(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
+@needs("imagecodecs")
 @pytest.mark.parametrize("compression", ["lzw", "deflate", "zstd", "lzma", "packbits", "jpeg2000"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_every_common_compression_of_tiff_is_read(tmp_path, compression, bits):
@@ -204,6 +208,7 @@ def test_every_common_compression_of_tiff_is_read(tmp_path, compression, bits):
     assert_near(read(path)[0], PHOTO, 0)
 
 
+@needs("imagecodecs")
 def test_grey_of_16_bits_as_pillow_packs_it(tmp_path):
     path = tmp_path / "a.tif"
     Image.fromarray(deep(GREY)).save(path, compression="tiff_lzw")

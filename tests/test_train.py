@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from architectures import MeanScale
-from conftest import ROOT, ends_of, free_port, launch, read_jsonl, to_x
+from conftest import ROOT, ends_of, free_port, launch, needs, read_jsonl, to_x
 from crops import convert
 from fast.memory import MemoryBound
 from metrics import picture_quality
@@ -193,6 +193,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(train_on, train_values, optimizer
     assert [row["step"] for row in rows if row["kind"] == "test"] == [4, 5, 8, 12, 15, 16, 20, 23]
 
 
+@needs("tensorflow")
 def test_tfrecords_resume_to_the_bit_too(train_on, train_values, tmp_path, converted_here):
     folder = str(tmp_path / "records")
     assert convert(train_values["train_folder"], folder) == 0

@@ -13,12 +13,15 @@ from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow, import_tensorflow_datasets
 from config import PretrainConfig
+from conftest import needs
 from crops import FIRST_DRAWS, SIZE, draw, encode, is_crop, numbers_of, picture, write_tfrecord
 from datasets import clic_tfrecords, open_training_data
 from pretraining.draws import READ_FAILED, TOO_SMALL, Draws
 from pretraining.folder_crops import FolderCrops
 from pretraining.tfrecord_crops import TfrecordCrops
 from pretraining.tfrecord_index import INDEX_NAME, epoch_order, index_tfrecords
+
+pytestmark = needs("tensorflow")
 
 
 def test_an_epoch_has_every_example_once_as_a_crop_of_it(tfrecords):
