@@ -50,7 +50,7 @@ from refinement.result import Refined
 # Another device or precision changes more, so `_refuse_other_facts` compares those of the records.
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
-    "batch_size", "tracker", "device", "max_memory_gb", "precision",
+    "batch_size", "tracker", "device", "max_memory_gb", "precision", "cuda_graphs",
 ))  # fmt: skip
 # The facts of a run that must be the same for all its images, and those that each record repeats.
 DECISIVE_FACTS = ("weights", "device", "precision")
