@@ -1,12 +1,13 @@
 # make demo: refine the sample photos; make report: compare methods on them, a page with plots;
-# make train-demo: train on them; make bench: speed and memory; make test, make lint: the checks.
+# make train-demo: train on them; make bench: speed and memory; make bench-gpu: is a GPU right, and
+# how fast is it; make test, make lint: the checks.
 # Each installs what it needs into .venv first, see requirements/.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
 BIN := .venv/bin
 
-.PHONY: demo train-demo report test bench lint install clean
+.PHONY: demo train-demo report test bench bench-gpu lint install clean
 
 demo: .venv/installed-refine
 	$(BIN)/python train_flexible_inference.py --config example_files/demo.json
@@ -19,6 +20,9 @@ train-demo: .venv/installed-train_folder
 
 bench: .venv/installed-training
 	$(BIN)/python benchmark.py
+
+bench-gpu: .venv/installed-refine
+	$(BIN)/python benchmark.py gpu --json results/gpu.json
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

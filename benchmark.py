@@ -1,10 +1,11 @@
 """Speed and memory beside plain reference loops, measured in turns within one run.
 
-python benchmark.py                    # all of the following; make bench
+python benchmark.py                    # refine, training, loader, codec; make bench
 python benchmark.py refine             # the plain published loop, ours, the convolutions alone
 python benchmark.py training           # pre-training beside a plain CompressAI loop
 python benchmark.py loader             # beside a plain PIL loop; your tfrecords: --records FOLDER
 python benchmark.py codec              # coding and decoding of a picture; yours: --image FILE
+python benchmark.py gpu                # checks and speed of a GPU, docs/gpu.md; make bench-gpu
 
 Refinement and training: every variant runs in a process of its own, in turns, `rounds` times; what
 is printed are medians over the rounds. Peak memory is what the loop adds to the process.
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import check_gpu
 from benchmarks.loaders import time_loaders
 from benchmarks.refinement_loops import REFINEMENTS
 from benchmarks.training_loops import TRAININGS
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.command == "measure":
         return measure(arguments)
+    if arguments.command == "gpu":
+        return check_gpu(arguments.device, arguments.checkpoint, Path(arguments.json))
     parts = {"refine": time_refinement, "training": time_training, "loader": time_loaders,
              "codec": time_codec}  # fmt: skip
     chosen = parts if arguments.command == "all" else {arguments.command: parts[arguments.command]}
@@ -79,8 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", default="all",
-        choices=("all", "refine", "training", "loader", "codec", "measure"),
-        metavar="{all,refine,training,loader,codec}")  # fmt: skip
+        choices=("all", "refine", "training", "loader", "codec", "gpu", "measure"),
+        metavar="{all,refine,training,loader,codec,gpu}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
     add("--json", type=user_path, default="results/benchmark.json", help="where figures go")
     add("--checkpoint", type=user_path, default=BUNDLED_WEIGHTS, metavar="WEIGHTS",
@@ -96,6 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="loader: crops a batch")
     add("--cycle_length", type=int, default=4, help="loader: files read in turn")
     add("--seconds", type=float, default=4.0, help="loader: of each loader in each round")
+    add("--device", default="cuda", help="gpu: cuda, cuda:N, or cpu for the checks at toy size")
     # Options of `measure`, which runs one variant once.
     add("--variant", help=argparse.SUPPRESS)
     add("--channels", type=int, help=argparse.SUPPRESS)
@@ -121,7 +126,7 @@ def time_refinement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"refinement, {size}, N = {figures['ours']['N']}, batch {images}, "
                   f"{torch.get_num_threads()} threads ({platform.machine()}), median of "
                   f"{arguments.rounds} rounds")  # fmt: skip
-            print_figures(REFINEMENTS, figures, ("plain", "plain, pages kept", "floor"))
+            print_figures(REFINEMENTS, figures, ("plain, pages kept", "floor", "floor, bfloat16"))
             rows.append({"images": images, "variants": figures})
     return rows
 

@@ -38,7 +38,7 @@ from coding.coder import (
     file_measures,
 )
 from common.command_line import script_parser
-from common.device import is_out_of_memory, pick_device
+from common.device import is_out_of_memory, pick_device, pick_precision
 from common.files import label_of, printable, short_enough, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
 from common.images import ImageFiles, LoadedImage, save_picture
@@ -306,16 +306,21 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     """
     # Imported here, because plain coding does not need refinement.
     from experimental_inference_methods import rounding_from_config
+    from refinement.graph import refuse_cuda_graphs
     from train_flexible_inference import open_refiner
 
     model = load_checkpoint(checkpoint)
     config = recipe_config(recipe, checkpoint, lmbda, Channels(N=model.N, M=model.M))
     rounding = rounding_from_config(config)
+    device = pick_device(config.device)
+    refuse_cuda_graphs(config, rounding, device)
+    precision = pick_precision(config.precision, device)
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
-        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish"
+        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish, "
+        f"{device}, {precision}"
     )
-    refiner = open_refiner(model, rounding, config, pick_device(config.device))
+    refiner = open_refiner(model, rounding, config, device, precision)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
         start, steps = time.perf_counter(), config.tot_inference_iterations

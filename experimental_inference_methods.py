@@ -3,7 +3,7 @@
 Add your own methods here. A new method is a few lines under `rounding_method`, a new schedule a few
 lines under `temperature_schedule`. The JSON config names it. There are two kinds of methods:
 
-* a rounding: `f(v, tau, generator, **hyper_parameters) -> v_hat`, same shape as v;
+* a rounding: `f(v, tau, source, **hyper_parameters) -> v_hat`, same shape as v;
 * a score over candidates (`candidates=floor_ceil` or `nearest_three`):
   `f(u, **hyper_parameters) -> logits`, where u >= 0 is the distance of v to each candidate. A draw
   from a Gumbel-softmax over the candidates turns the score into a rounding (SGA, SGA+).
@@ -23,19 +23,20 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Tensor
 
 from config import Positive
 from rounding.candidates import TAU_MIN, floor_ceil, gumbel_softmax, nearest_three
 from rounding.chosen import Rounding, build_rounding, rounding_from_config
-from rounding.noise import normal_noise, open_uniform, uniform_noise
+from rounding.noise import Source, normal_noise, open_uniform, uniform_noise
 from rounding.registry import METHODS, rounding_logits, rounding_method
-from rounding.temperature import Temperature, temperature_schedule
+from rounding.temperature import Tau, Temperature, at_least, temperature_schedule
 
 __all__ = [
     "BASELINE_TEMPERATURE",
     "METHODS",
     "Rounding",
+    "Tau",
     "Temperature",
     "build_rounding",
     "floor_ceil",
@@ -87,22 +88,22 @@ BASELINE_TEMPERATURE = Temperature(rate=4e-3, ub=0.2, lb=TAU_MIN)
 
 
 @rounding_method("ste")
-def ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def ste(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """Straight-through estimator: rounds forward, passes the gradient unchanged."""
     return v + (v.round() - v).detach()
 
 
 @rounding_method("unoise")
-def unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def unoise(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """Uniform noise on (-1/2, 1/2)."""
-    return v + uniform_noise(v, generator) / 2
+    return v + uniform_noise(v, source) / 2
 
 
 @rounding_method("danneal", temperature=BASELINE_TEMPERATURE)
-def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def danneal(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """Deterministic annealing: the weights of SGA without its noise."""
     candidates, distance = floor_ceil(v)
-    weights = torch.softmax(atanh(distance) / max(tau, TAU_MIN), dim=0)  # [2, ...]
+    weights = torch.softmax(atanh(distance) / at_least(tau, TAU_MIN), dim=0)  # [2, ...]
     return (candidates * weights).sum(dim=0)
 
 
@@ -110,37 +111,35 @@ def danneal(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
 
 
 @rounding_method("temp_ste")
-def temp_ste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def temp_ste(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """w STE(v / w): rounds to a lattice of spacing w, which grows to 1."""
-    w = max(1 - tau, 1e-4)
-    return w * ste(v / w, tau, generator)
+    w = at_least(1 - tau, 1e-4)
+    return w * ste(v / w, tau, source)
 
 
 @rounding_method("temp_unoise")
-def temp_unoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def temp_unoise(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """Uniform noise that grows to (-1/2, 1/2)."""
-    return v + (1 - tau) * uniform_noise(v, generator) / 2
+    return v + (1 - tau) * uniform_noise(v, source) / 2
 
 
 @rounding_method("temp_uste")
-def temp_uste(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def temp_uste(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """w STE((v + (1 - w) U / 2) / w): the noise fades while the lattice spacing grows to 1."""
-    w = max(1 - tau, 1e-8)
-    return w * ste((v + (1 - w) * uniform_noise(v, generator) / 2) / w, tau, generator)
+    w = at_least(1 - tau, 1e-8)
+    return w * ste((v + (1 - w) * uniform_noise(v, source) / 2) / w, tau, source)
 
 
 @rounding_method("gnoise")
-def gnoise(
-    v: Tensor, tau: float, generator: Generator | None, *, gnoise_sigma: Positive = 0.25
-) -> Tensor:
+def gnoise(v: Tensor, tau: Tau, source: Source, *, gnoise_sigma: Positive = 0.25) -> Tensor:
     """Gaussian noise of a fixed standard deviation."""
-    return v + gnoise_sigma * normal_noise(v, generator)
+    return v + gnoise_sigma * normal_noise(v, source)
 
 
 @rounding_method("temp_gnoise")
-def temp_gnoise(v: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def temp_gnoise(v: Tensor, tau: Tau, source: Source) -> Tensor:
     """Gaussian noise that grows to a standard deviation of 1/4."""
-    return v + 0.25 * (1 - tau) * normal_noise(v, generator)
+    return v + 0.25 * (1 - tau) * normal_noise(v, source)
 
 
 # --- soft rounding with annealed noise; tuned for a tau that falls linearly from 1 to 0 -----------
@@ -151,21 +150,23 @@ Deviation = Annotated[float, Field(ge=0, le=1)]
 Narrowness = Annotated[float, Field(ge=1, le=10)]
 
 
-def soft_round(v: Tensor, softness: float) -> Tensor:
+def soft_round(v: Tensor, softness: Tau) -> Tensor:
     """A smooth rounding: v for a large `softness`, round(v) for a small one (arXiv 2006.09952).
 
     floor(v) + 1/2 + tanh((v - floor(v) - 1/2) / T) / (2 tanh(1 / (2 T))) for T = softness > 0.
     """
     middle = v.detach().floor() + 0.5
-    return middle + torch.tanh((v - middle) / softness) / (2 * math.tanh(0.5 / softness))
+    of_half = 0.5 / softness
+    end = torch.tanh(of_half) if isinstance(of_half, Tensor) else math.tanh(of_half)
+    return middle + torch.tanh((v - middle) / softness) / (2 * end)
 
 
-def _annealed(start: float, end: float, tau: float) -> float:
-    return max(end + tau * (start - end), LEAST)
+def _annealed(start: float, end: float, tau: Tau) -> Tau:
+    return at_least(end + tau * (start - end), LEAST)
 
 
 def _soft_round_with(
-    draw: Callable[[Tensor, Generator | None], Tensor], scale: float
+    draw: Callable[[Tensor, Source], Tensor], scale: float
 ) -> Callable[..., Tensor]:
     """A rounding that adds noise between two soft roundings; both are annealed.
 
@@ -174,11 +175,11 @@ def _soft_round_with(
     """
 
     def sample(
-        v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
+        v: Tensor, tau: Tau, source: Source, *, t_start: Softness = 0.35,
         t_end: Softness = 0.05, sigma_start: Deviation = 0.22, sigma_end: Deviation = 0.1,
     ) -> Tensor:  # fmt: skip
         softness = _annealed(t_start, t_end, tau)
-        noise = draw(v, generator) * (scale * _annealed(sigma_start, sigma_end, tau))
+        noise = draw(v, source) * (scale * _annealed(sigma_start, sigma_end, tau))
         return soft_round(soft_round(v, softness) + noise, softness)
 
     return sample
@@ -190,7 +191,7 @@ rounding_method("soft_round_gnoise")(_soft_round_with(normal_noise, 1.0))
 
 @rounding_method("soft_round_knoise")
 def soft_round_knoise(
-    v: Tensor, tau: float, generator: Generator | None, *, t_start: Softness = 0.35,
+    v: Tensor, tau: Tau, source: Source, *, t_start: Softness = 0.35,
     t_end: Softness = 0.05, a_start: Narrowness = 2.0, a_end: Narrowness = 1.0,
 ) -> Tensor:  # fmt: skip
     """C3's Kumaraswamy noise on (-1/2, 1/2) between two soft roundings (arXiv 2312.02753).
@@ -200,7 +201,7 @@ def soft_round_knoise(
     """
     softness, a = _annealed(t_start, t_end, tau), _annealed(a_start, a_end, tau)
     b = (2**a * (a - 1) + 1) / a
-    u = open_uniform(v, generator)
+    u = open_uniform(v, source)
     # expm1: for a large b, 1 - u^(1 / b) would lose its digits.
     noise = (-torch.expm1(u.log() / b)) ** (1 / a) - 0.5
     return soft_round(soft_round(v, softness) + noise, softness)

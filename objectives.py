@@ -13,7 +13,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from architectures import Architecture, Latents
+from architectures import Architecture, Latents, Walk
 from fast.tiles import tiled_error
 from metrics import bits_per_pixel
 
@@ -61,8 +61,8 @@ class Problem:
     """The task to minimise the loss of images over their latents, under a fixed model.
 
     x: [B, 3, H, W] in [0, 1]. tile: the side, in positions of y, of the tiles that g_s decodes one
-    by one; None decodes the whole image at once. precision: of g_s in relaxed passes; another one
-    than float32 goes through autocast.
+    by one; None decodes the whole image at once. precision: of the networks in relaxed passes and
+    within `in_precision`; another one than float32 goes through autocast.
     """
 
     model: Architecture
@@ -85,17 +85,31 @@ class Problem:
         """The same problem with another lambda."""
         return replace(self, objective=RateDistortion(lmbda))
 
+    def in_float32(self) -> Self:
+        """The same problem with float32 as its precision."""
+        return replace(self, precision=torch.float32)
+
     def images(self) -> Iterable[Self]:
         """One problem for each image."""
         return (replace(self, x=x) for x in self.x.split(1))
 
     def relaxed(self, latents: Latents, rounding: Callable[[Tensor], Tensor]) -> Terms:
         """The terms after a relaxed rounding; `rounding` maps a centred latent to its own shape."""
-        return self._terms(latents, rounding, self.precision)
+        with self.in_precision():
+            walk = self.model.round(latents, rounding, self.size)
+            error, x_hat = self.squared_error(walk.y_hat)
+        return self._terms(walk, error, x_hat)
 
     def true(self, latents: Latents) -> Terms:
         """The terms after true rounding, in float32, as a file of these latents would have them."""
-        return self._terms(latents, torch.round, torch.float32)
+        walk = self.model.round(latents, torch.round, self.size)
+        return self._terms(walk, *self.squared_error(walk.y_hat))
+
+    def in_precision(self) -> AbstractContextManager:
+        """Autocast to `precision`; float32 changes nothing: an outer autocast stays in force."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.x.device.type, dtype=self.precision)
 
     def squared_error(self, y_hat: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The summed squared error [B] of x_hat in float64, with a gradient to y_hat, and x_hat.
@@ -109,20 +123,8 @@ class Problem:
             return self.model.squared_error(y_hat, x)
         return tiled_error(self.model.squared_error, y_hat, x, self.tile)
 
-    def _terms(
-        self, latents: Latents, rounding: Callable[[Tensor], Tensor], precision: torch.dtype
-    ) -> Terms:
-        walk = self.model.round(latents, rounding, self.size)
+    def _terms(self, walk: Walk, error: Tensor, x_hat: Tensor) -> Terms:
         rates = {name: bits_per_pixel(p, self.pixels) for name, p in walk.likelihoods.items()}
-        with _autocast(self.x.device.type, precision):
-            error, x_hat = self.squared_error(walk.y_hat)
         mse = (error / self.x[0].numel()).to(self.x.dtype)
         bpp = reduce(add, rates.values())
         return Terms(self.objective(bpp, mse), bpp, rates, mse, walk.values, x_hat)
-
-
-def _autocast(device_type: str, precision: torch.dtype) -> AbstractContextManager:
-    """Autocast to `precision`; float32 changes nothing, so an outer autocast stays in force."""
-    if precision == torch.float32:
-        return nullcontext()
-    return torch.autocast(device_type, dtype=precision)

@@ -10,7 +10,6 @@ entropy coder's tables are made from them, and no other loss depends on them.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -22,13 +21,14 @@ from config import PretrainConfig, parse_command_line
 import torch
 
 from architectures import Architecture
-from common.device import pick_device
+from common.device import pick_device, pick_precision
 from common.images import ImageFiles
-from common.processes import StopSignal, first_rank_does, join_ranks
+from common.processes import Ranks, StopSignal, first_rank_does, join_ranks
 from datasets import open_folder, open_training_data
 from fast.pool import keep_pages
 from models import build_model, load_checkpoint, model_from_state_dict, prepare_for_training
 from objectives import RateDistortion
+from pretraining.device_batches import on_device
 from pretraining.draws import Draws
 from pretraining.run import open_training_run
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
@@ -48,12 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
     test_images = open_test_images(config)
-    left_out = test_images.passed_over if test_images is not None else ""
     if config.test:
-        run = open_training_run(config, ranks)
-        run.log_passed_over("path_test_data", left_out)
-        model = run.model_to_test().to(device)
-        return run.report_test(validate(model, test_images, config.train_lambda, ranks))
+        return test(config, ranks, device, test_images)
 
     # Rank 0 comes first: it stores the index of the tfrecords, which the others then read.
     data = first_rank_does(ranks, lambda: open_training_data(config))
@@ -62,34 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
-    network = distribute(TrainingPass(model, objective, config.precision), ranks)
+    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
+    network = distribute(TrainingPass(model, objective, getattr(torch, precision)), ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
         state.restore(checkpoint, ranks)
-    batches = data.batches(
-        Draws(config.seed, ranks.rank, ranks.world, state.data_position), run.skip
-    )
-    run.announce(state.step, model, data, device)
-    run.log_passed_over("path_test_data", left_out)
+    draws = Draws(config.seed, ranks.rank, ranks.world, state.data_position)
+    batches = on_device(data.batches(draws, run.skip), device)
+    run.announce(state.step, model, data, f"{device}, {precision}")
+    run.log_passed_over("path_test_data", left_out(test_images))
 
     window, save_due = Window(ranks, config.batch_size), False
     # The batches must be closed in any case, for their workers ignore SIGTERM.
     with closing(batches), StopSignal(ranks) as stop:
         while state.step < config.tot_iterations and not stop.agreed():
-            started = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - started
-            x = batch.x.to(device, non_blocking=True).float() / 255  # [B, 3, S, S]
+            with window.waiting():
+                batch = next(batches)
+            x = batch.x.float() / 255  # [B, 3, S, S]
             lr = config.lr.at(state.step)
-            terms = train_step(network, state, x, lr, config.lr.clip_grad)
-            state.count_step(batch.position, finite=terms is not None)
-            window.add(terms, waited)
+            terms, finite = train_step(network, state, x, lr, config.lr.clip_grad)
+            state.count_step(batch.position, finite)
+            window.add(terms, finite)
+            printing = state.step % config.print_freq == 0
+            save_due = save_due or state.step % config.save_model_freq == 0
+            if printing or save_due or state.step == config.tot_iterations:
+                state.settle()
             if state.bad_in_a_row >= MAX_BAD_STEPS:
                 return run.end_diverged(state.step, MAX_BAD_STEPS)
-            if state.step % config.print_freq == 0:
+            if printing:
                 run.log_training(state.step, {"lr": lr, **window.read()}, state.bad_steps)
-            save_due = save_due or state.step % config.save_model_freq == 0
             if save_due and not state.bad_in_a_row and state.step < config.tot_iterations:
                 save_due = False
                 with window.stopped_clock():
@@ -101,6 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.end_stopped(state.step)
     run.log_test(state.step, validate(model, test_images, config.train_lambda, ranks))
     return run.finish(state.step, model)
+
+
+def test(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, images: ImageFiles | None
+) -> int:
+    """Test the model of a run; exit code 0, 1 if an image failed."""
+    run = open_training_run(config, ranks)
+    run.log_passed_over("path_test_data", left_out(images))
+    model = run.model_to_test().to(device)
+    return run.report_test(validate(model, images, config.train_lambda, ranks))
+
+
+def left_out(images: ImageFiles | None) -> str:
+    """Which files of `path_test_data` were passed over, in words; empty if none were."""
+    return "" if images is None else images.passed_over
 
 
 def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Architecture:

@@ -28,13 +28,13 @@ from torch import Tensor
 from architectures import Architecture
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
-from common.device import is_out_of_memory, pick_device
+from common.device import is_out_of_memory, pick_device, pick_precision
 from common.images import Images, LoadedImage
 from common.measuring import Cost, Stopwatch, machine_facts
 from common.processes import first_rank_does, join_ranks
 from common.progress import Progress
 from datasets import open_images
-from experimental_inference_methods import Rounding, rounding_from_config
+from experimental_inference_methods import Rounding, Tau, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound
 from fast.pool import keep_pages
@@ -46,6 +46,7 @@ from refinement.descent import (
     build_optimizer,
     pace_of,
 )
+from refinement.graph import graphed, refuse_cuda_graphs
 from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run
@@ -87,16 +88,19 @@ def refine(
     # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
     weight = 0.5 if config.dev_options.augmented_loss else 1.0
 
-    def closure() -> Tensor:
-        nonlocal losses
+    def loss_and_gradients(tau: Tau) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
-        relaxed = problem.relaxed(latents, noise.rounding(rounding, step, pace.position))
-        losses = relaxed.loss.detach()  # [B]
+        relaxed = problem.relaxed(latents, rounding.with_tau(tau, noise.source))
         objective = weight * relaxed.loss.sum()
         objective.backward()
-        for v in latents.values() if config.optimizer.name == "LBFGS" else ():
-            if v.grad is not None:
-                v.grad = v.grad.contiguous()  # LBFGS needs contiguous gradients, not channels-last
+        return relaxed.loss.detach(), objective.detach()  # [B], scalar
+
+    compute = graphed(loss_and_gradients, noise) if config.cuda_graphs else loss_and_gradients
+
+    def closure() -> Tensor:
+        nonlocal losses
+        noise.restart(step)
+        losses, objective = compute(rounding.temperature(pace.position))
         return objective
 
     for step in count(int(pace.position)):
@@ -130,12 +134,15 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
+    refuse_cuda_graphs(config, rounding, device)
+    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
-        "weights": model.weights_hash, "N": model.N, "M": model.M, **machine_facts(device),
+        "weights": model.weights_hash, "N": model.N, "M": model.M,
+        "precision": precision, **machine_facts(device),
     })  # fmt: skip
-    refiner = open_refiner(model, rounding, config, device)
+    refiner = open_refiner(model, rounding, config, device, precision)
 
     for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):
         waiting = [batch]
@@ -169,9 +176,16 @@ def report(run: Run) -> int:
 
 
 def open_refiner(
-    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
+    model: Architecture,
+    rounding: Rounding,
+    config: RefineConfig,
+    device: torch.device,
+    precision: str,
 ) -> "Refiner":
     """The refiner of a config; freezes the loaded model in place.
+
+    Args:
+        precision: `float32` or `bfloat16`, see `Problem`.
 
     Raises:
         InputError: the checkpoint's coding tables are broken.
@@ -180,8 +194,11 @@ def open_refiner(
         model.N, model.M, config.max_memory_gb, device, ":" in config.device,
         2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
     )  # fmt: skip
+    if config.cuda_graphs:  # the graph keeps the memory of a step, and evaluations need their own
+        bound = bound._replace(limit=(bound.base + bound.limit) / 2)
     coder = build_coder(model) if config.writes_files else None
-    return Refiner(freeze(model.to(device), config.coder_scales), coder, rounding, config, bound)
+    frozen = freeze(model.to(device), config.coder_scales)
+    return Refiner(frozen, coder, rounding, config, bound, getattr(torch, precision))
 
 
 def refine_and_save(
@@ -214,7 +231,8 @@ class BatchTooLargeError(Exception):
 class Refiner:
     """Refines images with a frozen model, as a config says.
 
-    coder: codes the results, if compressed files are wanted. bound: the memory limit.
+    coder: codes the results, if compressed files are wanted. bound: the memory limit. precision:
+    see `Problem`.
     """
 
     model: Architecture
@@ -222,6 +240,7 @@ class Refiner:
     rounding: Rounding
     config: RefineConfig
     bound: MemoryBound
+    precision: torch.dtype
 
     @property
     def file_coder(self) -> Coder:
@@ -279,7 +298,7 @@ class Refiner:
             x.contiguous(memory_format=torch.channels_last),
             RateDistortion(self.config.lmbda),
             self.bound.tile((x.size(2), x.size(3))),
-            getattr(torch, self.config.precision),
+            self.precision,
         )
 
     def _outcomes_of(

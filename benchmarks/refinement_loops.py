@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Architecture, Latents
-from benchmarks.variant import LMBDA, METHOD, MSE_WEIGHT, SCHEDULE, Variant
+from benchmarks.variant import LMBDA, METHOD, MSE_WEIGHT, SCHEDULE, Variant, in_bfloat16
 from common.compressai import CompressionModel
 from experimental_inference_methods import build_rounding
 from models import freeze
@@ -81,10 +81,12 @@ def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
     return step
 
 
-def our_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+def our_step(
+    model: Architecture, x: Tensor, precision: torch.dtype = torch.float32
+) -> Callable[[], Any]:
     """The step of `train_flexible_inference.refine`, without its evaluations every 50 steps."""
     x = x.contiguous(memory_format=torch.channels_last)
-    problem = Problem(freeze(model), x, RateDistortion(LMBDA))
+    problem = Problem(freeze(model), x, RateDistortion(LMBDA), precision=precision)
     latents = {name: v.clone().requires_grad_() for name, v in problem.model.analyze(x).items()}
     optimizer = torch.optim.Adam(latents.values(), lr=0.005, fused=True)
     rounding = build_rounding(*METHOD, temperature=SCHEDULE)
@@ -99,15 +101,19 @@ def our_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
     return step
 
 
-def floor_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+def floor_step(
+    model: Architecture, x: Tensor, precision: torch.dtype = torch.float32
+) -> Callable[[], Any]:
     """Only torch's convolutions of g_s and h_s, forward and backward to their input."""
     network = model.network.requires_grad_(False).to(memory_format=torch.channels_last)
     latents = model.analyze(x.contiguous(memory_format=torch.channels_last))
+    network = network.to(precision)
     chains = []
-    for part, v in ((network.g_s, latents["y"]), (network.h_s, latents["z"])):
+    for part, latent in ((network.g_s, latents["y"]), (network.h_s, latents["z"])):
         kinds = (nn.Conv2d, nn.ConvTranspose2d)
         layers = nn.Sequential(*(layer for layer in part if isinstance(layer, kinds)))
-        chains.append((layers, v.requires_grad_(), torch.randn_like(layers(v))))
+        v = latent.to(precision).requires_grad_()
+        chains.append((layers, v, torch.randn_like(layers(v))))
 
     def step() -> None:
         for layers, v, gradient in chains:
@@ -129,6 +135,8 @@ REFINEMENTS = {
     "plain": Variant("plain published loop, as its users have it", False, plain_step),
     "plain, pages kept": Variant("plain published loop, pages kept", True, plain_step),
     "ours": Variant("this project's loop", True, our_step),
+    "ours, bfloat16": Variant("this project's loop, bfloat16", True, in_bfloat16(our_step)),
     "floor": Variant("floor: torch's convolutions alone, pages kept", True, floor_step),
+    "floor, bfloat16": Variant("floor in bfloat16", True, in_bfloat16(floor_step)),
     "compiled": Variant("this loop, torch.compile of CompressAI's g_s", True, compiled_step),
 }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures import Architecture
-from benchmarks.variant import LMBDA, MSE_WEIGHT, Variant
+from benchmarks.variant import LMBDA, MSE_WEIGHT, Variant, in_bfloat16
 from config import Channels, PretrainConfig
 from models import prepare_for_training
 from objectives import RateDistortion
@@ -44,7 +44,9 @@ def plain_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
     return step
 
 
-def our_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
+def our_training(
+    model: Architecture, x: Tensor, precision: torch.dtype = torch.float32
+) -> Callable[[], Any]:
     """The step of train.py."""
     model = prepare_for_training(model)
     config = PretrainConfig(
@@ -54,7 +56,7 @@ def our_training(model: Architecture, x: Tensor) -> Callable[[], Any]:
         train_folder="sample",
     )
     state = TrainingState(*build_optimizers(model.network, config))
-    network = TrainingPass(model, RateDistortion(LMBDA))
+    network = TrainingPass(model, RateDistortion(LMBDA), precision)
     return lambda: train_step(network, state, x, 1e-4, config.lr.clip_grad)
 
 
@@ -62,4 +64,5 @@ TRAININGS = {
     "plain": Variant("plain CompressAI loop, as its users have it", False, plain_training),
     "plain, pages kept": Variant("plain CompressAI loop, pages kept", True, plain_training),
     "ours": Variant("train.py's step", True, our_training),
+    "ours, bfloat16": Variant("train.py's step, bfloat16", True, in_bfloat16(our_training)),
 }

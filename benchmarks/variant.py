@@ -1,7 +1,10 @@
 """The description of a loop to time, and the settings that all loops share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
+
+import torch
 
 from experimental_inference_methods import Temperature
 
@@ -16,3 +19,8 @@ class Variant(NamedTuple):
     name: str
     keeps_pages: bool
     make_step: Callable[..., Callable[[], Any]]
+
+
+def in_bfloat16(make_step: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
+    """A builder of the same step with bfloat16 as its precision."""
+    return partial(make_step, precision=torch.bfloat16)

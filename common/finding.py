@@ -84,7 +84,7 @@ def _begins_like_an_image(file: Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(file, formats=FORMATS):
+            with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]):
                 return True
         except Image.DecompressionBombError:
             return True  # it is refused when it is read

@@ -3,9 +3,9 @@
 import struct
 from typing import Any
 
-import imagecodecs
 from PIL import Image
 
+from common.optional_packages import import_package
 from common.tiff import scaled_to_8_bits
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # its first markers, SOC and SIZ (ITU-T T.800, annex A)
@@ -30,6 +30,7 @@ def decode_jpeg2000(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple
 
     Raises:
         ValueError: colours of more than 8 bits in another space than RGB, or signed.
+        InputError: they need a package that is not installed.
     """
     at = data.find(CODESTREAM)
     depth = data[at + 42] if at >= 0 and len(data) > at + 42 else 7
@@ -42,6 +43,7 @@ def decode_jpeg2000(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple
         raise ValueError(f"JPEG 2000 of {bits} bits and mode {image.mode}; save it with 8 bits")
     if box[:1] == b"\1" and box[3:7] == struct.pack(">I", SYCC):
         raise ValueError(f"JPEG 2000 of {bits} bits in YCbCr; save it with 8 bits")
+    imagecodecs = import_package("imagecodecs", f"JPEG 2000 of {bits} bits", "refine")
     samples = imagecodecs.jpeg2k_decode(data)  # [H, W, C]
     decoded = Image.fromarray(scaled_to_8_bits(samples, bits), image.mode)
     decoded.format, decoded.info = image.format, image.info

@@ -1,4 +1,4 @@
-"""Packages that only a part of the training needs, imported where they are used."""
+"""Packages that only a part of the code needs, imported where they are used."""
 
 import os
 from importlib import import_module
@@ -8,24 +8,23 @@ from typing import Any
 from common.console import native_stderr
 from common.errors import InputError
 
-INSTALL = "pip install -r requirements/training.txt"
 
-
-def require_package(package: str, user: str) -> None:
+def require_package(package: str, user: str, part: str = "training") -> None:
     """Check that a package is installed; does not import it.
 
     Args:
         user: what needs the package; the message begins with it: "tfrecords".
+        part: the part of `requirements/` that has it.
 
     Raises:
         InputError: it is not installed.
     """
     if find_spec(package) is None:
-        raise _missing(package, user)
+        raise _missing(package, user, part)
 
 
-def import_package(package: str, user: str) -> Any:
-    """Import a package; `user`: see `require_package`.
+def import_package(package: str, user: str, part: str = "training") -> Any:
+    """Import a package; `user`, `part`: see `require_package`.
 
     Raises:
         InputError: the package, or one that it imports, is not installed.
@@ -33,7 +32,7 @@ def import_package(package: str, user: str) -> Any:
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        raise _missing(error.name or package, user) from None
+        raise _missing(error.name or package, user, part) from None
 
 
 def import_tensorflow(user: str = "tfrecords") -> Any:
@@ -59,5 +58,8 @@ def import_tensorflow_datasets(user: str = "tensorflow-datasets' clic") -> Any:
     return import_package("tensorflow_datasets", user)
 
 
-def _missing(package: str, user: str) -> InputError:
-    return InputError(f"{user}: needs the package {package}, which is not installed: {INSTALL}")
+def _missing(package: str, user: str, part: str) -> InputError:
+    return InputError(
+        f"{user}: needs the package {package}, which is not installed: "
+        f"pip install -r requirements/{part}.txt"
+    )

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pillow_heif
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.colour import to_srgb
 from common.console import native_stderr
 from common.formats import decode_jpeg2000, stated_colour_space
 from common.limits import MAX_PIXELS, refuse_too_large
+from common.optional_packages import require_package
 from common.tiff import FIRST_FRAME, ORIENTATION, RAW, decode_tiff, is_tiff, scaled_to_8_bits
 
-pillow_heif.register_heif_opener()
+Image.init()  # AVIF's opener before HEIC's, which takes some AVIFs for its own
+with suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 # Files of sensor values, which must be developed first; Pillow would read their small preview.
 RAW_SUFFIXES = frozenset((
@@ -57,6 +61,7 @@ def read_picture(path: Path) -> Picture:
 
     Raises:
         OSError, ValueError: it is unreadable, too large, or its pixels have no meaning in 8 bits.
+        InputError: it needs a package that is not installed.
         Exception: of other kinds, where a decoder meets a damaged file.
     """
     if path.suffix.lower() in RAW_SUFFIXES:
@@ -83,7 +88,7 @@ def _decode(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] = 
     """Decode a file's bytes; `profile` is the one that was removed from them, if any."""
     found, from_tiff = list(notes), decode_tiff(data) if is_tiff(data) else None
     if from_tiff is None:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image = _open(data)
         if image.format == "JPEG2000":
             image, scaled = decode_jpeg2000(image, data)
             found += scaled
@@ -111,6 +116,15 @@ def _decode(data: bytes, profile: bytes | None = None, notes: tuple[str, ...] = 
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return Picture(image, (*found, *split_notes, *([note] if note else [])), kind)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:
+            require_package("pillow_heif", "HEIC", "refine")
+        raise
 
 
 def _has_more_frames(image: Image.Image) -> bool:

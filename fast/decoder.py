@@ -5,6 +5,7 @@ Nothing is approximated: results differ from CompressAI's by float rounding only
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +14,33 @@ from torch.autograd.function import once_differentiable
 
 from fast.autograd import Context
 from fast.gdn import normalise, normalise_backward
-from fast.layout import interleave, phases_of, rows_in, rows_of_image
+from fast.layout import interleave, phases_of, rows_at_a_time, rows_in
+from fast.precision import FrozenNetwork
 from fast.upsampling import UpsamplingKernel
 from metrics import squared_error
 
-STRIP_BYTES = 2**22  # size of the rows that `ToPicture` processes at a time on a CPU
+STRIP_BYTES = 2**22  # of the rows that `ToPicture` processes at a time, see `rows_at_a_time`
 
 
-class FrozenDecoder(nn.Module):
+class FrozenDecoder(FrozenNetwork):
     """g_s with fixed weights: any layers, then `ToPicture`."""
 
     def __init__(self, *layers: nn.Module, to_picture: "ToPicture"):
-        super().__init__()
+        super().__init__(to_picture.upsampling.pool)
         self.layers = nn.Sequential(*layers)
         self.to_picture = to_picture
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """See `ToPicture.forward`; y_hat [B, M, h, w]."""
-        return self.to_picture(self.layers(y_hat))
+        with self.as_autocast_says(y_hat) as (g_s, v):
+            return g_s.to_picture(g_s.layers(v))
 
     def squared_error(
         self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor]:
         """See `ToPicture.squared_error`; y_hat [B, M, h, w], x [B, 3, H, W]."""
-        return self.to_picture.squared_error(self.layers(y_hat), x, corner)
+        with self.as_autocast_says(y_hat) as (g_s, v):
+            return g_s.to_picture.squared_error(g_s.layers(v), x, corner)
 
 
 class ToPicture(nn.Module):
@@ -109,38 +113,61 @@ class ToPicture(nn.Module):
         rows = x.new_empty(len(x), 2 * x.size(2), 2 * x.size(3), self.weight.size(1))
         return x, rows.permute(0, 3, 1, 2)
 
-    def _strips(self, x: Tensor, picture: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Write the picture of x [B, C, H, W], strip by strip: rows first to last of one image.
+    def _strips(self, x: Tensor, picture: Tensor) -> Iterator["_Strip"]:
+        """Write the picture of x [B, C, H, W], strip by strip, and yield each strip.
 
-        After each strip it yields image, first, last and GDN's factors [last - first + 2, W, C],
-        which cover one more row on either side. Then the caller may change x up to row last - 2;
-        the next strip still reads the later rows.
+        After each strip the caller may change x up to row `last` - 2; the next strip still reads
+        the later rows. On other devices than a CPU all rows of all images are one strip.
         """
-        (channels, height, width), rows = x.shape[1:], x.size(2)
-        beta, gamma = self.beta.to(x.dtype), self.gamma.to(x.dtype)
-        if x.device.type == "cpu":
-            rows = max(2, STRIP_BYTES // (channels * width * x.element_size()))
-        rows = min(rows, height)
+        if x.device.type != "cpu":
+            factor, normal = torch.empty_like(x), torch.empty_like(x)
+            normalise(rows_in(x), self.beta, self.gamma, True, rows_in(factor), rows_in(normal))
+            interleave(F.conv2d(normal, self.phases, self.phases_bias, padding=1), picture)
+            yield _Strip(slice(len(x)), 0, x.size(2), factor.permute(0, 2, 3, 1), 0)
+            return
+        for image in range(len(x)):
+            yield from self._strips_of(slice(image, image + 1), x, picture)
+
+    def _strips_of(self, image: slice, x: Tensor, picture: Tensor) -> Iterator["_Strip"]:
+        """The strips of one image, see `_strips`."""
+        channels, height, width = x.shape[1:]
+        rows = rows_at_a_time(x, STRIP_BYTES, width * channels, 2, height)
         # GDN's factors and results. All strips use the same memory, so it stays in the cache.
         strips = x.new_empty(2, rows + 2, width, channels)
-        for image in range(len(x)):
-            for first in range(0, height, rows):
-                last = min(first + rows, height)
-                first_new, end = (first + 1 if first else 0), min(last + 1, height)
-                if first:
-                    strips[:, :2] = strips[:, rows:]
-                else:
-                    strips[1, 0] = 0  # zero padding above the image
-                strip = strips[:, : last - first + 2]
-                if last == height:
-                    strip[1, -1] = 0
-                factor, normal = strip[:, first_new - first + 1 : end - first + 1].flatten(1, 2)
-                x_rows = rows_of_image(x, image, first_new, end)
-                normalise(x_rows, beta, gamma, True, factor, normal)
-                padded = strip[1:].permute(0, 3, 1, 2)
-                phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
-                interleave(phases, picture[image : image + 1, :, 2 * first : 2 * last])
-                yield image, first, last, strip[0]
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            first_new, end = (first + 1 if first else 0), min(last + 1, height)
+            if first:
+                strips[:, :2] = strips[:, rows:]
+            else:
+                strips[1, 0] = 0  # zero padding above the image
+            strip = strips[:, : last - first + 2]
+            if last == height:
+                strip[1, -1] = 0
+            factor, normal = strip[:, first_new - first + 1 : end - first + 1].flatten(1, 2)
+            x_rows = rows_in(x[image, :, first_new:end])
+            normalise(x_rows, self.beta, self.gamma, True, factor, normal)
+            padded = strip[1:].permute(0, 3, 1, 2)
+            phases = F.conv2d(padded, self.phases, self.phases_bias, padding=(0, 1))
+            interleave(phases, picture[image, :, 2 * first : 2 * last])
+            yield _Strip(image, first, last, strip[:1], first - 1)
+
+
+class _Strip(NamedTuple):
+    """Rows `first` to `last` of x, the first upsampling's result, for some images.
+
+    factor: GDN's factors, [b, rows, W, C]; they begin at row `top` of x.
+    """
+
+    images: slice
+    first: int
+    last: int
+    factor: Tensor
+    top: int
+
+    def factor_rows(self, start: int, end: int) -> Tensor:
+        """The factors of rows start to end of x, [b (end - start) W, C]."""
+        return self.factor[:, start - self.top : end - self.top].flatten(0, 2)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -149,21 +176,22 @@ class _SquaredError(torch.autograd.Function):
         ctx: Context, v: Tensor, target: Tensor, corner: tuple[int, int], stage: ToPicture
     ) -> tuple[Tensor, Tensor]:
         x, picture = stage._begin(v)
-        weight, gamma = stage.weight.to(x.dtype), stage.gamma.to(x.dtype)
-        for image, first, last, factor in stage._strips(x, picture):
+        for strip in stage._strips(x, picture):
             if not ctx.needs_input_grad[0]:
                 continue
             # The rows of x for which this strip completed the last of the pixels they reach.
-            start, end = max(first - 1, 0), last if last == x.size(2) else last - 1
-            error = _error_rows(picture[image], target[image], corner, 2 * start - 2, 2 * end + 1)
-            to_normal = F.conv2d(error, weight, stride=2).to(x.dtype)  # [1, C, end - start, W]
+            start = max(strip.first - 1, 0)
+            end = strip.last if strip.last == x.size(2) else strip.last - 1
+            parts = picture[strip.images], target[strip.images]
+            error = _error_rows(*parts, corner, 2 * start - 2, 2 * end + 1)
+            to_normal = F.conv2d(error, stage.weight, stride=2)  # [b, C, end - start, W]
             to_normal = rows_in(to_normal.contiguous(memory_format=torch.channels_last))
-            factor_rows = factor[start - first + 1 : end - first + 1].flatten(0, 1)
-            x_rows = rows_of_image(x, image, start, end)
-            normalise_backward((x_rows, factor_rows), to_normal, x_rows, gamma, True)
+            x_rows = rows_in(x[strip.images, :, start:end])
+            kept = x_rows, strip.factor_rows(start, end)
+            normalise_backward(kept, to_normal, x_rows, stage.gamma, True)
         gradient = None
         if ctx.needs_input_grad[0]:
-            gradient = stage.upsampling.gradient(x).to(v.dtype)
+            gradient = stage.upsampling.gradient(x)
             gradient = gradient.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(gradient)
         (top, left), (height, width) = corner, target.shape[2:]
@@ -182,22 +210,21 @@ class _SquaredError(torch.autograd.Function):
 def _error_rows(
     picture: Tensor, target: Tensor, corner: tuple[int, int], first: int, last: int
 ) -> Tensor:
-    """picture - target in rows first to last of the picture, [1, C', last - first, W + 4].
+    """picture - target in rows first to last of the picture, [b, C', last - first, W + 4].
 
     The result has two more columns on either side. It is 0 where there is no target.
 
     Args:
-        picture: [C', H, W]; target: [C', h, w], which begins at row and column `corner`.
+        picture: [b, C', H, W]; target: [b, C', h, w], which begins at row and column `corner`.
     """
-    (top, left), (height, width) = corner, target.shape[1:]
-    rows = target.new_zeros(1, last - first, picture.size(2) + 4, len(picture))
-    error = rows.permute(0, 3, 1, 2)
+    (top, left), (height, width) = corner, target.shape[2:]
+    images, channels, columns = len(picture), picture.size(1), picture.size(3) + 4
+    error = target.new_zeros(images, last - first, columns, channels).permute(0, 3, 1, 2)
     above, below = max(first, top), min(last, top + height)
     if above < below:
-        part = error[0, :, above - first : below - first, left + 2 : left + 2 + width]
         torch.sub(
-            picture[:, above:below, left : left + width],
-            target[:, above - top : below - top],
-            out=part,
+            picture[:, :, above:below, left : left + width],
+            target[:, :, above - top : below - top],
+            out=error[:, :, above - first : below - first, left + 2 : left + 2 + width],
         )
     return error.to(picture.dtype)

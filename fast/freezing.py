@@ -8,6 +8,7 @@ from common.compressai import GDN, CompressionModel, EntropyBottleneck
 from fast.decoder import FrozenDecoder, ToPicture
 from fast.gdn import gdn
 from fast.pool import Pool
+from fast.precision import FrozenLayers
 from fast.upsampling import UpsamplingKernel
 
 
@@ -112,10 +113,12 @@ def freeze_layers(network: CompressionModel) -> None:
     if fused and isinstance(gdn_layer, FrozenGDN) and gdn_layer.inverse:
         to_picture = ToPicture(before, gdn_layer.beta, gdn_layer.gamma, last.weight, last.bias)
         network.g_s = FrozenDecoder(*layers, to_picture=to_picture)
+    if len(h_s):
+        network.h_s = FrozenLayers(*h_s)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def release_memory(network: CompressionModel) -> None:
     """Free the unused memory that a frozen network keeps for images of the last size."""
-    if isinstance(network.g_s, FrozenDecoder) and network.g_s.to_picture.upsampling.pool:
-        network.g_s.to_picture.upsampling.pool.clear()
+    if isinstance(network.g_s, FrozenDecoder) and network.g_s.pool:
+        network.g_s.pool.clear()

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.autograd import Context
-from fast.layout import as_column, rows_in
+from fast.layout import as_column, rows_at_a_time, rows_in
 from fast.pool import Pool
 
-# A CPU processes this many bytes of each tensor at a time; they fit into its caches.
-CHUNK_BYTES = 2**21
+CHUNK_BYTES = 2**21  # of each tensor, which a CPU processes at a time, see `rows_at_a_time`
 
 
 def gdn(x: Tensor, beta: Tensor, gamma: Tensor, inverse: bool, pool: Pool | None = None) -> Tensor:
@@ -129,9 +128,9 @@ def normalise_backward(
 
 def mix_channels(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight^T + bias, [n, C'], for pixels [n, C] and weight [C', C]."""
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return F.linear(rows, weight, bias)
-    # torch gives a matrix product to MKL, which uses half of an AMD processor's vector width.
+    # torch gives a product in float32 to MKL, which uses half of an AMD processor's vector width.
     return rows_in(F.conv2d(as_column(rows), weight[:, :, None, None], bias))
 
 
@@ -141,7 +140,7 @@ def _chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if count == 0:
         return iter(())
     if rows[0].device.type == "cpu":
-        count = max(1, CHUNK_BYTES // (rows[0].size(1) * rows[0].element_size()))
+        count = rows_at_a_time(rows[0], CHUNK_BYTES, rows[0].size(1), 1, count)
     return zip(*(v.split(count) for v in rows), strict=True)
 
 

@@ -1,7 +1,7 @@
 """Transposed convolution with fixed weights, the decoder's upsampling; see `UpsamplingKernel`."""
 
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +65,19 @@ class UpsamplingKernel(nn.Module):
         """The gradient to x, [B, C, H, W]; `grad` [B, C', 2 H, 2 W] is that to the result."""
         if self.has_winograd(grad.size(2) // 2, grad.size(3) // 2, grad):
             return self.winograd.gradient(grad)
-        return F.conv2d(grad, self.weight.to(grad.dtype), stride=2, padding=2)
+        return F.conv2d(grad, self.weight, stride=2, padding=2)
 
     def has_winograd(self, height: int, width: int, v: Tensor) -> bool:
         """Whether to use Winograd's form for inputs of this size, with v's device and dtype."""
-        in_float32 = v.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        in_float32 = v.dtype == torch.float32
         pooled_on_cpu = v.device.type == "cpu" and self.pool is not None
         wide = min(self.weight.shape[:2]) >= FEWEST_WINOGRAD_CHANNELS
         large = height * width >= FEWEST_WINOGRAD_PIXELS
         return in_float32 and pooled_on_cpu and wide and large
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not Winograd's form, which it builds anew if it needs it."""
+        return {key: value for key, value in self.__dict__.items() if key != "winograd"}
 
     @cached_property
     def winograd(self) -> Winograd:
@@ -83,13 +87,12 @@ class UpsamplingKernel(nn.Module):
 
 class _Context(Context, Protocol):
     kernel: UpsamplingKernel
-    dtype: torch.dtype
 
 
 class _Upsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, kernel: UpsamplingKernel) -> Tensor:
-        ctx.kernel, ctx.dtype = kernel, x.dtype
+        ctx.kernel = kernel
         if kernel.has_winograd(x.size(2), x.size(3), x):
             return kernel.winograd.upsample(x, kernel.bias)
         return F.conv_transpose2d(
@@ -99,4 +102,4 @@ class _Upsample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.kernel.gradient(grad).to(ctx.dtype), None
+        return ctx.kernel.gradient(grad), None

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from architectures import Architecture
@@ -161,19 +160,21 @@ class TrainingRun:
 
     # --- during training
 
-    def announce(
-        self, step: int, model: Architecture, data: TrainingData, device: torch.device
-    ) -> None:
-        """Log the model, the data and the settings, and start the progress bar."""
+    def announce(self, step: int, model: Architecture, data: TrainingData, machine: str) -> None:
+        """Log the model, the data and the settings, and start the progress bar.
+
+        Args:
+            machine: the device and the precision, in words.
+        """
         if self.ranks.rank:
             return
         config = self.config
         start = f"from step {step}" if step else f"from {config.pretrain or 'scratch'}"
         log.info(
-            "N = %d, M = %d, lambda %g, %s, %s at %g, batches of %d%s, crops of %d, %d %s, %s (%s)",
+            "N = %d, M = %d, lambda %g, %s, %s at %g, batches of %d%s, crops of %d, %d %s, %s",
             model.N, model.M, config.train_lambda, start, config.optimizer, config.lr.base,
             config.batch_size, f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1),
-            config.image_size, data.count, data.name, device, config.precision,
+            config.image_size, data.count, data.name, machine,
         )  # fmt: skip
         self.log_passed_over("train_folder", data.passed_over)
         self._bar = progress_bar(config.tot_iterations, done=step, unit=" steps")

@@ -14,12 +14,17 @@ class TrainingPass(nn.Module):
     It is a module so that DistributedDataParallel can wrap the whole pass.
     """
 
-    def __init__(self, model: Architecture, objective: RateDistortion, precision: str = "float32"):
+    def __init__(
+        self,
+        model: Architecture,
+        objective: RateDistortion,
+        precision: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.network = model.network  # registers the parameters
         self.model = model
         self.objective = objective
-        self.precision = getattr(torch, precision)
+        self.precision = precision
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The scalars loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of a batch.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from common.numbers import mean_of_known
@@ -19,24 +20,30 @@ class Window:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._good = self._steps = 0
+        self._keys: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # over good steps, of each key; then how many these are
+        self._steps = 0
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def add(self, terms: dict[str, Tensor] | None, waited: float) -> None:
+    def add(self, terms: dict[str, Tensor], finite: Tensor) -> None:
         """Count a step.
 
         Args:
-            terms: of `train_step`; None for a step that changed nothing.
-            waited: the seconds that the step waited for data.
+            terms, finite: of `train_step`; the terms of a step that changed nothing do not count.
         """
         self._steps += 1
-        self._waited += waited
-        if terms is not None:
-            self._good += 1
-            for key, value in terms.items():
-                self._sums[key] = self._sums.get(key, 0) + value
+        self._keys = tuple(terms)
+        values = torch.stack([*terms.values(), torch.ones_like(terms["loss"])])
+        values = torch.where(finite, values, 0)
+        self._sums = values if self._sums is None else self._sums + values
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent in the block as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     @contextmanager
     def stopped_clock(self) -> Iterator[None]:
@@ -52,7 +59,8 @@ class Window:
             loss, psnr (dB), bpp, bpp_y, bpp_z and aux_loss, means over steps and ranks; None where
             no step was good. steps_per_second, images_per_second, and data_wait_share in [0, 1].
         """
-        own = {key: value.item() / self._good for key, value in self._sums.items()}
+        *sums, good = (0.0,) if self._sums is None else self._sums.tolist()
+        own = {key: value / good for key, value in zip(self._keys, sums, strict=True) if good}
         seconds = time.perf_counter() - self._started
         parts = gather(self.ranks, own)
         means = {

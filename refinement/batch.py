@@ -17,6 +17,7 @@ from experimental_inference_methods import Rounding
 from metrics import picture_quality, psnr, to_8_bit
 from objectives import Problem, Terms
 from refinement.descent import Pace
+from rounding.noise import ImageGenerators
 
 RECONSTRUCTED_STEPS = (1, 500)  # also the first and the last; as in the published code
 Metrics = dict[str, float | None]
@@ -142,7 +143,7 @@ class ImageNoise:
     def __init__(self, seeds: Sequence[int], device: torch.device):
         self.seeds = tuple(seeds)
         self.device = device
-        self._generators = [Generator(device) for _ in self.seeds]
+        self.source = ImageGenerators(tuple(Generator(device) for _ in self.seeds))
         self._kept: dict[int, Tensor] = {}
 
     @classmethod
@@ -167,38 +168,32 @@ class ImageNoise:
         Args:
             position: the position in the temperature schedule, in steps.
         """
-        roundings = [
-            rounding.at(position, generator.manual_seed(seed + step))
-            for generator, seed in zip(self._generators, self.seeds, strict=True)
-        ]
-        return image_by_image(roundings)
+        self.restart(step)
+        return rounding.at(position, self.source)
+
+    def restart(self, step: int) -> None:
+        """Restart the noise of one step."""
+        for generator, seed in zip(self.source.images, self.seeds, strict=True):
+            generator.manual_seed(seed + step)
 
     def keep(self, index: int) -> None:
         """Keep the state of an image's generator for `of_image`."""
-        self._kept[index] = self._generators[index].get_state()
+        self._kept[index] = self.source.images[index].get_state()
 
     def of_image(self, index: int) -> Generator:
         """An image's generator, in the state that `keep` kept, if any."""
-        generator = self._generators[index]
+        generator = self.source.images[index]
         if index in self._kept:
             generator.set_state(self._kept.pop(index))
         return generator
-
-
-def image_by_image(roundings: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """A rounding of v [B, ...] that applies the b-th of B roundings to the b-th image."""
-    if len(roundings) == 1:
-        return roundings[0]
-    return lambda v: torch.cat(
-        [rounding(part) for rounding, part in zip(roundings, v.split(1), strict=True)]
-    )
 
 
 class Recorder:
     """Evaluates a batch at some steps, and keeps one `Trajectory` for each image.
 
     It evaluates truly rounded latents at the first step, at the last one and at every `eval_freq`
-    steps, before the step's update. With `save_final` it also keeps x_hat at a few steps.
+    steps, before the step's update, always in float32. With `save_final` it also keeps x_hat at a
+    few steps.
     """
 
     def __init__(
@@ -209,7 +204,8 @@ class Recorder:
         noise: ImageNoise,
         pace: Pace,
     ):
-        self.problem, self.rounding, self.noise, self.pace = problem, rounding, noise, pace
+        self.problem = problem.in_float32()
+        self.rounding, self.noise, self.pace = rounding, noise, pace
         self.early_stop = config.early_stop
         self.eval_freq, self.keeps_reconstructions = config.eval_freq, config.dev_options.save_final
         self.first_step = int(pace.position)
@@ -267,7 +263,7 @@ class Recorder:
     def progress_of(self, losses: Tensor) -> tuple[Tensor, float]:
         """The means of `losses` [B] and of the lowest true losses, over images not yet ended."""
         active = [index for index, one in enumerate(self.trajectories) if not one.ended]
-        # Indexing would wait for the GPU.
-        active_losses = losses if len(active) == len(self.trajectories) else losses[active]
+        # A list as the index, or a mask, would wait for the GPU.
+        active_losses = torch.stack([losses[index] for index in active])
         lowest_losses = (self.trajectories[index].lowest_loss for index in active)
         return active_losses.mean(), fmean(lowest_losses)

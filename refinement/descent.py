@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from architectures import Latents
 from config import Optimizer, RefineConfig
@@ -28,7 +29,14 @@ def build_optimizer(latents: Latents, options: Optimizer) -> torch.optim.Optimiz
         return torch.optim.Adam(moved, lr=options.lr, fused=True)
     if options.name == "sgd":
         return torch.optim.SGD(moved, lr=options.lr, momentum=options.momentum)
+    for v in moved:  # they are channels-last, and LBFGS flattens gradients without a copy
+        v.register_post_accumulate_grad_hook(_make_gradient_contiguous)
     return torch.optim.LBFGS(moved, lr=options.lr, history_size=LBFGS_HISTORY)
+
+
+def _make_gradient_contiguous(v: Tensor) -> None:
+    if v.grad is not None:
+        v.grad = v.grad.contiguous()
 
 
 def pace_of(config: RefineConfig, images: int, first_step: int = 0) -> "Pace":

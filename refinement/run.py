@@ -47,13 +47,14 @@ from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
 
 # Keys that may differ when a run is resumed, because they change results by float rounding at most.
-# Another device changes more, so `_refuse_other_facts` compares the devices of the records.
+# Another device or precision changes more, so `_refuse_other_facts` compares those of the records.
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
-    "batch_size", "tracker", "device", "max_memory_gb",
+    "batch_size", "tracker", "device", "max_memory_gb", "precision", "cuda_graphs",
 ))  # fmt: skip
-# The facts of a run that must be the same for all its images.
-DECISIVE_FACTS = ("weights", "device")
+# The facts of a run that must be the same for all its images, and those that each record repeats.
+DECISIVE_FACTS = ("weights", "device", "precision")
+RECORDED_FACTS = ("method", "params", *DECISIVE_FACTS)
 
 
 def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) -> "Run":
@@ -63,8 +64,8 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
 
     Args:
         images: the data set of the config.
-        facts: the settings of the whole run: method, params, overridden, lmbda, weights, N, M and
-            `machine_facts`.
+        facts: the settings of the whole run: method, params, overridden, lmbda, weights, N, M,
+            precision and `machine_facts`.
 
     Raises:
         InputError: the folder holds results and `resume` is off, or these were made with another
@@ -207,7 +208,7 @@ class Run:
         return {
             "name": image.name, "width": x.size(2), "height": x.size(1),
             "converted": image.notes,
-            **{key: self.facts[key] for key in ("method", "params", "weights", "device")},
+            **{key: self.facts[key] for key in RECORDED_FACTS},
             "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
             "base": _side(trajectory.base) | files.get("base", {}),
             "refined": _side(trajectory.best) | files.get("refined", {}),
@@ -280,10 +281,10 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
         else (f"files of {target.in_words(target.wanted)}")
     )
     log.info(
-        "%s (%s), %s, %d steps%s, N = %d, M = %d, %s", facts["method"],
+        "%s (%s), %s, %d steps%s, N = %d, M = %d, %s, %s", facts["method"],
         _hyper_parameters(facts) or "no hyper-parameters", goal, config.tot_inference_iterations,
         f" and {passes} passes of polish" if passes else "", facts["N"], facts["M"],
-        facts["device"],
+        facts["device"], facts["precision"],
     )  # fmt: skip
     for name in config.overruled_methods:
         log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
@@ -326,7 +327,9 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
     if records:
         before = _stored_config(folder, config)
         refuse_another_config(folder, before, resolved(config), FREE_KEYS)
-        _refuse_other_facts(folder, next(iter(records.values())), facts)
+        # The records of older runs do not have their precision.
+        record = {"precision": before["precision"], **next(iter(records.values()))}
+        _refuse_other_facts(folder, record, facts)
     kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
 
@@ -343,11 +346,12 @@ def _stored_config(folder: Path, config: RefineConfig) -> Record:
 
 
 def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:
+    remedies = {"precision": f'set "precision": "{record["precision"]}", '}
     for key in DECISIVE_FACTS:
         if record.get(key) != facts[key]:
             raise InputError(
                 f"{folder}: cannot resume, its results were made with other {key} "
-                f"({record.get(key)} then, {facts[key]} now); {ANOTHER_RUN}"
+                f"({record.get(key)} then, {facts[key]} now); {remedies.get(key, '')}{ANOTHER_RUN}"
             )
 
 

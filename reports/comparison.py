@@ -48,6 +48,8 @@ from reports.details import details_of
 from reports.page import markdown, write_page
 
 
+# pyarrow's strings refuse names that are no text.
+@pd.option_context("mode.string_storage", "python")
 def write_report(
     config: CompareConfig, runs: Sequence[ComparedRun], refine_config: RefineConfig, images: Images
 ) -> Path | None:

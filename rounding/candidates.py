@@ -1,14 +1,15 @@
 """Integer candidates of a rounding, and the random draw among them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rounding.noise import open_uniform
+from rounding.noise import ImageGenerators, Source, open_uniform
+from rounding.temperature import Tau, at_least
 
 # At a lower tau float32 would lose the Gumbel noise, and a draw is hard rounding already.
 TAU_MIN = 1e-8
@@ -30,27 +31,34 @@ def nearest_three(v: Tensor) -> tuple[Tensor, Tensor]:
     return candidates, (v - candidates).abs()
 
 
-def gumbel_softmax(logits: Tensor, tau: float, generator: Generator | None) -> Tensor:
+def gumbel_softmax(logits: Tensor, tau: Tau, source: Source) -> Tensor:
     """Weights softmax((logits / tau + Gumbel noise) / tau) over the first axis, [K, ...].
 
     tau scales the logits and relaxes the sample (arXiv 2006.04240). For K = 2 one sigmoid of one
     logistic draw gives the same: a logistic draw is the difference of two Gumbel draws.
     """
-    tau = max(tau, TAU_MIN)
+    tau = at_least(tau, TAU_MIN)
     if len(logits) == 2:
-        noise = torch.logit(open_uniform(logits[0], generator))
-        second = torch.sigmoid(torch.add(noise / tau, logits[1] - logits[0], alpha=tau**-2))
+        noise = torch.logit(open_uniform(logits[0], source))
+        second = torch.sigmoid(_plus_scaled(noise / tau, logits[1] - logits[0], tau**-2))
         return torch.stack((1 - second, second))
-    exponential = open_uniform(logits, generator).log_().neg_()
-    return torch.softmax(torch.sub(logits * tau**-2, exponential.log_(), alpha=1 / tau), dim=0)
+    exponential = open_uniform(logits, source).log_().neg_()
+    return torch.softmax(_plus_scaled(logits * tau**-2, exponential.log_(), -1 / tau), dim=0)
+
+
+def _plus_scaled(v: Tensor, other: Tensor, factor: Tau) -> Tensor:
+    """v + factor * other; a number as the factor saves a pass over memory."""
+    if isinstance(factor, Tensor):
+        return v + factor * other
+    return torch.add(v, other, alpha=factor)
 
 
 def sample_candidates(
     candidates: Candidates,
     score: Callable[..., Tensor],
     v: Tensor,
-    tau: float,
-    generator: Generator | None,
+    tau: Tau,
+    source: Source,
     **params: Any,
 ) -> Tensor:
     """The relaxed rounding of v, any shape: a sum of candidates, weighted by `gumbel_softmax`.
@@ -58,14 +66,14 @@ def sample_candidates(
     Args:
         score: maps distances and `params` to logits.
     """
-    return CandidateSample.apply(v, candidates, partial(score, **params), tau, generator)
+    return CandidateSample.apply(v, candidates, partial(score, **params), tau, source)
 
 
 class CandidateSample(torch.autograd.Function):
     """The weighted sum of candidates; the forward pass computes its derivative too.
 
     The elements of v are independent. So the backward pass needs only one derivative for each
-    element, and a CPU can process the elements chunk by chunk.
+    element, and a CPU can process the elements chunk by chunk. A GPU processes all at once.
     """
 
     CHUNK = 2**17  # elements that a CPU processes at a time
@@ -76,41 +84,58 @@ class CandidateSample(torch.autograd.Function):
         v: Tensor,
         candidates_of: Candidates,
         score: Callable[[Tensor], Tensor],
-        tau: float,
-        generator: Generator | None,
+        tau: Tau,
+        source: Source,
     ) -> Tensor:
         """The relaxed rounding v_hat, shaped as v."""
-        flat = _in_memory_order(v)
-        v_hat, derivative = torch.empty_like(flat), torch.empty_like(flat)
-        count = CandidateSample.CHUNK if v.device.type == "cpu" else max(len(flat), 1)
-        parts = (whole.split(count) for whole in (flat, v_hat, derivative))
-        for v_part, v_hat_part, derivative_part in zip(*parts, strict=True):
+        v_in_order = _in_memory_order(v)
+        v_hat, derivative = torch.empty_like(v_in_order), torch.empty_like(v_in_order)
+        for parts, part_source in _parts((v_in_order, v_hat, derivative), source):
+            v_part, v_hat_part, derivative_part = parts
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 v_part = v_part.detach().requires_grad_(ctx.needs_input_grad[0])
                 candidates, distance = candidates_of(v_part)
                 logits = score(distance)
-            weights = gumbel_softmax(logits.detach(), tau, generator)  # [K, n]
+            weights = gumbel_softmax(logits.detach(), tau, part_source)  # [K, ...]
             torch.sum(candidates * weights, dim=0, out=v_hat_part)
             if not ctx.needs_input_grad[0]:
                 continue
             # The derivative of v_hat to the logits; the factor 1 / tau^2 follows below.
             to_logits = (candidates - v_hat_part).mul_(weights)
             (to_v,) = torch.autograd.grad(logits, v_part, to_logits)
-            torch.mul(to_v, max(tau, TAU_MIN) ** -2, out=derivative_part)
+            torch.mul(to_v, at_least(tau, TAU_MIN) ** -2, out=derivative_part)
         ctx.save_for_backward(derivative)
-        return _in_memory_order(v, back=v_hat)
+        return _in_order_of_dims(v_hat)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient to v; the other arguments have none."""
         (derivative,) = ctx.saved_tensors
-        return grad * _in_memory_order(grad, back=derivative), None, None, None, None
+        return grad * _in_order_of_dims(derivative), None, None, None, None
 
 
-def _in_memory_order(v: Tensor, back: Tensor | None = None) -> Tensor:
-    """v as a flat tensor in the order of its memory; with `back`, flat `back` shaped as v again."""
-    if v.dim() != 4:
-        return v.reshape(-1) if back is None else back.view(v.shape)
-    v = v.permute(0, 2, 3, 1)  # [B, H, W, C]
-    return v.reshape(-1) if back is None else back.view(v.shape).permute(0, 3, 1, 2)
+def _parts(
+    tensors: tuple[Tensor, ...], source: Source
+) -> Iterator[tuple[tuple[Tensor, ...], Source]]:
+    """Corresponding parts of contiguous tensors, and their source: chunks on a CPU, else all."""
+    if tensors[0].device.type != "cpu":
+        yield tensors, source
+        return
+    by_image: list[tuple[tuple[Tensor, ...], Source]] = [(tensors, source)]
+    if isinstance(source, ImageGenerators):
+        images = zip(*(v.split(1) for v in tensors), strict=True)
+        by_image = list(zip(images, source.images, strict=True))
+    for image, own_source in by_image:
+        for chunks in zip(*(v.view(-1).split(CandidateSample.CHUNK) for v in image), strict=True):
+            yield chunks, own_source
+
+
+def _in_memory_order(v: Tensor) -> Tensor:
+    """v contiguous: [B, C, h, w], which is channels-last, becomes [B, h, w, C]."""
+    return v.permute(0, 2, 3, 1).contiguous() if v.dim() == 4 else v.contiguous()
+
+
+def _in_order_of_dims(v: Tensor) -> Tensor:
+    """The view that undoes `_in_memory_order`."""
+    return v.permute(0, 3, 1, 2) if v.dim() == 4 else v

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Generator, Tensor
+import torch
+from torch import Tensor
 
+from rounding.noise import Source
 from rounding.registry import METHODS, PYTHON_NAMES, bind_params, find_method
-from rounding.temperature import Temperature
+from rounding.temperature import Tau, Temperature
 from schemas.refine import RefineConfig
 
 
@@ -32,13 +34,27 @@ class Rounding:
         """The method's full name, e.g. `sga_logits_3c/log_ssl_a_factor_pow`."""
         return self.method if self.logits is None else f"{self.method}/{self.logits}"
 
-    def __call__(self, v: Tensor, tau: float, generator: Generator | None = None) -> Tensor:
-        """The relaxed rounding of centred latents v, any shape, at temperature tau in [0, 1]."""
-        return self.sample(v, tau, generator, **self.params)
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether tau may be a tensor: the method never needs the number in it."""
+        v, tau = torch.empty(1, 1, 1, 1, device="meta"), torch.empty((), device="meta")
+        try:
+            self(v, tau)
+        except Exception:  # torch and math raise several kinds for tensors without numbers
+            return False
+        return True
 
-    def at(self, step: float, generator: Generator | None = None) -> Callable[[Tensor], Tensor]:
+    def __call__(self, v: Tensor, tau: Tau, source: Source = None) -> Tensor:
+        """The relaxed rounding of centred latents v, any shape, at temperature tau in [0, 1]."""
+        return self.sample(v, tau, source, **self.params)
+
+    def at(self, step: float, source: Source = None) -> Callable[[Tensor], Tensor]:
         """The rounding v -> v_hat at one step of the schedule, as `Problem.relaxed` takes it."""
-        return partial(self, tau=self.temperature(step), generator=generator)
+        return self.with_tau(self.temperature(step), source)
+
+    def with_tau(self, tau: Tau, source: Source = None) -> Callable[[Tensor], Tensor]:
+        """The rounding v -> v_hat at temperature tau."""
+        return partial(self, tau=tau, source=source)
 
 
 def build_rounding(

@@ -18,7 +18,7 @@ from rounding.temperature import Temperature
 class Method:
     """One registered rounding method.
 
-    sample: maps (v, tau, generator, **hyper_parameters) to v_hat.
+    sample: maps (v, tau, source, **hyper_parameters) to v_hat.
     score, candidates: the two functions of a draw among candidates; None for other methods.
     temperature: the method's own schedule, which replaces the config's; None if it has none.
     defaults: each hyper-parameter's default, `inspect.Parameter.empty` if it has none.

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from common.errors import InputError
+
+# A temperature. In a CUDA graph it is a tensor without dimensions, for numbers cannot change there.
+Tau = float | Tensor
 
 # (step, rate, ub, steps) -> tau, not yet clipped
 Schedule = Callable[[float, float, float, int], float]
@@ -35,6 +40,11 @@ def find_schedule(name: str) -> Schedule:
         known = ", ".join(sorted(SCHEDULES))
         raise InputError(f"dev_options.temp_schedule = {name!r}: there are {known}")
     return SCHEDULES[name]
+
+
+def at_least(tau: Tau, bound: float) -> Tau:
+    """The larger of a temperature, or a number made of one, and the bound."""
+    return tau.clamp_min(bound) if isinstance(tau, Tensor) else max(tau, bound)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 TorchSeed = Annotated[int, Field(ge=0, lt=2**31)]
 Tracker = Literal["tensorboard", "wandb"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 UserPath = Annotated[str, AfterValidator(user_path), Field(json_schema_extra={"format": "path"})]
 SAVE_NAME = r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$"
 

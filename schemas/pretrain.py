@@ -94,7 +94,8 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     aux_lr: Positive = 1e-3
     """+ The learning rate of the quantiles of the entropy bottleneck. Their optimizer is Adam."""
     precision: Precision = "float32"
-    """+ With `bfloat16` the networks run under autocast. The likelihoods are in float32."""
+    """+ The type in which the networks compute. `auto`: bfloat16 if this machine is faster with it,
+    else float32. The weights, the likelihoods and the tests are in float32."""
     device: str = "auto"
     """+ `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
     num_workers: Index = 0

@@ -293,7 +293,11 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     null: 0.75 of the machine's memory, or 0.9 of the GPU's, divided by the number of processes
     there."""
     precision: Precision = "float32"
-    """+ With `bfloat16` g_s runs under autocast in the steps. Evaluations are in float32."""
+    """+ The type in which the networks compute the steps and the polish. `auto`: bfloat16 if this
+    machine is faster with it, else float32. Evaluations, losses, rates and files are in float32."""
+    cuda_graphs: bool = False
+    """+ Let the GPU repeat the kernels of a step without the processor. Needs a GPU, and takes up
+    to twice the memory."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:

@@ -169,6 +169,12 @@ def converted_here(monkeypatch):
 
 
 @pytest.fixture
+def generators_here(monkeypatch):
+    """Lets the noise of a pretended GPU come from generators of the CPU."""
+    monkeypatch.setattr("refinement.batch.Generator", lambda device: torch.Generator())
+
+
+@pytest.fixture
 def numbered_folder(tmp_path):
     """Six pictures of distinct numbers, three of them in a folder within."""
     from crops import encode, picture

@@ -13,8 +13,8 @@ from config import RefineConfig, load_config
 from conftest import read_jsonl, to_x
 from experimental_inference_methods import METHODS, Temperature, build_rounding
 from passes import problem_of, refined
-from refinement.batch import image_by_image
 from refinement.target import Start
+from rounding.noise import ImageGenerators
 from train_flexible_inference import equal_sized, main
 
 
@@ -35,8 +35,8 @@ def test_each_image_of_a_batch_has_its_own_noise():
     v = torch.zeros(3, 2, 4, 5)
 
     def noise(seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return image_by_image([rounding.at(0, generator) for generator in generators])
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+        return rounding.at(0, ImageGenerators(tuple(generators)))
 
     together = noise([5, 6, 7])(v)
     for index, seed in enumerate([5, 6, 7]):

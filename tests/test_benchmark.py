@@ -71,13 +71,17 @@ def test_medians_and_extremes_of_turns():
     assert got == {"seconds": 2.0, "fastest": 1.0, "slowest": 3.5, "peak_mb": 20, "N": 4}
 
 
+REFINED = [
+    "plain", "plain, pages kept", "ours", "ours, bfloat16", "floor", "floor, bfloat16",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "loops", "ratios"),
     [
-        (["refine"], ["plain", "plain, pages kept", "ours", "floor"], [3.0, 1.5, 0.75]),
-        (["refine", "--compile"], ["plain", "plain, pages kept", "ours", "floor", "compiled"],
-         [3.0, 1.5, 0.75]),
-        (["training"], ["plain", "plain, pages kept", "ours"], [3.0, 1.5]),
+        (["refine"], REFINED, [1.5, 0.6, 0.5]),
+        (["refine", "--compile"], [*REFINED, "compiled"], [1.5, 0.6, 0.5]),
+        (["training"], ["plain", "plain, pages kept", "ours", "ours, bfloat16"], [3.0, 1.5]),
     ],
 )  # fmt: skip
 def test_all_loops_stand_beside_the_plain_ones(

@@ -97,7 +97,7 @@ WRONG = {
     "number as text": (['train_lambda="0.01"'], 'train_lambda = "0.01": should be a valid number'),
     "not a choice": (
         ["precision=float16"],
-        "precision = \"float16\": should be 'float32' or 'bfloat16'",
+        "precision = \"float16\": should be 'auto', 'float32' or 'bfloat16'",
     ),
     "optimizer": (["optimizer.name=Adam"], "optimizer.name = \"Adam\": should be 'adam', 'sgd'"),
     "negative": (["eval_freq=0"], "eval_freq = 0: should be greater than or equal to 1"),

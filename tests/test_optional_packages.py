@@ -1,4 +1,4 @@
-"""Without the packages that only some of the training needs: the rest works, a line names them."""
+"""Without the packages that only some of the code needs: the rest works, a line names them."""
 
 import os
 import subprocess
@@ -6,17 +6,22 @@ import sys
 import textwrap
 
 import pytest
+from PIL import Image
 
 import datasets
 import train
 from common.errors import InputError
+from common.formats import CODESTREAM
 from common.logs import open_tracker
 from common.optional_packages import import_tensorflow
 from config import RefineConfig, load_config
 from conftest import ROOT
 from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 
-OPTIONAL = ("tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer")
+OPTIONAL = (
+    "tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer", "tensorboard",
+    "imagecodecs", "pillow_heif",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -50,15 +55,20 @@ def run_training(write_config, tmp_path):
     return run
 
 
-def assert_names(message, user, package):
+def assert_names(message, user, package, part="training"):
     """The message is the one line that says what to install."""
     assert message.strip().removeprefix("error: ") == (
         f"{user}: needs the package {package}, which is not installed: "
-        "pip install -r requirements/training.txt"
+        f"pip install -r requirements/{part}.txt"
     )
 
 
-def test_every_script_starts_without_them_and_folders_are_trained_on(tmp_path):
+def test_every_script_starts_without_them_folders_are_trained_on_and_photos_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "8", "JPEG2000")
+    data = bytearray((tmp_path / "8").read_bytes())
+    data[data.index(CODESTREAM) + 42] = 12 - 1  # the bits of the first colour, less 1
+    (tmp_path / "12").write_bytes(data)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     script = f"""
         import sys
         for package in {OPTIONAL}:
@@ -70,12 +80,19 @@ def test_every_script_starts_without_them_and_folders_are_trained_on(tmp_path):
                                 image_size=64, batch_size=2)
         data = datasets.open_training_data(config)
         print(tuple(next(data.batches(Draws(0), print)).x.shape))
+        for photo in datasets.open_folder({str(tmp_path)!r}, "path").load(["12", "8", "a.heic"]):
+            print(photo.error)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.stdout == "(2, 3, 64, 64)\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    shape, of_12_bits, of_8_bits, heic = done.stdout.splitlines()
+    assert shape == "(2, 3, 64, 64)"
+    assert_names(of_12_bits, "JPEG 2000 of 12 bits", "imagecodecs", "refine")
+    assert of_8_bits == "None"
+    assert_names(heic, "HEIC", "pillow_heif", "refine")
 
 
 @pytest.mark.parametrize("package", ["tensorflow", "google_crc32c"])

@@ -4,7 +4,6 @@ import io
 import struct
 import warnings
 
-import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -251,6 +250,7 @@ def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, suffix):
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_jpeg_2000_of_any_depth(tmp_path, bits):
     """White among it, which Pillow turns to black above 8 bits."""
+    imagecodecs = pytest.importorskip("imagecodecs")
     levels = PHOTO.copy()
     levels[:10] = 255
     most = 2**bits - 1
@@ -277,9 +277,21 @@ def test_the_profile_in_a_jpeg_2000(tmp_path):
     assert "Display P3" in notes[-1]
 
 
-def test_heic(tmp_path):
-    import pillow_heif
+@pytest.mark.parametrize("brand", [b"avif", b"mif1"])
+def test_avif_of_any_brand(tmp_path, brand):
+    """HEIC files may have the brand mif1, too."""
+    path = tmp_path / "a.avif"
+    Image.fromarray(PHOTO).save(path, quality=95)
+    data = path.read_bytes()
+    assert data[4:12] == b"ftypavif"
+    path.write_bytes(data[:8] + brand + data[12:])
+    pixels, notes = read(path)
+    assert abs(pixels - PHOTO).mean() < 6
+    assert notes == ()
 
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
     path = tmp_path / "a.heic"
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(path, quality=95)
     pixels, notes = read(path)

@@ -17,7 +17,7 @@ import refinement.polish
 from architectures import MeanScale
 from config import EarlyStop, RefineConfig, load_config
 from conftest import read_jsonl, to_x
-from experimental_inference_methods import Rounding
+from experimental_inference_methods import Temperature
 from objectives import Problem
 from passes import problem_of, refined
 from refinement.descent import Pace
@@ -167,7 +167,7 @@ def timed_refine(model, config_values, write_config, monkeypatch):
     takes(torch.optim.Adam, "step", lambda *_: next(warm, 0))
     takes(refinement.polish, "_error_and_gradient", lambda problem, *_: 0.1 * len(problem.x))
     _set_clock(monkeypatch, clock)
-    asked = {"lr": [], "rounding": []}
+    asked = {"lr": [], "temperature": []}
 
     def notes(owner, name, positions):
         real = getattr(owner, name)
@@ -179,7 +179,7 @@ def timed_refine(model, config_values, write_config, monkeypatch):
         monkeypatch.setattr(owner, name, noted)
 
     notes(RefineConfig, "lr_at", asked["lr"])
-    notes(Rounding, "at", asked["rounding"])
+    notes(Temperature, "__call__", asked["temperature"])
 
     def run(images, *overrides):
         config = load_config(write_config(config_values), RefineConfig, overrides)
@@ -211,8 +211,8 @@ def test_images_keep_their_time_polish_and_schedule(timed_refine, images, limit)
     lr = np.array(asked["lr"])
     assert (np.diff(lr) > 1).mean() > 0.9  # the first stands at 1 until the speed is known
     assert lr[0] == 0 and 950 < lr[-1] < 1000
-    # Evaluations ask once more, at the first step and at the end.
-    assert asked["rounding"][::images] == [0, *asked["lr"], 1000]
+    # Evaluations ask for theirs, and for that of their row, at the first step and at the end.
+    assert asked["temperature"] == [0, 0, *asked["lr"], 1000, 1000]
 
 
 def test_too_short_a_time_is_all_for_the_steps(timed_refine):
