@@ -11,7 +11,7 @@ import benchmarks.gpu as gpu
 from benchmark import main
 from benchmarks.gpu_bench import TOY, Bench
 from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_setting import HAS_GRAPHS, TF32, backend, photos
+from benchmarks.gpu_setting import TF32, backend, photos
 from benchmarks.gpu_speed import (
     FEWEST_STEPS,
     FLOOR,
@@ -327,7 +327,7 @@ def test_the_settings_cover_what_is_asked_and_the_most_telling_come_first():
     training = {one.loop for one in settings() if isinstance(one, TrainingStep) and one.batch == 32}
     assert training == {PLAIN, OURS}
     assert {one.loop for one in settings() if isinstance(one, Recipe)} == {"fast", "best"}
-    assert len(set(settings())) == len(settings()) - (not HAS_GRAPHS)
+    assert len(set(settings())) == len(settings())
 
 
 # --- what both share ------------------------------------------------------------------------------
