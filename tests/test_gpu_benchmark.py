@@ -63,6 +63,14 @@ def bench():
     return bench
 
 
+def test_a_wrong_checkpoint_is_one_line_and_no_figures_are_lost(run, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "gpu.json").write_text("{}")
+    code, figures, out, err = run("--device", "cpu", "--checkpoint", "absent.pth.tar")
+    assert (code, figures, out) == (2, {}, "")
+    assert err.startswith("error: ") and "absent.pth.tar" in err and err.count("\n") == 1
+
+
 def test_all_checks_pass_at_toy_size(run):
     code, figures, out, _ = run("--device", "cpu")
     checks = figures["gpu"]["checks"]
