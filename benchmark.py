@@ -86,7 +86,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("all", "refine", "training", "loader", "codec", "gpu", "measure"),
         metavar="{all,refine,training,loader,codec,gpu}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
-    add("--json", type=user_path, default="results/benchmark.json", help="where figures go")
+    add("--json", type=user_path,
+        help="where figures go (none: results/benchmark.json, or results/gpu.json)")  # fmt: skip
     add("--checkpoint", type=user_path, default=BUNDLED_WEIGHTS, metavar="WEIGHTS",
         help="the small model")  # fmt: skip
     add("--image", type=user_path, help="a picture (none: a sample photo at 768x512)")
@@ -106,6 +107,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--channels", type=int, help=argparse.SUPPRESS)
     add("--images", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    arguments.json = arguments.json or (
+        "results/gpu.json" if arguments.command == "gpu" else "results/benchmark.json"
+    )
     for option in ("image_size", "batch_size", "cycle_length", "rounds", "seconds"):
         if getattr(arguments, option) <= 0:
             raise InputError(f"--{option} {getattr(arguments, option)}: must be above 0")

@@ -314,13 +314,13 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     rounding = rounding_from_config(config)
     device = pick_device(config.device)
     refuse_cuda_graphs(config, rounding, device)
-    precision = pick_precision(config.precision, device)
+    config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
         f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish, "
-        f"{device}, {precision}"
+        f"{device}, {config.precision}"
     )
-    refiner = open_refiner(model, rounding, config, device, precision)
+    refiner = open_refiner(model, rounding, config, device)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
         start, steps = time.perf_counter(), config.tot_inference_iterations

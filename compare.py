@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from common.errors import InputError, exits_with_one_line
 from config import (
@@ -30,14 +30,18 @@ from config import (
 )
 
 # isort: split
-from common.device import pick_device
+import torch
+
+from common.device import pick_device, pick_precision
 from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks, ranks_from_environment
 from common.records import read_records
+from common.resuming import stored_precision
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from models import load_checkpoint
 from refinement.descent import cost_in_steps
+from refinement.run import RECORDS, folder_of
 from reports.compared_run import ComparedRun
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
@@ -55,7 +59,13 @@ class PlannedRun(NamedTuple):
     @property
     def folder(self) -> Path:
         """The folder of its results."""
-        return Path(self.config.output_dir) / self.config.save_name
+        return folder_of(self.config)
+
+    def in_precision(self, precision: str) -> Self:
+        """The same run; `auto` becomes this precision."""
+        if self.config.precision != "auto":
+            return self
+        return self._replace(config=self.config.model_copy(update={"precision": precision}))
 
 
 @exits_with_one_line
@@ -64,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {"quick": "a few sample photos and short schedules"}
     config = parse_command_line(CompareConfig, __doc__, argv, flags)
     runs = plan_runs(config)
-    check_inputs(config)
+    device = check_inputs(config)
     ranks = join_ranks()
+    precision = first_rank_does(ranks, lambda: precision_of_auto(runs, device))
+    runs = [run.in_precision(precision) for run in runs]
     # On the first rank: the others may read records while this one merges them.
     forecast = first_rank_does(ranks, lambda: Forecast(runs, ranks.world))
     if ranks.rank == 0:
@@ -82,16 +94,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code if page else 1
 
 
-def check_inputs(config: CompareConfig) -> None:
-    """Check now what the comparison will need only hours later.
+def check_inputs(config: CompareConfig) -> torch.device:
+    """Check now what the comparison will need only hours later; return the device.
 
     Raises:
         InputError: a checkpoint, a published curve or the device is missing or wrong.
     """
     published_curves(config.published)
-    pick_device(config.device, ranks_from_environment().local)
+    device = pick_device(config.device, ranks_from_environment().local)
     for pretrain in {model.pretrain for model in config.models}:
         load_checkpoint(pretrain)
+    return device
+
+
+def precision_of_auto(runs: Sequence[PlannedRun], device: torch.device) -> str:
+    """The one precision of all runs with `auto`: that of their results, else what is faster."""
+    folders = [run.folder for run in runs if run.config.precision == "auto"]
+    stored = [found for folder in folders if (found := stored_precision(folder, RECORDS))]
+    return pick_precision("float32" if not folders else stored[0] if stored else "auto", device)
 
 
 class Forecast:
@@ -102,7 +122,7 @@ class Forecast:
         self.has_printed_time = False
         self.passes, self.images = 0, 0
         for run in runs:
-            done = len(set().union(*map(read_records, run.folder.glob("images*.jsonl"))))
+            done = len(set().union(*map(read_records, run.folder.glob(RECORDS))))
             names = len(open_images(run.config).names)
             left = max(min(run.config.image_count, names) - done, 0)
             self.passes += left * passes_of(run.config)

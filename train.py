@@ -21,7 +21,7 @@ from config import PretrainConfig, parse_command_line
 import torch
 
 from architectures import Architecture
-from common.device import pick_device, pick_precision
+from common.device import pick_device
 from common.images import ImageFiles
 from common.processes import Ranks, StopSignal, first_rank_does, join_ranks
 from datasets import open_folder, open_training_data
@@ -30,7 +30,7 @@ from models import build_model, load_checkpoint, model_from_state_dict, prepare_
 from objectives import RateDistortion
 from pretraining.device_batches import on_device
 from pretraining.draws import Draws
-from pretraining.run import open_training_run
+from pretraining.run import open_training_run, precision_of
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
 from pretraining.training_pass import TrainingPass
 from pretraining.validation import validate
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.test:
         return test(config, ranks, device, test_images)
 
+    precision = first_rank_does(ranks, lambda: precision_of(config, device))
+    config = config.model_copy(update={"precision": precision})
     # Rank 0 comes first: it stores the index of the tfrecords, which the others then read.
     data = first_rank_does(ranks, lambda: open_training_data(config))
     run = open_training_run(config, ranks)
@@ -58,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
-    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
     network = distribute(TrainingPass(model, objective, getattr(torch, precision)), ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)

@@ -49,7 +49,7 @@ from refinement.descent import (
 from refinement.graph import graphed, refuse_cuda_graphs
 from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
-from refinement.run import Run, open_run
+from refinement.run import Run, open_run, precision_of
 from refinement.target import LambdaSearch, Start, refine_to_target
 from reports.run_report import write_run_report
 
@@ -135,14 +135,15 @@ def refine_images(
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
     refuse_cuda_graphs(config, rounding, device)
-    precision = first_rank_does(ranks, lambda: pick_precision(config.precision, device))
+    precision = first_rank_does(ranks, lambda: precision_of(config, device))
+    config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
         "weights": model.weights_hash, "N": model.N, "M": model.M,
         "precision": precision, **machine_facts(device),
     })  # fmt: skip
-    refiner = open_refiner(model, rounding, config, device, precision)
+    refiner = open_refiner(model, rounding, config, device)
 
     for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):
         waiting = [batch]
@@ -176,16 +177,9 @@ def report(run: Run) -> int:
 
 
 def open_refiner(
-    model: Architecture,
-    rounding: Rounding,
-    config: RefineConfig,
-    device: torch.device,
-    precision: str,
+    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
 ) -> "Refiner":
     """The refiner of a config; freezes the loaded model in place.
-
-    Args:
-        precision: `float32` or `bfloat16`, see `Problem`.
 
     Raises:
         InputError: the checkpoint's coding tables are broken.
@@ -198,7 +192,8 @@ def open_refiner(
         bound = bound._replace(limit=(bound.base + bound.limit) / 2)
     coder = build_coder(model) if config.writes_files else None
     frozen = freeze(model.to(device), config.coder_scales)
-    return Refiner(frozen, coder, rounding, config, bound, getattr(torch, precision))
+    precision = getattr(torch, pick_precision(config.precision, device))
+    return Refiner(frozen, coder, rounding, config, bound, precision)
 
 
 def refine_and_save(

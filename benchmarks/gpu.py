@@ -85,18 +85,20 @@ def check_gpu(device_name: str, checkpoint: str, path: Path) -> int:
         path: the JSON file with all figures.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: there is no such device here, or the checkpoint cannot be loaded.
         OSError: the file cannot be written.
     """
     try:
         device = pick_device(device_name)
     except InputError as error:
         raise InputError(f"{error}; --device cpu runs the checks at toy size") from None
+    on_gpu = device.type == "cuda"
+    bench = Bench(device, checkpoint, FULL if on_gpu else TOY)
+    bench.stock  # noqa: B018  a wrong checkpoint is refused before the file is written
     report = Report(path, device)
     facts = report.facts
     print(f"{facts['machine']}, torch {facts['torch']}, {facts['cores']} cores", flush=True)
-    on_gpu = device.type == "cuda"
-    run_checks(CHECKS, Bench(device, checkpoint, FULL if on_gpu else TOY), report)
+    run_checks(CHECKS, bench, report)
     if on_gpu:
         run_timings(settings(), Place(device, checkpoint), report)
     counts = {

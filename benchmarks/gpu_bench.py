@@ -78,10 +78,10 @@ class Bench:
 
     def refiner(self, device: torch.device, *overrides: str, precision: str = "float32") -> Refiner:
         """A refiner on a device, as fast.json and these overrides say, in a precision."""
-        given = [f"pretrain={json.dumps(self.checkpoint)}", *overrides]
+        given = [f"pretrain={json.dumps(self.checkpoint)}", f"precision={precision}", *overrides]
         config = load_config(EXAMPLES / "fast.json", RefineConfig, given)
         rounding = rounding_from_config(config)
-        return open_refiner(copy.deepcopy(self.stock), rounding, config, device, precision)
+        return open_refiner(copy.deepcopy(self.stock), rounding, config, device)
 
     def short(self, device: torch.device, *overrides: str, precision: str = "float32") -> Refiner:
         """A refiner of few steps, without polish and with evaluations at the ends only.

@@ -24,7 +24,7 @@ from benchmarks.gpu_bench import (
     refine_all,
     relative_error,
 )
-from benchmarks.gpu_setting import HAS_GRAPHS, AfterStep, Skipped, backend, photos, quietly
+from benchmarks.gpu_setting import AfterStep, Skipped, backend, photos, quietly
 from benchmarks.refinement_loops import plain_loss
 from benchmarks.variant import LMBDA
 from coding.bitstream import read_bitstream
@@ -95,9 +95,9 @@ def leaves(latents: Latents, like: Tensor) -> Latents:
     return {name: v.detach().to(like).requires_grad_() for name, v in latents.items()}
 
 
-@check("gradients of the frozen layers, in bfloat16", precision=torch.bfloat16, bound=0.1)
+@check("gradients of the frozen layers, in bfloat16", precision=torch.bfloat16, bound=0.15)
 @check("gradients of the frozen layers, in tiles", tile=TILE, bound=1e-4)
-@check("gradients of the frozen layers, TF32 on", tf32="on", bound=0.02)
+@check("gradients of the frozen layers, TF32 on", tf32="on", bound=0.03)
 @check("gradients of the frozen layers, TF32 off", bound=1e-4)
 def frozen_gradients(
     bench: Bench,
@@ -242,8 +242,6 @@ def bfloat16_loss(bench: Bench) -> Finding:
 @check("CUDA graphs, beside no graphs")
 def graphs_loss(bench: Bench) -> Finding:
     """Each step has the same noise, temperature and learning rate."""
-    if not HAS_GRAPHS:
-        raise Skipped("there is no key cuda_graphs")
     if bench.device.type == "cpu":
         raise Skipped("there are none on a CPU")
     eager, graphed = (

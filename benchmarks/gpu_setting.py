@@ -10,14 +10,12 @@ from torch import Tensor
 
 from common.images import to_tensor
 from common.progress import Progress
-from config import RefineConfig
 from datasets import sample_photos
 
 EXAMPLES = Path(__file__).parent.parent / "example_files"
 # Whether convolutions and matrix products in float32 may round their factors to TF32's 10 bits.
 TF32 = {"off": (False, False), "convolutions": (True, False), "on": (True, True)}
 TORCH_DEFAULT = "convolutions"
-HAS_GRAPHS = "cuda_graphs" in RefineConfig.model_fields
 
 
 class Skipped(Exception):  # noqa: N818  no error: there is nothing to do here

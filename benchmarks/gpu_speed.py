@@ -22,7 +22,6 @@ from torch import Tensor
 from architectures import Architecture
 from benchmarks.gpu_setting import (
     EXAMPLES,
-    HAS_GRAPHS,
     TORCH_DEFAULT,
     AfterStep,
     backend,
@@ -186,13 +185,11 @@ class RefinementStep(Setting):
     def _time_ours(self, model: Architecture, x: Tensor, place: Place, timer: StepTimer) -> None:
         values = {
             "pretrain": place.checkpoint, "tot_inference_iterations": LONG, "eval_freq": LONG,
-            "device": str(place.device),
+            "device": str(place.device), "precision": self.precision,
+            "cuda_graphs": self.loop == GRAPHS,
         }  # fmt: skip
-        if self.loop == GRAPHS:
-            values["cuda_graphs"] = True
         config = recipe_config("flexible_inference", values)
-        refiner = open_refiner(model, rounding_from_config(config), config, place.device,
-                               self.precision)  # fmt: skip
+        refiner = open_refiner(model, rounding_from_config(config), config, place.device)
         images = [LoadedImage(str(index), one) for index, one in enumerate(x)]
         with suppress(EnoughError), AfterStep(lambda steps: timer.count()) as progress:
             _, failures = refiner.refine_batch(images, progress)
@@ -291,7 +288,7 @@ def settings() -> list[Setting]:
         TrainingStep(OURS, 32, 192, tf32="on"),
         TrainingStep(PLAIN, 32, 192),
     ]
-    graphs = (("cuda_graphs", True),) if HAS_GRAPHS else ()
+    graphs = (("cuda_graphs", True),)
     recipes = [
         Recipe("fast", 1, None, "auto", images=4),
         Recipe("fast", 16, None, "auto", images=32),
@@ -312,7 +309,8 @@ def refinement_steps(N: int | None, batch: int) -> list[Setting]:
         (PLAIN, "float32", TORCH_DEFAULT),
         (OURS, "float32", "off"),
         (OURS, "bfloat16", "off"),
-        *([(GRAPHS, "float32", "off"), (GRAPHS, "bfloat16", "off")] if HAS_GRAPHS else ()),
+        (GRAPHS, "float32", "off"),
+        (GRAPHS, "bfloat16", "off"),
         (FLOOR, "float32", "off"),
         (FLOOR, "bfloat16", "off"),
         (PLAIN, "float32", "off"),

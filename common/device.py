@@ -9,8 +9,8 @@ from torch import Tensor
 
 from common.errors import InputError
 
-PROBES = 5  # of each type; the fastest counts, so the first, which is slow, does not
-CLEARLY_FASTER, HOPELESS = 0.8, 2  # times the time in float32
+PROBES = 10  # of each type; the fastest but the first counts
+CLEARLY_FASTER, HOPELESS = 0.8, 8  # times the time in float32
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -39,8 +39,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-        # By default cuDNN computes convolutions of float32 with 10 bits of mantissa.
-        torch.backends.cudnn.allow_tf32 = False
+        # Else convolutions, and in some containers matrix products, have 10 bits of mantissa.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -59,22 +59,36 @@ def is_faster_in_bfloat16(device: torch.device) -> bool:
     """Whether the device upsamples a tensor clearly faster in bfloat16 than in float32.
 
     It is measured, in less than a second. Units for bfloat16 are not enough: with AVX512_BF16 but
-    without AMX, oneDNN upsamples more slowly than in float32.
+    without AMX, oneDNN upsamples more slowly than in float32. A CPU is measured with one thread,
+    because other programs disturb several threads more.
     """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    channels = 64 if device.type == "cpu" else 192
-    with torch.no_grad():
-        v = torch.ones(1, channels, 32, 48, device=device).to(memory_format=torch.channels_last)
-        weight = torch.ones(channels, channels, 5, 5, device=device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        v, weight = _probe_of(device)
         for probe in range(PROBES):
             for dtype, seconds in times.items():
-                seconds.append(_upsampling_seconds(v.to(dtype), weight.to(dtype)))
-            fastest, in_bfloat16 = (min(seconds) for seconds in times.values())
-            if probe and in_bfloat16 > HOPELESS * fastest:
+                took = _upsampling_seconds(v.to(dtype), weight.to(dtype))
+                if probe:  # the first is slow
+                    seconds.append(took)
+            if probe and min(times[torch.bfloat16]) > HOPELESS * min(times[torch.float32]):
                 break
-    return in_bfloat16 < CLEARLY_FASTER * fastest
+    finally:
+        torch.set_num_threads(threads)
+    return min(times[torch.bfloat16]) < CLEARLY_FASTER * min(times[torch.float32])
 
 
+def _probe_of(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A tensor [1, C, 32, 48] and a weight [C, C, 5, 5], large enough for the device."""
+    channels = 64 if device.type == "cpu" else 192
+    v = torch.ones(1, channels, 32, 48, device=device).to(memory_format=torch.channels_last)
+    return v, torch.ones(channels, channels, 5, 5, device=device)
+
+
+@torch.no_grad()
 def _upsampling_seconds(v: Tensor, weight: Tensor) -> float:
     """The seconds of a transposed convolution like the decoder's, v [1, C, h, w]."""
     if v.device.type == "cuda":

@@ -1,7 +1,8 @@
 """Checks before a run is resumed in a folder that has results already."""
 
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import InputError
@@ -58,6 +59,20 @@ def _differences(before: Record, now: Record, prefix: str = "") -> list[str]:
         elif old != new:
             found.append(f"{prefix}{key} ({old!r} then, {new!r} now)")
     return found
+
+
+def stored_precision(folder: Path, results: str) -> str | None:
+    """The precision that the results in a folder were computed in; None if there are none.
+
+    Args:
+        results: the pattern of the results' files.
+    """
+    if not any(file.stat().st_size for file in folder.glob(results)):
+        return None
+    with suppress(OSError, ValueError):  # whoever reads the file next says what is wrong
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("precision")
+        return stored if stored in ("float32", "bfloat16") else None
+    return None
 
 
 def remove_leftovers(folder: Path, patterns: Sequence[str] = ("*",)) -> None:

@@ -16,9 +16,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from architectures import Architecture
+from common.device import pick_precision
 from common.errors import InputError
 from common.files import write_whole
 from common.logs import log, open_tracker, start_logging
@@ -26,7 +28,13 @@ from common.numbers import rounded
 from common.processes import Ranks, first_rank_does, gather
 from common.progress import progress_bar
 from common.records import Record, finite, read_metrics, write_json, write_records
-from common.resuming import ANOTHER_RUN, config_file_of, refuse_another_config, remove_leftovers
+from common.resuming import (
+    ANOTHER_RUN,
+    config_file_of,
+    refuse_another_config,
+    remove_leftovers,
+    stored_precision,
+)
 from common.weights import read_checkpoint
 from config import PretrainConfig, load_config, resolved
 from models import load_checkpoint, save_checkpoint, save_weights
@@ -43,6 +51,19 @@ FREE_KEYS = frozenset((
 NAMED_SKIPS = 100
 
 
+def folder_of(config: PretrainConfig) -> Path:
+    """The folder of a training."""
+    return Path(config.output_dir) / config.save_name
+
+
+def precision_of(config: PretrainConfig, device: torch.device) -> str:
+    """The precision of a run: `auto` is that of the checkpoints there, else what is faster."""
+    name: str = config.precision
+    if name == "auto":
+        name = stored_precision(folder_of(config), "iter_*.pth.tar") or name
+    return pick_precision(name, device)
+
+
 def open_training_run(config: PretrainConfig, ranks: Ranks) -> "TrainingRun":
     """Open the run's folder, `output_dir/save_name`, new or to be resumed, and start its log.
 
@@ -53,7 +74,7 @@ def open_training_run(config: PretrainConfig, ranks: Ranks) -> "TrainingRun":
             another config; or, with `test`, there is nothing to test.
         OSError: the folder cannot be written.
     """
-    folder = Path(config.output_dir) / config.save_name
+    folder = folder_of(config)
     first_rank_does(ranks, lambda: _prepare_folder(folder, config))
     start_logging(folder / "log.txt")
     return TrainingRun(folder, config, ranks)

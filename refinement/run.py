@@ -19,9 +19,11 @@ from uuid import uuid4
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from coding.bitstream import SUFFIX, read_bitstream
+from common.device import pick_precision
 from common.errors import InputError, reason_of
 from common.files import write_whole
 from common.images import Images, LoadedImage, save_picture
@@ -42,19 +44,39 @@ from common.records import (
     write_json,
     write_records,
 )
-from common.resuming import ANOTHER_RUN, config_file_of, refuse_another_config, remove_leftovers
+from common.resuming import (
+    ANOTHER_RUN,
+    config_file_of,
+    refuse_another_config,
+    remove_leftovers,
+    stored_precision,
+)
 from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
 
 # Keys that may differ when a run is resumed, because they change results by float rounding at most.
-# Another device or precision changes more, so `_refuse_other_facts` compares those of the records.
+# Another device changes more, so `_refuse_other_facts` compares the devices of the records.
 FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
-    "batch_size", "tracker", "device", "max_memory_gb", "precision", "cuda_graphs",
+    "batch_size", "tracker", "device", "max_memory_gb", "cuda_graphs",
 ))  # fmt: skip
+RECORDS = "images*.jsonl"  # of one process or of each rank
 # The facts of a run that must be the same for all its images, and those that each record repeats.
-DECISIVE_FACTS = ("weights", "device", "precision")
-RECORDED_FACTS = ("method", "params", *DECISIVE_FACTS)
+DECISIVE_FACTS = ("weights", "device")
+RECORDED_FACTS = ("method", "params", "precision", *DECISIVE_FACTS)
+
+
+def folder_of(config: RefineConfig) -> Path:
+    """The folder of a run."""
+    return Path(config.output_dir) / config.save_name
+
+
+def precision_of(config: RefineConfig, device: torch.device) -> str:
+    """The precision of a run: `auto` is that of the results in its folder, else what is faster."""
+    name: str = config.precision
+    if name == "auto":
+        name = stored_precision(folder_of(config), RECORDS) or name
+    return pick_precision(name, device)
 
 
 def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) -> "Run":
@@ -74,7 +96,7 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
         OSError: a file cannot be written.
         ConnectionError: another process has ended.
     """
-    folder = Path(config.output_dir) / config.save_name
+    folder = folder_of(config)
     names = images.names[: config.image_count]
     hosts = host_names(ranks)
     refuse_other_input(ranks, hosts, {
@@ -316,7 +338,7 @@ def _hyper_parameters(facts: Record) -> str:
 def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
     """Make the folder, or check that this run may resume in it, and drop unfinished files."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [file for file in folder.glob("images*.jsonl") if file.stat().st_size]
+    files = [file for file in folder.glob(RECORDS) if file.stat().st_size]
     if files and not config.resume:
         count = sum(len(read_records(file)) for file in files)
         raise InputError(
@@ -327,9 +349,7 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
     if records:
         before = _stored_config(folder, config)
         refuse_another_config(folder, before, resolved(config), FREE_KEYS)
-        # The records of older runs do not have their precision.
-        record = {"precision": before["precision"], **next(iter(records.values()))}
-        _refuse_other_facts(folder, record, facts)
+        _refuse_other_facts(folder, next(iter(records.values())), facts)
     kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
 
@@ -346,12 +366,11 @@ def _stored_config(folder: Path, config: RefineConfig) -> Record:
 
 
 def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:
-    remedies = {"precision": f'set "precision": "{record["precision"]}", '}
     for key in DECISIVE_FACTS:
         if record.get(key) != facts[key]:
             raise InputError(
                 f"{folder}: cannot resume, its results were made with other {key} "
-                f"({record.get(key)} then, {facts[key]} now); {remedies.get(key, '')}{ANOTHER_RUN}"
+                f"({record.get(key)} then, {facts[key]} now); {ANOTHER_RUN}"
             )
 
 

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from rounding.noise import Source
+from common.errors import InputError
+from rounding.noise import ImageGenerators, Source
 from rounding.registry import METHODS, PYTHON_NAMES, bind_params, find_method
 from rounding.temperature import Tau, Temperature
 from schemas.refine import RefineConfig
@@ -45,7 +46,10 @@ class Rounding:
         return True
 
     def __call__(self, v: Tensor, tau: Tau, source: Source = None) -> Tensor:
-        """The relaxed rounding of centred latents v, any shape, at temperature tau in [0, 1]."""
+        """The relaxed rounding of centred latents v at temperature tau in [0, 1].
+
+        v may have any shape, but [B, C, h, w] if the source is `ImageGenerators`.
+        """
         return self.sample(v, tau, source, **self.params)
 
     def at(self, step: float, source: Source = None) -> Callable[[Tensor], Tensor]:
@@ -89,7 +93,8 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
     method ignores those that it does not have. It must have all those of `rounding_params`.
 
     Raises:
-        InputError: an unknown method, function or temperature schedule, or a wrong hyper-parameter.
+        InputError: an unknown method, function or temperature schedule, a wrong hyper-parameter, or
+            a method that hands its source of noise to torch.
     """
     options = config.dev_options
     for key in (*config.improving_methods, *options.improving_methods):
@@ -116,4 +121,18 @@ def rounding_from_config(config: RefineConfig) -> Rounding:
         for name in sorted(names)
         if method.defaults[name] not in (rounding.params[name], inspect.Parameter.empty)
     }
+    _refuse_torch_generator(rounding)
     return replace(rounding, overridden=overridden)
+
+
+def _refuse_torch_generator(rounding: Rounding) -> None:
+    """Refuse a method that hands its source of noise to torch itself."""
+    try:
+        rounding(torch.zeros(1, 1, 1, 1), 0.5, ImageGenerators((Generator(),)))
+    except TypeError as error:
+        if ImageGenerators.__name__ not in str(error):
+            raise
+        raise InputError(
+            f"{rounding.name}: torch cannot draw from its third argument, the source of noise; "
+            "hand it to uniform_noise, normal_noise or gumbel_noise of rounding/noise.py"
+        ) from None

@@ -11,7 +11,7 @@ import benchmarks.gpu as gpu
 from benchmark import main
 from benchmarks.gpu_bench import TOY, Bench
 from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_setting import HAS_GRAPHS, TF32, backend, photos
+from benchmarks.gpu_setting import TF32, backend, photos
 from benchmarks.gpu_speed import (
     FEWEST_STEPS,
     FLOOR,
@@ -61,6 +61,14 @@ def bench():
     bench = Bench(CPU, str(WEIGHTS), TOY)
     assert bench.losses_on_cpu.isfinite().all()
     return bench
+
+
+def test_a_wrong_checkpoint_is_one_line_and_no_figures_are_lost(run, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "gpu.json").write_text("{}")
+    code, figures, out, err = run("--device", "cpu", "--checkpoint", "absent.pth.tar")
+    assert (code, figures, out) == (2, {}, "")
+    assert err.startswith("error: ") and "absent.pth.tar" in err and err.count("\n") == 1
 
 
 def test_all_checks_pass_at_toy_size(run):
@@ -327,7 +335,7 @@ def test_the_settings_cover_what_is_asked_and_the_most_telling_come_first():
     training = {one.loop for one in settings() if isinstance(one, TrainingStep) and one.batch == 32}
     assert training == {PLAIN, OURS}
     assert {one.loop for one in settings() if isinstance(one, Recipe)} == {"fast", "best"}
-    assert len(set(settings())) == len(settings()) - (not HAS_GRAPHS)
+    assert len(set(settings())) == len(settings())
 
 
 # --- what both share ------------------------------------------------------------------------------

@@ -241,6 +241,18 @@ def restored_registries():
 
 
 @pytest.mark.usefixtures("restored_registries")
+def test_a_method_that_hands_its_source_to_torch_is_refused(config_values, write_config):
+    @rounding_method("of_the_test")
+    def with_torchs_noise(v, tau, generator):
+        return v + torch.empty_like(v).uniform_(-0.5, 0.5, generator=generator)
+
+    config_values["dev_options"]["improving_methods"] = {"of_the_test": True}
+    config = load_config(write_config(config_values), RefineConfig)
+    with pytest.raises(InputError, match="of_the_test: torch cannot draw from its third argument"):
+        rounding_from_config(config)
+
+
+@pytest.mark.usefixtures("restored_registries")
 def test_a_researcher_adds_a_method_in_a_few_lines(config_values, write_config):
     @rounding_method("sga_logits_3c", logits="of_the_test", candidates=nearest_three)
     def gaussian(s, *, width):
