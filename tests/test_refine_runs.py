@@ -196,7 +196,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config, c
 
 
 def test_two_processes_give_the_result_of_one(config_values, write_config):
-    values = config_values | {"tot_inference_iterations": 20, "eval_freq": 10}
+    values = config_values | {"tot_inference_iterations": 4, "eval_freq": 2}
     path = write_config(values)
     (results(values).parent.parent / "photos" / "d_broken.png").write_bytes(b"broken")
     one = start(path, "tot_batches=4")
