@@ -100,7 +100,7 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
     names = images.names[: config.image_count]
     hosts = host_names(ranks)
     refuse_other_input(ranks, hosts, {
-        "config": resolved(config), "list of images": names,
+        **resolved(config), "list of images": names,
         **{key: facts[key] for key in DECISIVE_FACTS},
     })  # fmt: skip
 
