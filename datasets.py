@@ -98,13 +98,17 @@ def open_training_data(config: PretrainConfig) -> TrainingData:
     """
     if config.train_folder:
         images = open_folder(config.train_folder, "train_folder")
-        return FolderCrops(images, config.image_size, config.batch_size, config.num_workers)
+        return FolderCrops(
+            images, config.image_size, config.batch_size, config.num_workers,
+            config.smallest_scale,
+        )  # fmt: skip
     index = index_tfrecords(config.path_train.train_imagenet)
     if config.train_clic_imagenet:
         index = index.merged_with(clic_tfrecords(config.path_train.train_clic or None))
     return TfrecordCrops(
-        index, config.image_size, config.batch_size, config.cycle_length, config.num_workers
-    )
+        index, config.image_size, config.batch_size, config.cycle_length, config.num_workers,
+        config.smallest_scale,
+    )  # fmt: skip
 
 
 # --- CLIC 2020 through tensorflow-datasets --------------------------------------------------------

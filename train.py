@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with window.waiting():
                 batch = next(batches)
             x = batch.x.float() / 255  # [B, 3, S, S]
-            lr = config.lr.at(state.step)
+            lr = config.lr.at(state.step, config.tot_iterations)
             terms, finite = train_step(network, state, x, lr, config.lr.clip_grad)
             state.count_step(batch.position, finite)
             window.add(terms, finite)

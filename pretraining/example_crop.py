@@ -3,34 +3,45 @@
 `tf` is the module, which is imported late. Every other `Any` is one of its tensors.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def crop_of_example(
-    tf: Any, payload: Any, size: int, uniform: Any, seed: Any, is_resized: Any
-) -> tuple[Any, Any]:
+class Drawn(NamedTuple):
+    """The random numbers of a crop.
+
+    `uniform`: float32 [3], in [0, 1). The first decides the flip, the others the top and left.
+    `seed`: int64 [2], the seed of a random resized crop.
+    `scale`: float32 [] in (0, 1], the factor by which the picture is shrunk; None: by none.
+    `is_resized`: whether the crop is a random resized one; None if no file has such crops.
+    """
+
+    uniform: Any
+    seed: Any
+    scale: Any = None
+    is_resized: Any = None
+
+
+def crop_of_example(tf: Any, payload: Any, size: int, drawn: Drawn) -> tuple[Any, Any]:
     """A crop x, uint8 [S, S, 3], of a serialised Example.
 
     Args:
         payload: the Example's bytes.
         size: S.
-        uniform: float32 [3], uniform random numbers in [0, 1). The first decides the flip, the
-            others the top and left of the crop.
-        seed: int64 [2], the seed of a random resized crop.
-        is_resized: whether the crop is a random resized one; None if no file has such crops.
 
     Returns:
         x and False; zeros and True if the picture is too small.
     """
     features = {"image": tf.io.FixedLenFeature([], tf.string)}
     data = tf.io.parse_single_example(payload, features)["image"]
+    uniform, seed, scale, is_resized = drawn
 
     def window_in(shape: Any) -> tuple[Any, Any]:
-        room = tf.maximum(shape - size, 0)
+        side = size if scale is None else _side_in(tf, shape, size, scale)
+        room = tf.maximum(shape - side, 0)
         corner = tf.minimum(tf.cast(uniform[1:] * tf.cast(room + 1, tf.float32), tf.int32), room)
-        extent = tf.minimum(shape, size)
+        extent = tf.minimum(shape, side)
         if is_resized is None:
             return corner, extent
         other_corner, other_extent = _resized_window(tf, shape, seed)
@@ -49,19 +60,28 @@ def crop_of_example(
         return tf.slice(pixels, tf.pad(corner, [[0, 1]]), tf.concat([extent, [3]], axis=0))
 
     x = tf.ensure_shape(tf.cond(tf.io.is_jpeg(data), from_jpeg, from_another), [None, None, 3])
-    if is_resized is not None:
-        x = tf.cond(is_resized, lambda: _resize(tf, x, size), lambda: x)
-    nothing = tf.zeros([size, size, 3], tf.uint8)
     too_small = tf.reduce_any(tf.shape(x)[:2] < size)
+    if is_resized is not None:
+        too_small = too_small & ~is_resized
+        x = tf.cond(is_resized, lambda: _resize(tf, x, size, "bilinear"), lambda: x)
+    if scale is not None:  # a random resized crop has the right size already
+        x = _resize(tf, x, size, "bicubic")
+    nothing = tf.zeros([size, size, 3], tf.uint8)
     # Branches, for tf.where and tf.pad would take as long as the decoding.
     x = tf.cond(too_small, lambda: nothing, lambda: x)
     x = tf.cond(uniform[0] < 0.5, lambda: tf.reverse(x, [1]), lambda: x)
     return tf.ensure_shape(x, [size, size, 3]), too_small
 
 
-def _resize(tf: Any, x: Any, size: int) -> Any:
-    """Resize uint8 [H, W, 3] to uint8 [size, size, 3], bilinear, antialiased."""
-    scaled = tf.image.resize(tf.cast(x, tf.float32), [size, size], antialias=True)
+def _side_in(tf: Any, shape: Any, size: int, scale: Any) -> Any:
+    """The side in a picture of shape (H, W) of a crop that is `size` wide once it is shrunk."""
+    side = tf.cast(tf.round(size / scale), tf.int32)
+    return tf.maximum(tf.minimum(side, tf.reduce_min(shape)), size)
+
+
+def _resize(tf: Any, x: Any, size: int, method: str) -> Any:
+    """Resize uint8 [H, W, 3] to uint8 [size, size, 3], antialiased."""
+    scaled = tf.image.resize(tf.cast(x, tf.float32), [size, size], method, antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(scaled), 0, 255), tf.uint8)
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
@@ -15,11 +15,18 @@ from pretraining.workers import leave_signals_to_the_main_process
 
 
 class FolderCrops:
-    """Random crops of image files, decoded by torch's data loader; needs no tensorflow."""
+    """Random crops of image files, decoded by torch's data loader; needs no tensorflow.
 
-    def __init__(self, images: ImageFiles, size: int, batch_size: int, num_workers: int = 0):
+    Each photo is first shrunk by a random factor from `smallest_scale` to 1.
+    """
+
+    def __init__(
+        self, images: ImageFiles, size: int, batch_size: int, num_workers: int = 0,
+        smallest_scale: float = 1.0,
+    ):  # fmt: skip
         self.images = images
         self.size = size
+        self.smallest_scale = smallest_scale
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.count = len(images)
@@ -33,8 +40,8 @@ class FolderCrops:
             InputError: no image gives a crop.
         """
         loader = DataLoader(
-            _DrawnCrops(self.images, self.size, draws.seed), batch_size=None,
-            sampler=_EndlessSampler(draws), num_workers=self.num_workers,
+            _DrawnCrops(self.images, self.size, self.smallest_scale, draws.seed),
+            batch_size=None, sampler=_EndlessSampler(draws), num_workers=self.num_workers,
             collate_fn=as_it_is, worker_init_fn=leave_signals_to_the_main_process,
             # A loader draws from the global generator by default, which would change the noise.
             generator=torch.Generator(),
@@ -66,9 +73,10 @@ class _EndlessSampler:
 class _DrawnCrops(Dataset):
     """Item g: (g, the image's name, its crop uint8 [S, S, 3] or None, what is wrong or None)."""
 
-    def __init__(self, images: ImageFiles, size: int, seed: int):
+    def __init__(self, images: ImageFiles, size: int, smallest_scale: float, seed: int):
         self.images = images
         self.size = size
+        self.smallest_scale = smallest_scale
         self.seed = seed
 
     def __getitem__(self, g: int) -> tuple[int, str, np.ndarray | None, str | None]:
@@ -82,12 +90,22 @@ class _DrawnCrops(Dataset):
         if min(picture.size) < self.size:
             return g, name, None, TOO_SMALL
         rng = np.random.default_rng((self.seed, g))
-        left = int(rng.integers(picture.width - self.size + 1))
-        top = int(rng.integers(picture.height - self.size + 1))
-        crop = picture.crop((left, top, left + self.size, top + self.size))
+        side = self._side_in(picture, rng)
+        left = int(rng.integers(picture.width - side + 1))
+        top = int(rng.integers(picture.height - side + 1))
+        crop = picture.crop((left, top, left + side, top + side))
+        if side > self.size:  # shrinking the crop alone is as good as shrinking the photo
+            crop = crop.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if rng.random() < 0.5:
             crop = ImageOps.mirror(crop)
         return g, name, np.array(crop), None
+
+    def _side_in(self, picture: Image.Image, rng: np.random.Generator) -> int:
+        """The side in the picture of a crop that is S pixels wide once it is shrunk."""
+        if self.smallest_scale == 1:
+            return self.size
+        side = round(self.size / rng.uniform(self.smallest_scale, 1))
+        return min(side, *picture.size)
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ import torch
 from common.errors import InputError
 from common.optional_packages import import_tensorflow, require_package
 from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, no_crop_message
-from pretraining.example_crop import crop_of_example
+from pretraining.example_crop import Drawn, crop_of_example
 from pretraining.tfrecord_index import TfrecordIndex, epoch_order, read_payload
 
 
@@ -19,7 +19,8 @@ class TfrecordCrops:
     """Random crops of tfrecords, read and decoded by tf.data in parallel.
 
     The bytes feature `image` of an example is an encoded picture. Of a JPEG only the crop is
-    decoded. Files that the index calls `resized` get torchvision's RandomResizedCrop.
+    decoded. Files that the index calls `resized` get torchvision's RandomResizedCrop. Pictures of
+    the others are first shrunk by a random factor from `smallest_scale` to 1.
 
     Raises:
         InputError: tensorflow is not installed.
@@ -29,13 +30,14 @@ class TfrecordCrops:
 
     def __init__(
         self, index: TfrecordIndex, size: int, batch_size: int, cycle_length: int,
-        num_workers: int = 0,
+        num_workers: int = 0, smallest_scale: float = 1.0,
     ):  # fmt: skip
         require_package("tensorflow", "tfrecords")
         self.index = index
         self.size = size
         self.batch_size = batch_size
         self.cycle_length = cycle_length
+        self.smallest_scale = smallest_scale
         self.parallel = num_workers or os.cpu_count() or 1
         self.count = index.count
         self.name = f"records in {len(index.files)} files"
@@ -136,14 +138,18 @@ class _Pipeline:
         """This rank's k draws of an epoch.
 
         Returns:
-            g, example and file of each, int64 [k, 3]; its uniform random numbers, float32 [k, 3].
+            g, example and file of each, int64 [k, 3]; its uniform random numbers, float32 [k, 3],
+            and the factor that shrinks its picture, float32 [k, 1], side by side.
         """
         index, draws, count = self.data.index, self.draws, self.data.count
         g = np.arange(count, dtype=np.int64) + epoch * count
         mine = (g % draws.world == draws.rank) & (g >= draws.position * draws.world)
         order = self._order(int(epoch))[mine]
         uniform = np.random.default_rng((draws.seed, int(epoch), 1)).random((count, 3), np.float32)
-        return np.stack((g[mine], order, index.file[order]), axis=1), uniform[mine]
+        rng = np.random.default_rng((draws.seed, int(epoch), 2))
+        scale = rng.uniform(self.data.smallest_scale, 1, (count, 1)).astype(np.float32)
+        numbers = np.concatenate((uniform, scale), axis=1)
+        return np.stack((g[mine], order, index.file[order]), axis=1), numbers[mine]
 
     def _crops(self, epochs: Any) -> Any:
         """The usable draws of `epochs` as a Dataset: x, uint8 [S, S, 3], and g of each."""
@@ -153,16 +159,18 @@ class _Pipeline:
             return tf.numpy_function(self._still_readable, [epoch], tf.bool)
 
         def rows_of(epoch: Any) -> Any:
-            rows, uniform = tf.numpy_function(self._epoch_table, [epoch], (tf.int64, tf.float32))
-            table = tf.ensure_shape(rows, [None, 3]), tf.ensure_shape(uniform, [None, 3])
+            rows, numbers = tf.numpy_function(self._epoch_table, [epoch], (tf.int64, tf.float32))
+            table = tf.ensure_shape(rows, [None, 3]), tf.ensure_shape(numbers, [None, 4])
             return tf.data.Dataset.from_tensor_slices(table)
 
-        def crop(row: Any, uniform: Any) -> Any:
+        def crop(row: Any, numbers: Any) -> Any:
             g, example, file = tf.unstack(row, num=3)
             payload = tf.ensure_shape(tf.numpy_function(self._read, [example], tf.string), [])
             seed = tf.stack([tf.constant(self.draws.seed, tf.int64), g])
             is_resized = None if self._resized is None else self._resized[file]
-            return *crop_of_example(tf, payload, data.size, uniform, seed, is_resized), g
+            scale = numbers[3] if data.smallest_scale < 1 else None
+            drawn = Drawn(numbers[:3], seed, scale, is_resized)
+            return *crop_of_example(tf, payload, data.size, drawn), g
 
         def big_enough(x: Any, too_small: Any, g: Any) -> Any:
             return tf.cond(

@@ -1,5 +1,6 @@
 """The schema of the config of `train.py`."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -37,11 +38,22 @@ class LearningRate(Section):
     """The steps between two decays."""
     warmup_step: Index = 1000
     """The steps of the warm-up, in which the rate rises linearly to `base`."""
+    schedule: Literal["decay", "cosine"] = "decay"
+    """+ `decay`: the rate falls by the two keys above. `cosine`: it falls along half a cosine, to 0
+    at `tot_iterations`."""
 
-    def at(self, step: int) -> float:
-        """The learning rate of step `step` (0 is the first)."""
+    def at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` (0 is the first) in a training of `steps` steps."""
         warm = min(1.0, (step + 1) / max(self.warmup_step, 1))
+        if self.schedule == "cosine":
+            return self.base * warm * (1 + math.cos(math.pi * step / steps)) / 2
         return self.base * warm * self.decay ** (step // self.decay_interval)
+
+    @model_validator(mode="after")
+    def _falls_in_one_way(self) -> "LearningRate":
+        if self.schedule == "cosine" and self.decay < 1:
+            raise ValueError("decay is for the schedule decay; with cosine leave it out")
+        return self
 
 
 class PretrainPaths(Section):
@@ -71,6 +83,10 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     """The steps between two checkpoints, and between two tests on `path_test_data`."""
     image_size: Annotated[int, Field(ge=64, multiple_of=64)] = 256
     """The side of the crops in pixels. Smaller images are skipped and counted."""
+    smallest_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """+ Each crop is taken from a photo shrunk by a random factor from this one to 1, which removes
+    a JPEG's own artefacts. A photo is not shrunk below the size of the crop. 1: nothing is shrunk.
+    CLIC's crops are always resized, as published."""
     seed: TorchSeed = 0
     """The seed of the weights, the crops and the noise."""
     test: bool = False

@@ -43,10 +43,10 @@ def write_tfrecord(path, images):
             writer.write(example.SerializeToString())
 
 
-def draw(source, count, draws=FIRST_DRAWS, batch_size=1, num_workers=0):
+def draw(source, count, draws=FIRST_DRAWS, batch_size=1, num_workers=0, smallest_scale=1.0):
     """`count` batches of tfrecords, and what was skipped."""
     skipped = {}
-    data = TfrecordCrops(index_tfrecords(source), SIZE, batch_size, 2, num_workers)
+    data = TfrecordCrops(index_tfrecords(source), SIZE, batch_size, 2, num_workers, smallest_scale)
     batches = data.batches(draws, skipped.__setitem__)
     drawn = [next(batches) for _ in range(count)]
     batches.close()
@@ -65,6 +65,16 @@ def is_crop(x, number):
     left, top = pixels[0, 0, :2]
     whole = picture(number)
     return np.array_equal(pixels, whole[top : top + SIZE, left : left + SIZE])
+
+
+def shrunk_by(x):
+    """By how much the picture of a crop x, uint8 [3, S, S], was shrunk, along x and y.
+
+    From pixel to pixel red or green grow by that, once x is not mirrored.
+    """
+    values = x.int()
+    width, height = abs(values[0, 0, -9] - values[0, 0, 8]), values[1, -9, 0] - values[1, 8, 0]
+    return [float(extent) / (SIZE - 17) for extent in (width, height)]
 
 
 def convert(images, out, shards=2):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from pydantic import ValidationError
 
 from architectures.distributions import FactorizedPrior
 from common.processes import Ranks
@@ -16,6 +17,7 @@ from objectives import RateDistortion
 from pretraining.step import TrainingState, build_optimizers, train_step
 from pretraining.training_pass import TrainingPass
 from pretraining.window import Window
+from schemas.pretrain import LearningRate
 from trainings import assert_same
 
 ALONE = Ranks(0, 1, 0)
@@ -151,8 +153,17 @@ def test_learning_rates_warm_up_and_decay():
         train_lambda=0.01, save_name="x", train_folder="x",
         lr={"base": 1.0, "warmup_step": 4, "decay": 0.1, "decay_interval": 10},
     ).lr  # fmt: skip
-    rates = [lr.at(step) for step in (0, 1, 3, 4, 9, 10, 19, 20)]
+    rates = [lr.at(step, 30) for step in (0, 1, 3, 4, 9, 10, 19, 20)]
     assert rates == pytest.approx([0.25, 0.5, 1, 1, 1, 0.1, 0.1, 0.01])
+
+
+def test_learning_rates_fall_to_zero_along_half_a_cosine():
+    lr = LearningRate(base=2.0, warmup_step=2, schedule="cosine")
+    rates = [lr.at(step, 12) for step in (0, 3, 4, 6, 8, 9, 12)]
+    root = math.sqrt(0.5)
+    assert rates == pytest.approx([1, 1 + root, 1.5, 1, 0.5, 1 - root, 0], abs=1e-12)
+    with pytest.raises(ValidationError, match="decay is for the schedule decay"):
+        LearningRate(schedule="cosine", decay=0.5)
 
 
 def test_a_window_averages_over_its_good_steps():

@@ -2,9 +2,11 @@
 
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
 from PIL import Image
 
@@ -14,7 +16,17 @@ from common.images import ImageFiles
 from common.optional_packages import import_tensorflow, import_tensorflow_datasets
 from config import PretrainConfig
 from conftest import needs
-from crops import FIRST_DRAWS, SIZE, draw, encode, is_crop, numbers_of, picture, write_tfrecord
+from crops import (
+    FIRST_DRAWS,
+    SIZE,
+    draw,
+    encode,
+    is_crop,
+    numbers_of,
+    picture,
+    shrunk_by,
+    write_tfrecord,
+)  # fmt: skip
 from datasets import clic_tfrecords, open_training_data
 from pretraining.draws import READ_FAILED, TOO_SMALL, Draws
 from pretraining.folder_crops import FolderCrops
@@ -290,10 +302,10 @@ def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, tfrecords):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def draw_files(root, count, draws=FIRST_DRAWS, num_workers=0):
+def draw_files(root, count, draws=FIRST_DRAWS, num_workers=0, smallest_scale=1.0):
     skipped = {}
     images = ImageFiles(find_images(root))
-    data = FolderCrops(images, SIZE, 1, num_workers)
+    data = FolderCrops(images, SIZE, 1, num_workers, smallest_scale)
     batches = data.batches(draws, skipped.__setitem__)
     return [next(batches) for _ in range(count)], skipped
 
@@ -327,3 +339,42 @@ def test_a_folder_s_damaged_and_small_files_are_named(numbered_folder):
         file.unlink()
     with pytest.raises(InputError, match="not one image gives a crop"):
         draw_files(numbered_folder, 1)
+
+
+# --- shrunk photos --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw_from", [draw_files, draw])
+def test_photos_are_shrunk_by_random_factors_but_not_below_the_crop(
+    tfrecords, numbered_folder, draw_from
+):
+    """The pictures are 100x90 or larger: at most 90 / 64 = 1.41 pixels become one."""
+    source = tfrecords if draw_from is draw else numbered_folder
+    drawn, skipped = draw_from(source, 60, smallest_scale=0.5)
+    factors = np.array([shrunk_by(batch.x[0]) for batch in drawn])
+    assert factors.min() > 0.97
+    assert factors.max() < 90 / 64 + 0.03
+    assert np.allclose(factors[:, 0], factors[:, 1], atol=0.05)
+    assert ((factors > 1.05) & (factors < 1.35)).any(1).sum() > 10
+    assert all(batch.x[0, 2].unique().numel() == 1 for batch in drawn)
+    again, _ = draw_from(source, 60, smallest_scale=0.5)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(drawn, again, strict=True))
+    assert not skipped
+
+
+def test_folders_and_tfrecords_shrink_alike(tmp_path):
+    """Pillow's and tensorflow's bicubic filters agree on a photo's centre to a few levels."""
+    astronaut = Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png")
+    photo = astronaut.convert("RGB").crop((0, 0, 128, 128))
+    (tmp_path / "files").mkdir()
+    photo.save(tmp_path / "files" / "a.png")
+    write_tfrecord(tmp_path / "a.tfrecord", [encode(photo)])
+    expected = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=int)
+    # Of 60 draws from 0.5, some take (nearly) the whole photo.
+    for drawn, _ in (
+        draw_files(tmp_path / "files", 60, smallest_scale=0.01),
+        draw(tmp_path / "a.tfrecord", 60, smallest_scale=0.01),
+    ):
+        crops = [batch.x[0].permute(1, 2, 0).numpy().astype(int) for batch in drawn]
+        whole = [min(abs(x - expected).max(), abs(x[:, ::-1] - expected).max()) for x in crops]
+        assert sum(error <= 1 for error in whole) > 20
