@@ -70,6 +70,24 @@ def test_compressai_decodes_multiples_of_64_to_the_same_picture(coder, size):
     assert torch.equal(theirs["x_hat"], decode_picture(coder, data))
 
 
+@pytest.mark.parametrize("photo", ["astronaut", "chelsea", "coffee"])
+def test_the_memory_format_of_latents_changes_no_file(coder, photo):
+    """A network in channels-last memory gives such latents; h_s of them has other last bits."""
+    pixels = getattr(skimage.data, photo)()
+    height, width = (side // 64 * 64 for side in pixels.shape[:2])
+    x = to_x(pixels[:height, :width])
+    symbols = symbols_of(coder.model, x)
+    files = {
+        encode_latents(
+            coder,
+            {name: v.contiguous(memory_format=form) for name, v in symbols.items()},
+            (height, width),
+        )
+        for form in (torch.contiguous_format, torch.channels_last)
+    }
+    assert len(files) == 1
+
+
 def test_compressai_s_own_strings_are_the_ones_in_the_file(coder):
     x = to_x(skimage.data.coffee()[:128, :128])
     data, _ = compress_picture(coder, x)
