@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
-from common.images import ImageFiles, UnreadableError, as_it_is
+from common.images import ImageFiles, UnreadableError
 from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, no_crop_message
 from pretraining.workers import leave_signals_to_the_main_process
 
@@ -41,25 +43,49 @@ class FolderCrops:
         """
         loader = DataLoader(
             _DrawnCrops(self.images, self.size, self.smallest_scale, draws.seed),
-            batch_size=None, sampler=_EndlessSampler(draws), num_workers=self.num_workers,
-            collate_fn=as_it_is, worker_init_fn=leave_signals_to_the_main_process,
+            batch_size=self.batch_size, sampler=_EndlessSampler(draws),
+            num_workers=self.num_workers, collate_fn=_apart_from_crops,
+            worker_init_fn=leave_signals_to_the_main_process,
             # A loader draws from the global generator by default, which would change the noise.
             generator=torch.Generator(),
         )  # fmt: skip
-        crops, failures = [], 0
-        for g, name, crop, problem in loader:
-            if problem:
-                on_skip(name, problem)
-                failures += 1
-                if failures > 20 * self.count:  # one usable image would have been drawn by now
-                    raise InputError(no_crop_message("train_folder", self.size, problem))
-                continue
-            failures = 0
-            crops.append(crop)
-            if len(crops) == self.batch_size:
-                x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # [B, 3, S, S]
-                yield Batch(x, draws.position_after(g))
-                crops = []
+        crops: list[Tensor] = []
+        failures = 0
+        for drawn, x in loader:
+            of_draw = iter(x)
+            for g, name, problem in drawn:
+                if problem:
+                    on_skip(name, problem)
+                    failures += 1
+                    if failures > 20 * self.count:  # a usable image would have been drawn by now
+                        raise InputError(no_crop_message("train_folder", self.size, problem))
+                    continue
+                failures = 0
+                crops.append(next(of_draw))
+                if len(crops) == self.batch_size:
+                    batch = torch.stack(crops).permute(0, 3, 1, 2)  # [B, 3, S, S]
+                    yield Batch(batch, draws.position_after(g))
+                    crops = []
+
+
+class _Draw(NamedTuple):
+    """A draw: its number, the image's name, and what is wrong with it, if anything."""
+
+    g: int
+    name: str
+    problem: str | None = None
+
+
+def _apart_from_crops(
+    items: list[tuple[_Draw, np.ndarray | None]],
+) -> tuple[list[_Draw], Tensor]:
+    """The draws, and the crops of those without a problem as one tensor, uint8 [k, S, S, 3].
+
+    One tensor comes out of a worker through shared memory, and quickly.
+    """
+    crops = [torch.from_numpy(crop) for _, crop in items if crop is not None]
+    x = torch.stack(crops) if crops else torch.empty(0, dtype=torch.uint8)
+    return [draw for draw, _ in items], x
 
 
 class _EndlessSampler:
@@ -71,7 +97,7 @@ class _EndlessSampler:
 
 
 class _DrawnCrops(Dataset):
-    """Item g: (g, the image's name, its crop uint8 [S, S, 3] or None, what is wrong or None)."""
+    """Item g: the draw, and its crop, uint8 [S, S, 3], unless the draw has a problem."""
 
     def __init__(self, images: ImageFiles, size: int, smallest_scale: float, seed: int):
         self.images = images
@@ -79,16 +105,16 @@ class _DrawnCrops(Dataset):
         self.smallest_scale = smallest_scale
         self.seed = seed
 
-    def __getitem__(self, g: int) -> tuple[int, str, np.ndarray | None, str | None]:
+    def __getitem__(self, g: int) -> tuple[_Draw, np.ndarray | None]:
         epoch, place = divmod(g, len(self.images))
         index = _permutation(len(self.images), self.seed, epoch)[place]
         name = self.images.names[index]
         try:
             picture = self.images.picture(int(index)).image
         except UnreadableError as error:
-            return g, name, None, f"{READ_FAILED}: {error}"
+            return _Draw(g, name, f"{READ_FAILED}: {error}"), None
         if min(picture.size) < self.size:
-            return g, name, None, TOO_SMALL
+            return _Draw(g, name, TOO_SMALL), None
         rng = np.random.default_rng((self.seed, g))
         side = self._side_in(picture, rng)
         left = int(rng.integers(picture.width - side + 1))
@@ -98,7 +124,7 @@ class _DrawnCrops(Dataset):
             crop = crop.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if rng.random() < 0.5:
             crop = ImageOps.mirror(crop)
-        return g, name, np.array(crop), None
+        return _Draw(g, name), np.array(crop)
 
     def _side_in(self, picture: Image.Image, rng: np.random.Generator) -> int:
         """The side in the picture of a crop that is S pixels wide once it is shrunk."""

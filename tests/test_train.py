@@ -251,7 +251,7 @@ def test_a_test_alone_leaves_the_run_as_it_is(train_on, train_values):
 def test_a_signal_saves_and_ends_cleanly(train_on, train_values, write_config, number, workers):
     """Sent to the whole group, workers included, as a terminal or a scheduler does."""
     train_values |= {"tot_iterations": 100_000, "print_freq": 1, "path_test_data": "",
-               "num_workers": workers}  # fmt: skip
+               "save_model_freq": 100_000, "num_workers": workers}  # fmt: skip
     config = write_config(train_values, "long.json")
     process = subprocess.Popen(
         [sys.executable, "train.py", "--config", str(config)], cwd=ROOT,
