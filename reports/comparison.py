@@ -6,6 +6,7 @@ results/<save_name>/
     bd.csv                   Bjontegaard deltas to the anchor, per image and of the mean curve
     images.csv, codecs.csv   every image of every run; every image by classical codecs
     curves.csv               the points of the rate-distortion curves
+    equal_rate.csv           what codecs and published curves reach at the rates of these points
     compressai/              the same points in the layout that CompressAI's plot tool reads
     *.png, *.svg             the plots
 """
@@ -45,7 +46,8 @@ from reports.comparison_tables import (
     rows_of_shared_images,
 )
 from reports.details import details_of
-from reports.page import markdown, write_page
+from reports.equal_rate import equal_rate_cells, equal_rate_table
+from reports.page import markdown, markdown_of, write_page
 
 
 # pyarrow's strings refuse names that are no text.
@@ -79,11 +81,12 @@ def write_report(
     table, points = method_table(shared, config), curve_points(shared, config)
     bd = bd_table(points, config)
     codecs = codec_table(images, _names_of_all_models(shared), config.codecs, folder / "codecs.csv")
-    curves = pd.concat([
-        mean_points(points), codec_curves(codecs), published_curves(config.published)
-    ])  # fmt: skip
+    published = published_curves(config.published)
+    curves = pd.concat([mean_points(points), codec_curves(codecs), published])
+    beside = equal_rate_table(points, codecs, published)
     tables = {"images": rows, "table": table, "bd": bd, "curves": curves}
-    _write_tables(folder, tables | ({"codecs": codecs} if len(codecs) else {}))
+    others = {"codecs": codecs, "equal_rate": beside}
+    _write_tables(folder, tables | {key: values for key, values in others.items() if len(values)})
     text = markdown(table)
     write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
     write_for_compressai(folder, points)
@@ -92,7 +95,10 @@ def write_report(
     }
     plots = all_plots(config, runs, refine_config, images, curves, names)
     pictures = _write_plots(folder, plots)
-    page = write_page(folder / "report.html", config, shared, table, bd, pictures)
+    shown = {"table": table, "bd": bd, "equal_rate": beside}
+    page = write_page(folder / "report.html", config, shared, shown, pictures)
+    if len(beside):
+        text += "\n" + markdown_of(*equal_rate_cells(beside))
     print(f"\n{text}\ntables:   {folder}\nreport:   {page}")
     return page
 

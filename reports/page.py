@@ -12,11 +12,16 @@ import pandas as pd
 from common.files import write_whole
 from config import CompareConfig
 from reports.comparison_tables import half_interval
+from reports.equal_rate import equal_rate_cells
 
 
 def markdown(table: pd.DataFrame) -> str:
     """The table of `method_table` as Markdown; the lowest loss of each model is bold."""
-    heads, rows = table_cells(table)
+    return markdown_of(*table_cells(table))
+
+
+def markdown_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts as Markdown."""
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for cells in rows:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -134,23 +139,23 @@ def write_page(
     path: Path,
     config: CompareConfig,
     images: pd.DataFrame,
-    table: pd.DataFrame,
-    bd: pd.DataFrame,
+    tables: dict[str, pd.DataFrame],
     pictures: dict[str, bytes],
 ) -> Path:
     """Write the report as one HTML file that opens without a network.
 
     Args:
         images: the table of `rows_of_shared_images`.
-        table, bd: the tables of `method_table` and `bd_table`.
+        tables: `table`, `bd` and `equal_rate`, of `method_table`, `bd_table` and
+            `equal_rate_table`.
         pictures: the bytes of PNG files by their plot's name, in the order of the page.
 
     Raises:
         OSError: it cannot be written.
     """
-    heads, rows = table_cells(table, "{}")
+    heads, rows = table_cells(tables["table"], "{}")
     sections = [
-        "<h2>Methods</h2>", _html_table(heads, rows, _lowest_losses(table)),
+        "<h2>Methods</h2>", _html_table(heads, rows, _lowest_losses(tables["table"])),
         '<p class="note">Changes of the true R-D loss are to ' + html.escape(config.anchor)
         + ": of the mean loss, and the mean over images of each image's change with its 95 % "
         "confidence interval over images. The lowest loss of each model is bold. A click on a "
@@ -164,7 +169,8 @@ def write_page(
             f'<img alt="{title}" src="data:image/png;base64,{picture}"></div>'
         )
         if key == "rate_distortion":
-            sections.append(_bd_section(bd, config.anchor))
+            sections.append(_equal_rate_section(tables["equal_rate"]))
+            sections.append(_bd_section(tables["bd"], config.anchor))
     kinds = " and ".join(sorted(images["rate"].unique()))
     summary = (
         f"{images['image'].nunique()} images of {config.image_set}; {len(config.methods)} methods, "
@@ -175,6 +181,17 @@ def write_page(
     text = PAGE.substitute(title=html.escape(f"Comparison {config.name}"),
                            summary=html.escape(summary), sections="\n".join(sections))  # fmt: skip
     return write_whole(path, lambda file: file.write_text(text, "utf-8", "backslashreplace"))
+
+
+def _equal_rate_section(table: pd.DataFrame) -> str:
+    """The table of `equal_rate_table`; "" if it is empty."""
+    if table.empty:
+        return ""
+    return (
+        "<h2>PSNR of others at equal rates</h2>" + _html_table(*equal_rate_cells(table), set())
+        + '<p class="note">The lead over each is in brackets. Classical codecs have the same rate '
+        "on each image; published curves have the same mean rate, perhaps on other images.</p>"
+    )  # fmt: skip
 
 
 def _bd_section(bd: pd.DataFrame, anchor: str) -> str:

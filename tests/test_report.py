@@ -35,6 +35,7 @@ from reports.comparison_tables import (
     published_curves,
 )
 from reports.details import Detail, details_of
+from reports.equal_rate import psnr_at
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -161,6 +162,49 @@ def test_deltas_are_those_of_the_images_curves(compared):
     one = images[images["model"] == "lambda 0.01"]
     reasons = bd_table(curve_points(one, config), config)["reason"]
     assert len(reasons) == 6 and reasons.str.contains("1 points: at least 3").all()
+
+
+def test_codecs_at_equal_rates_are_as_good_as_files_of_such_a_rate():
+    """A file of a quality between the settings lies near the interpolated curve."""
+    picture = Image.fromarray(skimage.data.chelsea())
+    curve = pd.DataFrame(coded_by("WebP", "cat", to_x(skimage.data.chelsea())[0]))
+    for quality in (17, 35, 55, 72):
+        file = io.BytesIO()
+        picture.save(file, "WEBP", quality=quality, method=6)
+        decoded = np.asarray(Image.open(file).convert("RGB"), dtype=float)
+        mse = ((decoded - np.asarray(picture, dtype=float)) ** 2).mean()
+        bpp = 8 * len(file.getvalue()) / (picture.width * picture.height)
+        assert psnr_at(curve, bpp) == pytest.approx(10 * math.log10(255**2 / mse), abs=0.06)
+    assert math.isnan(psnr_at(curve, 2 * curve["bpp"].max()))
+    assert math.isnan(psnr_at(curve, curve["bpp"].min() / 2))
+    assert math.isnan(psnr_at(None, 0.5))
+
+
+def test_equal_rates_are_those_of_each_image(compared):
+    """Means over the images that the codecs reach, of the CSV files of the same report."""
+    _, folder = compared
+    images, codecs = pd.read_csv(folder / "images.csv"), pd.read_csv(folder / "codecs.csv")
+    beside = pd.read_csv(folder / "equal_rate.csv").set_index(["model", "curve"])
+    assert len(beside) == 9
+    for (model, curve), row in beside.iterrows():
+        own = images[(images["model"] == model) & (images["method"] == curve)]
+        found = []
+        for _, image in own.iterrows():
+            reached = {"psnr": image["psnr"]}
+            for codec in ("JPEG", "AVIF"):
+                files = codecs[(codecs["image"] == image["image"]) & (codecs["method"] == codec)]
+                reached[codec] = psnr_at(files, image["bpp"])
+            found.append(reached)
+        means = pd.DataFrame(found).dropna()
+        assert row["images"] == len(means) > 0
+        for key in ("psnr", "JPEG", "AVIF"):
+            assert row[key] == pytest.approx(means[key].mean())
+        sga = pd.read_csv(PUBLISHED / "yang2020_sga_kodak.csv", comment="#").sort_values("bpp")
+        at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
+        assert row["SGA, Kodak"] == pytest.approx(at, abs=0.1)
+    page = (folder / "report.html").read_text()
+    assert "PSNR of others at equal rates" in page
+    assert f"({row['psnr'] - row['JPEG']:+.2f})" in page
 
 
 def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
