@@ -46,7 +46,7 @@ from refinement.descent import (
     build_optimizer,
     pace_of,
 )
-from refinement.graph import graphed, refuse_cuda_graphs
+from refinement.graph import graphed, pick_cuda_graphs
 from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run, precision_of
@@ -134,9 +134,9 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
-    refuse_cuda_graphs(config, rounding, device)
+    graphs = pick_cuda_graphs(config, rounding, device)
     precision = first_rank_does(ranks, lambda: precision_of(config, device))
-    config = config.model_copy(update={"precision": precision})
+    config = config.model_copy(update={"precision": precision, "cuda_graphs": graphs})
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,

@@ -106,14 +106,17 @@ def graphed(function: Callable[[Tensor], Result], noise: ImageNoise) -> GraphedF
     return GraphedFunction(function, CudaGraph(noise.device, noise.source.images), noise.device)
 
 
-def refuse_cuda_graphs(config: RefineConfig, rounding: Rounding, device: torch.device) -> None:
-    """Check that `cuda_graphs` can be true.
+def pick_cuda_graphs(config: RefineConfig, rounding: Rounding, device: torch.device) -> bool:
+    """Whether a refinement uses CUDA graphs: as the config says, with `auto` wherever it can.
 
     Raises:
-        InputError: there is no GPU, or the rounding method needs its temperature as a number.
+        InputError: `cuda_graphs` is true, but there is no GPU, or the rounding method needs its
+            temperature as a number.
     """
+    if config.cuda_graphs == "auto":
+        return device.type == "cuda" and rounding.takes_tensors
     if not config.cuda_graphs:
-        return
+        return False
     if device.type != "cuda":
         raise InputError(f"cuda_graphs is true, but device is {device}: it needs a GPU")
     if not rounding.takes_tensors:
@@ -121,3 +124,4 @@ def refuse_cuda_graphs(config: RefineConfig, rounding: Rounding, device: torch.d
             f"cuda_graphs is true, but {rounding.name} reads the number in its temperature or in "
             "the latents, which a graph cannot: use torch's functions there, or set it to false"
         )
+    return True

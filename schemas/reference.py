@@ -107,6 +107,8 @@ def _alternatives(kind: dict[str, Any]) -> list[str]:
     """The values of one kind: all values of an enumeration, or one phrase."""
     if "enum" in kind:
         return [f"`{value}`" for value in kind["enum"]]
+    if "const" in kind:
+        return [f"`{kind['const']}`"]
     if "$ref" in kind:
         return ["object"]
     if kind["type"] == "array":

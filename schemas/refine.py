@@ -295,9 +295,9 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     precision: Precision = "float32"
     """+ The type in which the networks compute the steps and the polish. `auto`: bfloat16 if this
     machine is faster with it, else float32. Evaluations, losses, rates and files are in float32."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["auto"] = False
     """+ Let the GPU repeat the kernels of a step without the processor. Needs a GPU, and takes up
-    to twice the memory."""
+    to twice the memory. `auto`: where there is a GPU and the rounding allows it."""
 
     @staticmethod
     def keys_for_images(path: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """CUDA graphs without a GPU: a recorded step does what the step itself does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import skimage
@@ -12,7 +13,7 @@ from conftest import to_x
 from experimental_inference_methods import METHODS, Rounding, Temperature, build_rounding
 from passes import problem_of, refined
 from pretended_gpu import PretendedGpu, RecordedGraph
-from refinement.graph import WARM_UPS, refuse_cuda_graphs
+from refinement.graph import WARM_UPS, pick_cuda_graphs
 from runs import run
 
 ID_OF = {"ids": lambda key: "-".join(filter(None, key))}
@@ -78,10 +79,16 @@ def test_a_method_that_reads_its_temperature_is_refused_for_graphs(config_values
     def cautious(v, tau, source):
         return v + tau if tau > 0.5 else v
 
-    config = load_config(write_config(config_values), RefineConfig, ["cuda_graphs=true"])
+    path, gpu = write_config(config_values), torch.device("cuda")
+    config = load_config(path, RefineConfig, ["cuda_graphs=true"])
     rounding = Rounding("cautious", None, {}, Temperature(0.1, 1.0), cautious)
     with pytest.raises(InputError, match="cuda_graphs is true, but cautious reads the number"):
-        refuse_cuda_graphs(config, rounding, torch.device("cuda"))
+        pick_cuda_graphs(config, rounding, gpu)
+    # With auto it is refined without graphs.
+    config = load_config(path, RefineConfig, ["cuda_graphs=auto"])
+    assert not pick_cuda_graphs(config, rounding, gpu)
+    assert pick_cuda_graphs(config, replace(rounding, sample=lambda v, tau, source: v + tau), gpu)
+    assert not pick_cuda_graphs(config, rounding, torch.device("cpu"))
 
 
 def test_graphs_need_a_gpu(config_values, write_config, capsys):
