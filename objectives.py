@@ -3,7 +3,7 @@
 Only this module weighs the distortion.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from architectures import Architecture, Latents, Walk
+from architectures.walk import Rounding, rounded
 from fast.tiles import tiled_error
 from metrics import bits_per_pixel
 
@@ -93,10 +94,19 @@ class Problem:
         """One problem for each image."""
         return (replace(self, x=x) for x in self.x.split(1))
 
-    def relaxed(self, latents: Latents, rounding: Callable[[Tensor], Tensor]) -> Terms:
-        """The terms after a relaxed rounding; `rounding` maps a centred latent to its own shape."""
+    def relaxed(
+        self, latents: Latents, rounding: Rounding, rates_rounding: Rounding | None = None
+    ) -> Terms:
+        """The terms after a relaxed rounding.
+
+        Args:
+            rounding: maps a centred latent to its own shape.
+            rates_rounding: another rounding, for the likelihoods alone.
+        """
         with self.in_precision():
             walk = self.model.round(latents, rounding, self.size)
+            if rates_rounding is not None:
+                walk = walk.rated_by(rounded(latents, rates_rounding))
             error, x_hat = self.squared_error(walk.y_hat)
         return self._terms(walk, error, x_hat)
 

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
-    network = distribute(TrainingPass(model, objective, getattr(torch, precision)), ranks)
+    mixed = config.quantization == "mixed"
+    network = distribute(TrainingPass(model, objective, getattr(torch, precision), mixed), ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:

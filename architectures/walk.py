@@ -11,7 +11,7 @@ in the function `value_of`, which returns the value of each group:
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -68,6 +68,10 @@ class Walk(NamedTuple):
             group.name: group.distribution.likelihood(self.values[group.name])
             for group in self.groups
         }
+
+    def rated_by(self, value_of: ValueOf) -> Self:
+        """The same walk and y_hat, but with other values, from which the likelihoods follow."""
+        return self._replace(values={group.name: value_of(group) for group in self.groups})
 
 
 def rounded(latents: Latents, rounding: Rounding) -> ValueOf:

@@ -11,6 +11,9 @@ from objectives import Problem, RateDistortion
 class TrainingPass(nn.Module):
     """A forward pass with uniform noise in place of rounding (arXiv 1809.02736).
 
+    With `mixed`, the noise is for the rates alone. h_s and g_s get rounded latents, and gradients
+    pass the rounding unchanged (arXiv 2007.08739, section 3.3).
+
     It is a module so that DistributedDataParallel can wrap the whole pass.
     """
 
@@ -19,12 +22,14 @@ class TrainingPass(nn.Module):
         model: Architecture,
         objective: RateDistortion,
         precision: torch.dtype = torch.float32,
+        mixed: bool = False,
     ):
         super().__init__()
         self.network = model.network  # registers the parameters
         self.model = model
         self.objective = objective
         self.precision = precision
+        self.roundings = (_straight_through, _add_uniform_noise) if mixed else (_add_uniform_noise,)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The scalars loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of a batch.
@@ -39,7 +44,7 @@ class TrainingPass(nn.Module):
         with torch.autocast(x.device.type, dtype=self.precision, enabled=reduced):
             latents = self.model.encode(x, self.network.g_a)
             latents = {name: v.float() for name, v in latents.items()}
-            terms = Problem(self.model, x, self.objective).relaxed(latents, _add_uniform_noise)
+            terms = Problem(self.model, x, self.objective).relaxed(latents, *self.roundings)
         return {
             "loss": terms.loss.mean(),
             "bpp": terms.bpp.mean(),
@@ -51,3 +56,7 @@ class TrainingPass(nn.Module):
 
 def _add_uniform_noise(v: Tensor) -> Tensor:
     return v + torch.empty_like(v).uniform_(-0.5, 0.5)
+
+
+def _straight_through(v: Tensor) -> Tensor:
+    return v + (v.round() - v).detach()

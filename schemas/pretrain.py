@@ -105,6 +105,9 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     train_folder: UserPath = ""
     """+ The images to train on in place of tfrecords: a folder, one file, or `sample` for the
     sample photos. `--images PATH` on the command line sets it. "": `path_train` is used."""
+    quantization: Literal["noise", "mixed"] = "noise"
+    """+ What stands for rounding: `noise`: uniform noise. `mixed`: noise for the rates alone; h_s
+    and g_s get rounded latents, as when a file is decoded (arXiv 2007.08739)."""
     optimizer: Literal["adam", "soap"] = "adam"
     """+ The optimizer of all weights but the quantiles: Adam or SOAP (arXiv 2409.11321)."""
     aux_lr: Positive = 1e-3

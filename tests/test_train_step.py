@@ -23,8 +23,12 @@ from trainings import assert_same
 ALONE = Ranks(0, 1, 0)
 
 
-def test_the_loss_is_the_paper_s_written_again(monkeypatch):
-    """bpp + lambda 255^2 MSE, with the noise that was drawn, from CompressAI's parts in float64."""
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_loss_is_the_paper_s_written_again(monkeypatch, mixed):
+    """bpp + lambda 255^2 MSE, with the noise that was drawn, from CompressAI's parts in float64.
+
+    With `mixed`, h_s and g_s get rounded latents (arXiv 2007.08739), and gradients pass rounding.
+    """
     torch.manual_seed(0)
     model = build_model(PretrainConfig(
         train_lambda=0.02, channels={"N": 8, "M": 12}, save_name="x", train_folder="x"
@@ -38,24 +42,36 @@ def test_the_loss_is_the_paper_s_written_again(monkeypatch):
         return self.copy_(noises[-1])
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
-    terms = TrainingPass(model, RateDistortion(0.02))(x)
+    with torch.no_grad():
+        model.network.entropy_bottleneck.quantiles[:, 0, 1] = 0.3  # the medians
+    training = TrainingPass(model, RateDistortion(0.02), mixed=mixed)
+    terms = training(x)
     monkeypatch.undo()
+    terms["loss"].backward()
+    ours = model.network.g_a[0].weight.grad.double()
     network, x = model.network.double(), x.double()
     y = network.g_a(x)
-    z_hat = network.h_a(y) + noises[0]
-    scales, means = network.h_s(z_hat).chunk(2, 1)
+    z = network.h_a(y)
+    z_hat = z + noises[0]
+    z_decoded = z + ((z - 0.3).round() + 0.3 - z).detach() if mixed else z_hat
+    scales, means = network.h_s(z_decoded).chunk(2, 1)
     y_hat = y + noises[1]
+    y_decoded = y + ((y - means).round() + means - y).detach() if mixed else y_hat
     normal = torch.distributions.Normal(means, scales.clamp_min(0.11))
     p_y = (normal.cdf(y_hat + 0.5) - normal.cdf(y_hat - 0.5)).clamp_min(1e-9)
     p_z = network.entropy_bottleneck._likelihood(z_hat.permute(1, 0, 2, 3).reshape(8, 1, -1))[0]
     bpp_y, bpp_z = (-p.log2().sum() / (128 * 64) for p in (p_y, p_z.clamp_min(1e-9)))
-    mse = (network.g_s(y_hat) - x).square().mean()
+    mse = (network.g_s(y_decoded) - x).square().mean()
     expected = {
         "bpp_y": bpp_y, "bpp_z": bpp_z, "bpp": bpp_y + bpp_z, "psnr": -10 * mse.log10(),
         "loss": bpp_y + bpp_z + 0.02 * 255**2 * mse, "aux_loss": network.aux_loss(),
     }  # fmt: skip
     for key, value in expected.items():
         assert terms[key].item() == pytest.approx(value.item(), rel=1e-4), key
+    network.zero_grad()
+    expected["loss"].backward()
+    theirs = network.g_a[0].weight.grad
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_prior_of_z_learns_as_compressai_s_does():
