@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from architectures.base import Architecture, architecture
@@ -53,7 +54,10 @@ class MeanScale(Architecture):
     def encode(self, x: Tensor, g_a: Callable[[Tensor], Tensor]) -> Latents:
         """See `Architecture`."""
         y = g_a(x)  # [B, M, ceil(H/16), ceil(W/16)]
-        return {"y": y, "z": self.network.h_a(y)}  # z [B, N, ceil(H/64), ceil(W/64)]
+        # Else h_a's zero padding would lie elsewhere at the lower and right border than in any
+        # training crop, and h_s would predict nonsense there.
+        padded = F.pad(y, (0, -y.size(3) % 4, 0, -y.size(2) % 4), mode="replicate")
+        return {"y": y, "z": self.network.h_a(padded)}  # z [B, N, ceil(H/64), ceil(W/64)]
 
     def walk(self, size: tuple[int, int], value_of: ValueOf) -> Tensor:
         """See `Architecture`."""

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import skimage
 import torch
@@ -46,6 +47,23 @@ def test_the_encoder_continues_odd_sizes_by_their_border(model):
     assert {name: v.shape for name, v in ours.items()} == {k: v.shape for k, v in plain.items()}
     losses = [true_terms(model, x, latents).loss.item() for latents in (ours, plain)]
     assert losses[0] < 0.9 * losses[1]
+
+
+def test_the_border_of_z_costs_no_more_than_the_rest(model):
+    """z comes from y continued to multiples of 4, as in training; else zeros would lie within."""
+    losses = []
+    for right in (16, 32, 48):
+        x = to_x(skimage.data.astronaut()[: 320 + right, : 256 + right])
+        ours = model.analyze(x)
+        y = ours["y"]
+        wider, higher = (-side % 4 for side in (y.size(3), y.size(2)))
+        last = torch.cat([y, *[y[..., -1:]] * wider], dim=3)
+        whole = torch.cat([last, *[last[:, :, -1:]] * higher], dim=2)
+        torch.testing.assert_close(ours["z"], model.network.h_a(whole), atol=1e-4, rtol=1e-4)
+        plain = {"y": y, "z": model.network.h_a(y)}
+        losses.append([true_terms(model, x, latents).bpp.item() for latents in (ours, plain)])
+    with_care, without = np.mean(losses, axis=0)
+    assert with_care < 0.995 * without
 
 
 def test_a_batch_is_its_images(model):
