@@ -185,8 +185,9 @@ def test_equal_rates_are_those_of_each_image(compared):
     _, folder = compared
     images, codecs = pd.read_csv(folder / "images.csv"), pd.read_csv(folder / "codecs.csv")
     beside = pd.read_csv(folder / "equal_rate.csv").set_index(["model", "curve"])
-    assert len(beside) == 9
-    for (model, curve), row in beside.iterrows():
+    sga = pd.read_csv(PUBLISHED / "yang2020_sga_kodak.csv", comment="#").sort_values("bpp")
+    page = (folder / "report.html").read_text()
+    for model, curve in images.groupby(["model", "method"]).groups:
         own = images[(images["model"] == model) & (images["method"] == curve)]
         found = []
         for _, image in own.iterrows():
@@ -196,15 +197,18 @@ def test_equal_rates_are_those_of_each_image(compared):
                 reached[codec] = psnr_at(files, image["bpp"])
             found.append(reached)
         means = pd.DataFrame(found).dropna()
-        assert row["images"] == len(means) > 0
+        if means.empty:  # no file of a codec is as small
+            assert (model, curve) not in beside.index
+            continue
+        row = beside.loc[(model, curve)]
+        assert row["images"] == len(means)
         for key in ("psnr", "JPEG", "AVIF"):
             assert row[key] == pytest.approx(means[key].mean())
-        sga = pd.read_csv(PUBLISHED / "yang2020_sga_kodak.csv", comment="#").sort_values("bpp")
         at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
         assert row["SGA, Kodak"] == pytest.approx(at, abs=0.1)
-    page = (folder / "report.html").read_text()
+        assert f"({row['psnr'] - row['JPEG']:+.2f})" in page
+    assert len(beside) >= 6
     assert "PSNR of others at equal rates" in page
-    assert f"({row['psnr'] - row['JPEG']:+.2f})" in page
 
 
 def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
@@ -404,7 +408,8 @@ def test_the_page_works_in_a_browser(compared, browser):
     width = browser.execute_script("return document.documentElement.clientWidth")
     # Nothing but the tables, in boxes of their own, is wider than the window.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    first, _ = browser.find_elements("tag name", "table")
+    first, *others = browser.find_elements("tag name", "table")
+    assert len(others) == 2
     heads = [head.text for head in first.find_elements("tag name", "th")]
     column = heads.index("loss")
 
