@@ -54,10 +54,11 @@ class MeanScale(Architecture):
     def encode(self, x: Tensor, g_a: Callable[[Tensor], Tensor]) -> Latents:
         """See `Architecture`."""
         y = g_a(x)  # [B, M, ceil(H/16), ceil(W/16)]
+        missing = (0, -y.size(3) % 4, 0, -y.size(2) % 4)
         # Else h_a's zero padding would lie elsewhere at the lower and right border than in any
         # training crop, and h_s would predict nonsense there.
-        padded = F.pad(y, (0, -y.size(3) % 4, 0, -y.size(2) % 4), mode="replicate")
-        return {"y": y, "z": self.network.h_a(padded)}  # z [B, N, ceil(H/64), ceil(W/64)]
+        continued = F.pad(y, missing, mode="replicate") if any(missing) else y
+        return {"y": y, "z": self.network.h_a(continued)}  # z [B, N, ceil(H/64), ceil(W/64)]
 
     def walk(self, size: tuple[int, int], value_of: ValueOf) -> Tensor:
         """See `Architecture`."""

@@ -214,8 +214,9 @@ def _checked_symbols(model: Architecture, symbols: Latents, size: tuple[int, int
     check_size(*size)
     if any(not -MAX_SYMBOL < v.min() <= v.max() < MAX_SYMBOL for v in symbols.values()):
         raise BitstreamError(f"symbols beyond +-{MAX_SYMBOL}: these are no latents of a picture")
-    # Strides choose convolutions that differ in the last bits; CompressAI's decoder has these.
-    return {name: v.int().contiguous() for name, v in symbols.items()}
+    # Strides choose convolutions that differ in the last bits, and CompressAI's decoder has these.
+    # `contiguous` would keep other strides of a side of 1.
+    return {name: torch.empty(v.shape, dtype=torch.int32).copy_(v) for name, v in symbols.items()}
 
 
 @torch.no_grad()

@@ -70,22 +70,18 @@ def test_compressai_decodes_multiples_of_64_to_the_same_picture(coder, size):
     assert torch.equal(theirs["x_hat"], decode_picture(coder, data))
 
 
-@pytest.mark.parametrize("photo", ["astronaut", "chelsea", "coffee"])
-def test_the_memory_format_of_latents_changes_no_file(coder, photo):
+def _channels_last(v):
+    """The same values with the strides of channels-last memory, also for sides of 1."""
+    return v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("photo", "size"), [("astronaut", (512, 512)), ("coffee", (384, 576))])
+def test_the_memory_format_of_latents_changes_no_file(coder, photo, size):
     """A network in channels-last memory gives such latents; h_s of them has other last bits."""
-    pixels = getattr(skimage.data, photo)()
-    height, width = (side // 64 * 64 for side in pixels.shape[:2])
-    x = to_x(pixels[:height, :width])
-    symbols = symbols_of(coder.model, x)
-    files = {
-        encode_latents(
-            coder,
-            {name: v.contiguous(memory_format=form) for name, v in symbols.items()},
-            (height, width),
-        )
-        for form in (torch.contiguous_format, torch.channels_last)
-    }
-    assert len(files) == 1
+    x = to_x(getattr(skimage.data, photo)()[: size[0], : size[1]])
+    symbols = {name: v.contiguous() for name, v in symbols_of(coder.model, x).items()}
+    strided = {name: _channels_last(v) for name, v in symbols.items()}
+    assert encode_latents(coder, symbols, size) == encode_latents(coder, strided, size)
 
 
 def test_compressai_s_own_strings_are_the_ones_in_the_file(coder):
