@@ -4,7 +4,8 @@ python train.py --config example_files/train_demo.json
 python train.py --config example_files/train_demo.json --images PHOTOS --set save_name=mine
 torchrun --nproc_per_node=2 train.py --config example_files/pretrain.json
 
-The loss is bpp + lambda * 255^2 * MSE, with uniform noise in place of rounding (arXiv 1809.02736).
+The loss is bpp + lambda * 255^2 * MSE, with uniform noise in place of rounding (arXiv 1809.02736),
+or with rounded latents for h_s and g_s (`quantization`).
 An auxiliary loss, with its own optimizer, trains the quantiles of the entropy bottleneck. The
 entropy coder's tables are made from them, and no other loss depends on them.
 """

@@ -136,13 +136,14 @@ def refine_images(
     device = pick_device(config.device, ranks.local)
     graphs = pick_cuda_graphs(config, rounding, device)
     precision = first_rank_does(ranks, lambda: precision_of(config, device))
-    config = config.model_copy(update={"precision": precision, "cuda_graphs": graphs})
+    config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
         "lmbda": None if config.target else config.lmbda,
         "weights": model.weights_hash, "N": model.N, "M": model.M,
         "precision": precision, **machine_facts(device),
     })  # fmt: skip
+    config = config.model_copy(update={"cuda_graphs": graphs})  # config.json keeps `auto`
     refiner = open_refiner(model, rounding, config, device)
 
     for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):

@@ -64,7 +64,7 @@ def crop_of_example(tf: Any, payload: Any, size: int, drawn: Drawn) -> tuple[Any
     if is_resized is not None:
         too_small = too_small & ~is_resized
         x = tf.cond(is_resized, lambda: _resize(tf, x, size, "bilinear"), lambda: x)
-    if scale is not None:  # a random resized crop has the right size already
+    if scale is not None:  # a random resized crop has its size by now, and stays as it is
         x = _resize(tf, x, size, "bicubic")
     nothing = tf.zeros([size, size, 3], tf.uint8)
     # Branches, for tf.where and tf.pad would take as long as the decoding.

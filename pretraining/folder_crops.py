@@ -39,7 +39,7 @@ class FolderCrops:
         """Endless batches, see `TrainingData`.
 
         Raises:
-            InputError: no image gives a crop.
+            InputError: no image gives a crop, or a worker died.
         """
         loader = DataLoader(
             _DrawnCrops(self.images, self.size, self.smallest_scale, draws.seed),
@@ -51,7 +51,7 @@ class FolderCrops:
         )  # fmt: skip
         crops: list[Tensor] = []
         failures = 0
-        for drawn, x in loader:
+        for drawn, x in _unless_workers_die(loader):
             of_draw = iter(x)
             for g, name, problem in drawn:
                 if problem:
@@ -66,6 +66,25 @@ class FolderCrops:
                     batch = torch.stack(crops).permute(0, 3, 1, 2)  # [B, 3, S, S]
                     yield Batch(batch, draws.position_after(g))
                     crops = []
+
+
+def _unless_workers_die(loader: DataLoader) -> Iterator[tuple[list["_Draw"], Tensor]]:
+    """The loader's items.
+
+    Raises:
+        InputError: a worker died. Its crops lie in shared memory, of which containers often have
+            little.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "DataLoader worker" not in reason:
+            raise
+        raise InputError(
+            f"num_workers = {loader.num_workers}: {reason}; is /dev/shm full? Take fewer workers "
+            "or 0, and resume"
+        ) from None
 
 
 class _Draw(NamedTuple):

@@ -94,7 +94,9 @@ def _prepare_folder(folder: Path, config: PretrainConfig) -> None:
     if has_checkpoints:
         with config_file_of(folder) as stored:
             before = resolved(load_config(stored, PretrainConfig))
-        refuse_another_config(folder, before, resolved(config), FREE_KEYS)
+        # A cosine ends at `tot_iterations`, so with another end each step has another rate.
+        free = FREE_KEYS - {"tot_iterations"} if config.lr.schedule == "cosine" else FREE_KEYS
+        refuse_another_config(folder, before, resolved(config), free)
     elif any(folder.glob("*.pth.tar*")):
         raise InputError(
             f"{folder}: holds weights, but no checkpoint that can be read; {ANOTHER_RUN}"

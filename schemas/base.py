@@ -1,8 +1,9 @@
 """What the schemas share: types of values, and the keys of the network."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from common.files import user_path
 
@@ -40,6 +41,15 @@ Index = Annotated[int, Field(ge=0)]
 TorchSeed = Annotated[int, Field(ge=0, lt=2**31)]
 Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _switch(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError(f'should be true, false or "auto", not {json.dumps(value)}')
+    return value
+
+
+Switch = Annotated[bool | Literal["auto"], BeforeValidator(_switch)]
 UserPath = Annotated[str, AfterValidator(user_path), Field(json_schema_extra={"format": "path"})]
 SAVE_NAME = r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$"
 

@@ -39,8 +39,8 @@ class LearningRate(Section):
     warmup_step: Index = 1000
     """The steps of the warm-up, in which the rate rises linearly to `base`."""
     schedule: Literal["decay", "cosine"] = "decay"
-    """+ `decay`: the rate falls by the two keys above. `cosine`: it falls along half a cosine, to 0
-    at `tot_iterations`."""
+    """+ `decay`: the rate falls by `decay` and `decay_interval`. `cosine`: it falls along half a
+    cosine, to 0 at `tot_iterations`; `decay` must be 1."""
 
     def at(self, step: int, steps: int) -> float:
         """The learning rate of step `step` (0 is the first) in a training of `steps` steps."""
@@ -52,7 +52,7 @@ class LearningRate(Section):
     @model_validator(mode="after")
     def _falls_in_one_way(self) -> "LearningRate":
         if self.schedule == "cosine" and self.decay < 1:
-            raise ValueError("decay is for the schedule decay; with cosine leave it out")
+            raise ValueError('with the schedule "cosine", decay must be 1')
         return self
 
 

@@ -17,6 +17,7 @@ from schemas.base import (
     Precision,
     ScriptConfig,
     Section,
+    Switch,
     Tracker,
     UserPath,
 )
@@ -295,7 +296,7 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     precision: Precision = "float32"
     """+ The type in which the networks compute the steps and the polish. `auto`: bfloat16 if this
     machine is faster with it, else float32. Evaluations, losses, rates and files are in float32."""
-    cuda_graphs: bool | Literal["auto"] = False
+    cuda_graphs: Switch = False
     """+ Let the GPU repeat the kernels of a step without the processor. Needs a GPU, and takes up
     to twice the memory. `auto`: where there is a GPU and the rounding allows it."""
 

@@ -140,6 +140,10 @@ WRONG = {
         ["optimizer=adam"],
         'optimizer = "adam": should be an object {...} with keys of name, lr, momentum',
     ),
+    "not a switch": (
+        ["cuda_graphs=yes"],
+        'cuda_graphs: should be true, false or "auto", not "yes"',
+    ),
     "not a boolean": (["resume=yes"], 'resume = "yes": should be true or false'),
     "not a string": (["save_name=7"], "save_name = 7: should be a string"),
     "key of another place": (["lr=1"], "unknown key 'lr': there are train_lambda, channels"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ import torch
 from PIL import Image
 
 from architectures import MeanScale
+from common.errors import InputError
+from common.finding import find_images
+from common.images import ImageFiles
 from conftest import ROOT, ends_of, free_port, launch, needs, read_jsonl, to_x
 from crops import convert
 from fast.memory import MemoryBound
@@ -23,6 +27,8 @@ from metrics import picture_quality
 from models import load_checkpoint
 from passes import true_terms
 from pretraining import validation
+from pretraining.draws import Draws
+from pretraining.folder_crops import FolderCrops
 from trainings import assert_same, checkpoint_of, folder_of
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -191,6 +197,26 @@ def test_a_resumed_run_ends_as_an_unbroken_one(train_on, train_values, optimizer
     rows = read_jsonl(folder_of(train_values) / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(2, 23, 2))
     assert [row["step"] for row in rows if row["kind"] == "test"] == [4, 5, 8, 12, 15, 16, 20, 23]
+
+
+def test_a_cosine_keeps_its_end(train_on, train_values, capsys):
+    train_values["lr"] = {"base": 1e-4, "schedule": "cosine"}
+    assert train_on(train_values, tot_iterations=3) == 0
+    assert train_on(train_values, tot_iterations=3, resume=True) == 0
+    assert train_on(train_values, tot_iterations=6, resume=True) == 2
+    assert "tot_iterations" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_named(train_values):
+    """As for want of shared memory; the kernel ends it."""
+    images = ImageFiles(find_images(train_values["train_folder"]))
+    batches = FolderCrops(images, 64, 1, num_workers=2).batches(Draws(0), lambda *_: None)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(InputError, match=r"num_workers = 2: DataLoader worker .*/dev/shm"):
+        for _ in range(100):
+            next(batches)
 
 
 @needs("tensorflow")

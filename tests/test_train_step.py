@@ -178,7 +178,7 @@ def test_learning_rates_fall_to_zero_along_half_a_cosine():
     rates = [lr.at(step, 12) for step in (0, 3, 4, 6, 8, 9, 12)]
     root = math.sqrt(0.5)
     assert rates == pytest.approx([1, 1 + root, 1.5, 1, 0.5, 1 - root, 0], abs=1e-12)
-    with pytest.raises(ValidationError, match="decay is for the schedule decay"):
+    with pytest.raises(ValidationError, match='with the schedule "cosine", decay must be 1'):
         LearningRate(schedule="cosine", decay=0.5)
 
 

@@ -302,10 +302,10 @@ def test_clic_that_cannot_be_prepared_says_what_to_do(monkeypatch, tfrecords):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def draw_files(root, count, draws=FIRST_DRAWS, num_workers=0, smallest_scale=1.0):
+def draw_files(root, count, draws=FIRST_DRAWS, num_workers=0, smallest_scale=1.0, batch_size=1):
     skipped = {}
     images = ImageFiles(find_images(root))
-    data = FolderCrops(images, SIZE, 1, num_workers, smallest_scale)
+    data = FolderCrops(images, SIZE, batch_size, num_workers, smallest_scale)
     batches = data.batches(draws, skipped.__setitem__)
     return [next(batches) for _ in range(count)], skipped
 
@@ -339,6 +339,23 @@ def test_a_folder_s_damaged_and_small_files_are_named(numbered_folder):
         file.unlink()
     with pytest.raises(InputError, match="not one image gives a crop"):
         draw_files(numbered_folder, 1)
+
+
+def test_batches_are_the_crops_one_by_one_whatever_failed_between_them(numbered_folder):
+    (numbered_folder / "broken.png").write_bytes(encode(picture(9))[:100])
+    (numbered_folder / "small.png").write_bytes(encode(picture(9, width=20)))
+    alone, _ = draw_files(numbered_folder, 24)
+    expected = torch.cat([batch.x for batch in alone])
+    for workers in (0, 2):
+        batches, skipped = draw_files(numbered_folder, 8, num_workers=workers, batch_size=3)
+        assert torch.equal(torch.cat([batch.x for batch in batches]), expected)
+        assert [batch.position for batch in batches] == [batch.position for batch in alone[2::3]]
+        assert skipped.keys() == {"broken.png", "small.png"}
+    for done in (1, 4):
+        rest, _ = draw_files(
+            numbered_folder, 8 - done, Draws(0, position=batches[done - 1].position), batch_size=3
+        )
+        assert torch.equal(torch.cat([batch.x for batch in rest]), expected[3 * done :])
 
 
 # --- shrunk photos --------------------------------------------------------------------------------
