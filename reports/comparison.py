@@ -85,8 +85,12 @@ def write_report(
     curves = pd.concat([mean_points(points), codec_curves(codecs), published])
     beside = equal_rate_table(points, codecs, published)
     tables = {"images": rows, "table": table, "bd": bd, "curves": curves}
-    others = {"codecs": codecs, "equal_rate": beside}
-    _write_tables(folder, tables | {key: values for key, values in others.items() if len(values)})
+    for key, values in {"codecs": codecs, "equal_rate": beside}.items():
+        if len(values):
+            tables[key] = values
+        else:  # an earlier comparison may have had codecs
+            (folder / f"{key}.csv").unlink(missing_ok=True)
+    _write_tables(folder, tables)
     text = markdown(table)
     write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
     write_for_compressai(folder, points)

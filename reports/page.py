@@ -189,8 +189,9 @@ def _equal_rate_section(table: pd.DataFrame) -> str:
         return ""
     return (
         "<h2>PSNR of others at equal rates</h2>" + _html_table(*equal_rate_cells(table), set())
-        + '<p class="note">The lead over each is in brackets. Classical codecs have the same rate '
-        "on each image; published curves have the same mean rate, perhaps on other images.</p>"
+        + '<p class="note">Our lead is in brackets. Codecs are compared at the rate of each image, '
+        "on the images that they reach; published curves at the mean rate, perhaps of other "
+        "images.</p>"
     )  # fmt: skip
 
 

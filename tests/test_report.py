@@ -35,7 +35,7 @@ from reports.comparison_tables import (
     published_curves,
 )
 from reports.details import Detail, details_of
-from reports.equal_rate import psnr_at
+from reports.equal_rate import equal_rate_cells, equal_rate_table, psnr_at
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -180,35 +180,53 @@ def test_codecs_at_equal_rates_are_as_good_as_files_of_such_a_rate():
     assert math.isnan(psnr_at(None, 0.5))
 
 
-def test_equal_rates_are_those_of_each_image(compared):
-    """Means over the images that the codecs reach, of the CSV files of the same report."""
+def test_leads_are_those_at_each_image_s_rate(compared):
+    """By hand, from the CSV files of the same report."""
     _, folder = compared
     images, codecs = pd.read_csv(folder / "images.csv"), pd.read_csv(folder / "codecs.csv")
     beside = pd.read_csv(folder / "equal_rate.csv").set_index(["model", "curve"])
     sga = pd.read_csv(PUBLISHED / "yang2020_sga_kodak.csv", comment="#").sort_values("bpp")
     page = (folder / "report.html").read_text()
-    for model, curve in images.groupby(["model", "method"]).groups:
-        own = images[(images["model"] == model) & (images["method"] == curve)]
-        found = []
-        for _, image in own.iterrows():
-            reached = {"psnr": image["psnr"]}
-            for codec in ("JPEG", "AVIF"):
-                files = codecs[(codecs["image"] == image["image"]) & (codecs["method"] == codec)]
-                reached[codec] = psnr_at(files, image["bpp"])
-            found.append(reached)
-        means = pd.DataFrame(found).dropna()
-        if means.empty:  # no file of a codec is as small
-            assert (model, curve) not in beside.index
-            continue
-        row = beside.loc[(model, curve)]
-        assert row["images"] == len(means)
-        for key in ("psnr", "JPEG", "AVIF"):
-            assert row[key] == pytest.approx(means[key].mean())
-        at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
-        assert row["SGA, Kodak"] == pytest.approx(at, abs=0.1)
-        assert f"({row['psnr'] - row['JPEG']:+.2f})" in page
-    assert len(beside) >= 6
     assert "PSNR of others at equal rates" in page
+    assert len(beside) == 9
+    for (model, curve), row in beside.iterrows():
+        own = images[(images["model"] == model) & (images["method"] == curve)]
+        assert (row["images"], row["psnr"]) == (len(own), pytest.approx(own["psnr"].mean()))
+        for codec in ("JPEG", "AVIF"):
+            files = codecs[codecs["method"] == codec]
+            leads = [
+                image["psnr"] - psnr_at(files[files["image"] == image["image"]], image["bpp"])
+                for _, image in own.iterrows()
+            ]
+            known = [lead for lead in leads if math.isfinite(lead)]
+            assert row[f"images of {codec}"] == len(known)
+            if known:
+                assert row[f"lead over {codec}"] == pytest.approx(np.mean(known))
+                assert f"({np.mean(known):+.2f})" in page
+        at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
+        assert row["lead over SGA, Kodak"] == pytest.approx(row["psnr"] - at, abs=0.1)
+    assert (beside["images of AVIF"] == 2).any()
+
+
+def test_a_codec_that_reaches_no_rate_hides_no_other():
+    """Neither does a curve with a column's name, nor an image that was decoded exactly."""
+    points = pd.DataFrame({
+        "model": "m", "curve": "c", "image": ["a", "b"], "bpp": [0.2, 0.4], "psnr": [31.0, 33.0]
+    })  # fmt: skip
+    files = [("WebP", "a", 0.1, 29.0), ("WebP", "a", 0.4, 33.0), ("AVIF", "a", 1.0, 40.0),
+             ("AVIF", "a", 2.0, None), ("AVIF", "b", 1.0, 40.0)]  # fmt: skip
+    codecs = pd.DataFrame(files, columns=["method", "image", "bpp", "psnr"])
+    published = pd.DataFrame({"curve": "bpp", "bpp": [0.1, 0.9], "psnr": [30.0, 30.0]})
+    table = equal_rate_table(points, codecs, published)
+    (row,) = table.to_dict("records")
+    assert (row["images"], row["bpp"], row["psnr"]) == (2, pytest.approx(0.3), 32)
+    assert (row["images of WebP"], row["lead over WebP"]) == (1, pytest.approx(0))
+    assert row["images of AVIF"] == 0
+    assert (row["images of bpp"], row["lead over bpp"]) == (2, pytest.approx(2))
+    heads, (cells,) = equal_rate_cells(table)
+    shown = dict(zip(heads[5:], cells[5:], strict=True))
+    assert shown == {"WebP": "31.00 (+0.00), of 1", "AVIF": "", "bpp": "30.00 (+2.00)"}
+    assert equal_rate_table(points, codecs.iloc[:0], pd.DataFrame()).empty
 
 
 def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
