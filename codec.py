@@ -306,16 +306,13 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     """
     # Imported here, because plain coding does not need refinement.
     from experimental_inference_methods import rounding_from_config
-    from refinement.graph import pick_cuda_graphs
     from train_flexible_inference import open_refiner
 
     model = load_checkpoint(checkpoint)
     config = recipe_config(recipe, checkpoint, lmbda, Channels(N=model.N, M=model.M))
     rounding = rounding_from_config(config)
     device = pick_device(config.device)
-    graphs = pick_cuda_graphs(config, rounding, device)
-    precision = pick_precision(config.precision, device)
-    config = config.model_copy(update={"precision": precision, "cuda_graphs": graphs})
+    config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
         f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish, "

@@ -95,7 +95,8 @@ def refine(
         objective.backward()
         return relaxed.loss.detach(), objective.detach()  # [B], scalar
 
-    compute = graphed(loss_and_gradients, noise) if config.cuda_graphs else loss_and_gradients
+    graphs = config.cuda_graphs is True  # `auto` is decided when a refiner is opened
+    compute = graphed(loss_and_gradients, noise) if graphs else loss_and_gradients
 
     def closure() -> Tensor:
         nonlocal losses
@@ -134,7 +135,7 @@ def refine_images(
     model = load_checkpoint(config.pretrain, config.channels)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
-    graphs = pick_cuda_graphs(config, rounding, device)
+    pick_cuda_graphs(config, rounding, device)  # refuses before a folder is made
     precision = first_rank_does(ranks, lambda: precision_of(config, device))
     config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
@@ -143,7 +144,6 @@ def refine_images(
         "weights": model.weights_hash, "N": model.N, "M": model.M,
         "precision": precision, **machine_facts(device),
     })  # fmt: skip
-    config = config.model_copy(update={"cuda_graphs": graphs})  # config.json keeps `auto`
     refiner = open_refiner(model, rounding, config, device)
 
     for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):
@@ -183,13 +183,15 @@ def open_refiner(
     """The refiner of a config; freezes the loaded model in place.
 
     Raises:
-        InputError: the checkpoint's coding tables are broken.
+        InputError: the checkpoint's coding tables are broken, or `cuda_graphs` cannot be true.
     """
     bound = memory_bound(
         model.N, model.M, config.max_memory_gb, device, ":" in config.device,
         2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
     )  # fmt: skip
-    if config.cuda_graphs:  # the graph keeps the memory of a step, and evaluations need their own
+    graphs = pick_cuda_graphs(config, rounding, device)
+    config = config.model_copy(update={"cuda_graphs": graphs})
+    if graphs:  # the graph keeps the memory of a step, and evaluations need their own
         bound = bound._replace(limit=(bound.base + bound.limit) / 2)
     coder = build_coder(model) if config.writes_files else None
     frozen = freeze(model.to(device), config.coder_scales)
