@@ -91,4 +91,4 @@ def _cell(row: pd.Series, other: str) -> str:
     if not images:
         return ""
     text = f"{row[f'psnr of {other}']:.2f} ({row[LEAD + other]:+.2f})"
-    return text if images == row["images"] else f"{text}, of {images:.0f}"
+    return text if images == row["images"] else f"{text}, {images:.0f} of {row['images']} images"

@@ -225,7 +225,7 @@ def test_a_codec_that_reaches_no_rate_hides_no_other():
     assert (row["images of bpp"], row["lead over bpp"]) == (2, pytest.approx(2))
     heads, (cells,) = equal_rate_cells(table)
     shown = dict(zip(heads[5:], cells[5:], strict=True))
-    assert shown == {"WebP": "31.00 (+0.00), of 1", "AVIF": "", "bpp": "30.00 (+2.00)"}
+    assert shown == {"WebP": "31.00 (+0.00), 1 of 2 images", "AVIF": "", "bpp": "30.00 (+2.00)"}
     assert equal_rate_table(points, codecs.iloc[:0], pd.DataFrame()).empty
 
 
