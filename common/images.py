@@ -17,6 +17,7 @@ from common.errors import InputError
 from common.files import printable, write_whole
 from common.finding import Found
 from common.pictures import Picture, read_picture
+from common.workers import items_of
 
 
 class LoadedImage(NamedTuple):
@@ -107,11 +108,12 @@ class ImageFiles(Dataset):
         Each of them reads one image ahead: names may be shared with processes that wait for them.
         """
         position = {name: index for index, name in enumerate(self.names)}
-        yield from DataLoader(
+        loader: DataLoader = DataLoader(
             self, batch_size=None, sampler=(position[name] for name in names),
             num_workers=num_workers, prefetch_factor=1 if num_workers else None,
             collate_fn=as_it_is, generator=torch.Generator(),
         )  # fmt: skip
+        yield from items_of(loader)
 
 
 def as_it_is(item: Any) -> Any:

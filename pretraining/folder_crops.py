@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
 from common.images import ImageFiles, UnreadableError
+from common.workers import items_of, leave_signals_to_the_main_process
 from pretraining.draws import READ_FAILED, TOO_SMALL, Batch, Draws, OnSkip, no_crop_message
-from pretraining.workers import leave_signals_to_the_main_process
 
 
 class FolderCrops:
@@ -51,7 +51,7 @@ class FolderCrops:
         )  # fmt: skip
         crops: list[Tensor] = []
         failures = 0
-        for drawn, x in _unless_workers_die(loader):
+        for drawn, x in items_of(loader):
             of_draw = iter(x)
             for g, name, problem in drawn:
                 if problem:
@@ -66,25 +66,6 @@ class FolderCrops:
                     batch = torch.stack(crops).permute(0, 3, 1, 2)  # [B, 3, S, S]
                     yield Batch(batch, draws.position_after(g))
                     crops = []
-
-
-def _unless_workers_die(loader: DataLoader) -> Iterator[tuple[list["_Draw"], Tensor]]:
-    """The loader's items.
-
-    Raises:
-        InputError: a worker died. Its crops lie in shared memory, of which containers often have
-            little.
-    """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if "DataLoader worker" not in reason:
-            raise
-        raise InputError(
-            f"num_workers = {loader.num_workers}: {reason}; is /dev/shm full? Take fewer workers "
-            "or 0, and resume"
-        ) from None
 
 
 class _Draw(NamedTuple):

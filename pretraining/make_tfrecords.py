@@ -19,8 +19,8 @@ from common.finding import find_images
 from common.images import why_unreadable
 from common.optional_packages import import_tensorflow, require_package
 from common.pictures import read_picture
+from common.workers import leave_signals_to_the_main_process
 from pretraining.tfrecord_index import stamp_of
-from pretraining.workers import leave_signals_to_the_main_process
 
 MANIFEST_NAME = "conversion.json"
 KEPT_FORMATS = frozenset(("JPEG", "MPO", "PNG"))

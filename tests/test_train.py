@@ -207,16 +207,25 @@ def test_a_cosine_keeps_its_end(train_on, train_values, capsys):
     assert "tot_iterations" in capsys.readouterr().err
 
 
-def test_a_worker_that_dies_is_named(train_values):
-    """As for want of shared memory; the kernel ends it."""
-    images = ImageFiles(find_images(train_values["train_folder"]))
-    batches = FolderCrops(images, 64, 1, num_workers=2).batches(Draws(0), lambda *_: None)
-    next(batches)
+def crops_of(images):
+    return FolderCrops(images, 64, 1, num_workers=2).batches(Draws(0), lambda *_: None)
+
+
+def pictures_of(images):
+    return images.load(images.names * 50, num_workers=2)
+
+
+@pytest.mark.parametrize("items_of", [crops_of, pictures_of])
+def test_a_worker_that_dies_is_named_where_its_next_item_is_asked_for(train_values, items_of):
+    """As for want of shared memory; the kernel ends it, maybe in the middle of a step."""
+    items = items_of(ImageFiles(find_images(train_values["train_folder"])))
+    next(items)
     for worker in multiprocessing.active_children():
         worker.kill()
+        worker.join()
     with pytest.raises(InputError, match=r"num_workers = 2: DataLoader worker .*/dev/shm"):
         for _ in range(100):
-            next(batches)
+            next(items)
 
 
 @needs("tensorflow")
