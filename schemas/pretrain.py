@@ -97,8 +97,6 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     pretrain: UserPath = ""
     """The weights to start from: a file of torch.save or safetensors, or a model of CompressAI's
     zoo (see refinement). "": random weights."""
-    grow_y: bool = False
-    """+ `pretrain` may have fewer channels of y than `channels` asks for. The others are new."""
     train_clic_imagenet: bool = True
     """Mix CLIC's train split with ImageNet, in proportion to their sizes."""
     path_train: PretrainPaths = PretrainPaths()
@@ -143,8 +141,6 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
 
     @model_validator(mode="after")
     def _has_data(self) -> "PretrainConfig":
-        if self.grow_y and not self.pretrain:
-            raise ValueError("grow_y is true, but pretrain names no model that could grow")
         if self.test and not self.path_test_data:
             raise ValueError("test is true, but path_test_data names no images to test on")
         if not self.test and not (self.train_folder or self.path_train.train_imagenet):
