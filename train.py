@@ -31,6 +31,7 @@ from models import build_model, load_checkpoint, model_from_state_dict, prepare_
 from objectives import RateDistortion
 from pretraining.device_batches import on_device
 from pretraining.draws import Draws
+from pretraining.new_y import with_new_y
 from pretraining.run import open_training_run, precision_of
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
 from pretraining.training_pass import TrainingPass
@@ -127,6 +128,8 @@ def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Ar
     """
     if checkpoint is not None:
         return model_from_state_dict(checkpoint["model_state_dict"], config.save_name)
+    if config.new_y:
+        return with_new_y(load_checkpoint(config.pretrain), config.network_channels)
     if config.pretrain:
         return load_checkpoint(config.pretrain, config.channels)
     return build_model(config.network_channels)

@@ -97,6 +97,9 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     pretrain: UserPath = ""
     """The weights to start from: a file of torch.save or safetensors, or a model of CompressAI's
     zoo (see refinement). "": random weights."""
+    new_y: bool = False
+    """+ Take from `pretrain` only the layers that do not touch y, so that `channels` may ask for
+    another M. The last layer of g_a, the first ones of g_s and h_a, and all of h_s begin anew."""
     train_clic_imagenet: bool = True
     """Mix CLIC's train split with ImageNet, in proportion to their sizes."""
     path_train: PretrainPaths = PretrainPaths()
@@ -141,6 +144,8 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
 
     @model_validator(mode="after")
     def _has_data(self) -> "PretrainConfig":
+        if self.new_y and not self.pretrain:
+            raise ValueError("new_y is true, but pretrain names no model to take layers from")
         if self.test and not self.path_test_data:
             raise ValueError("test is true, but path_test_data names no images to test on")
         if not self.test and not (self.train_folder or self.path_train.train_imagenet):

@@ -1,0 +1,39 @@
+"""New channels of y for a trained mean-scale hyperprior: a high rate needs more of them."""
+
+import torch
+
+from architectures import Architecture
+from common.errors import InputError
+from config import Channels
+from models import build_model
+
+# The parameters whose shape or meaning depends on the channels of y.
+NEW = ("g_a.6.", "g_s.0.weight", "h_a.0.", "h_s.")
+# With torch's own small weights at both sides of y, all its symbols are soon 0, and stay so.
+GAIN = 4.0
+
+
+@torch.no_grad()
+def with_new_y(model: Architecture, channels: Channels) -> Architecture:
+    """A model with the inner layers of `model`; the layers on both sides of y, and h_s, are new.
+
+    Args:
+        model: a mean-scale hyperprior, which stays as it is.
+        channels: N as in `model`; any M.
+
+    Raises:
+        InputError: the channels N differ.
+    """
+    if channels.N != model.N:
+        raise InputError(
+            f"pretrain: has N = {model.N}; with new_y, channels may ask for another M, but not for "
+            f"N = {channels.N}"
+        )
+    renewed = build_model(channels)
+    trained = dict(model.network.named_parameters())
+    for name, weight in renewed.network.named_parameters():
+        if not name.startswith(NEW):
+            weight.copy_(trained[name])
+    for layer in (renewed.network.g_a[6], renewed.network.g_s[0]):
+        layer.weight.mul_(GAIN)
+    return renewed
