@@ -9,7 +9,8 @@ from models import build_model
 
 # The parameters whose shape or meaning depends on the channels of y.
 NEW = ("g_a.6.", "g_s.0.weight", "h_a.0.", "h_s.")
-# With torch's own small weights at both sides of y, all its symbols are soon 0, and stay so.
+# By torch's own small weights few symbols of y would not be 0 at first: 7 % with a model of lambda
+# 0.02, and 59 % with these.
 GAIN = 4.0
 
 
