@@ -128,7 +128,7 @@ def test_a_run_in_batches_leaves_what_a_run_one_by_one_does(config_values, write
                 assert row[side][key] == pytest.approx(alone[name][side][key], rel=5e-3)
         folder = tmp_path / "results" / "batched"
         assert (folder / "bitstreams" / f"{name}.olc").is_file()
-        assert np.load(folder / "latents" / f"{name}.npz")["y"].shape[0] == 64
+        assert np.load(folder / "latents" / f"{name}.npz")["y"].shape[0] == 192
 
 
 def test_lbfgs_and_targets_take_one_image_at_a_time(config_values, write_config):

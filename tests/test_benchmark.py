@@ -26,7 +26,7 @@ def test_a_turn_prints_its_figures(picture, capsys, variant):
     assert main(["measure", "--variant", variant, "--images", "2", "--image", picture]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["seconds"] > 0
-    assert (row["N"], row["M"], row["size"]) == (64, 64, [128, 128])
+    assert (row["N"], row["M"], row["size"]) == (64, 192, [128, 128])
 
 
 @pytest.mark.parametrize(

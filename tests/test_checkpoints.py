@@ -423,7 +423,7 @@ def test_weights_that_are_not_finite_are_refused(saved, network):
 
 
 def test_channels_that_the_weights_do_not_have_are_refused():
-    with pytest.raises(InputError, match="has N = 64, M = 64, but channels asks for N = 192"):
+    with pytest.raises(InputError, match="has N = 64, M = 192, but channels asks for N = 192"):
         load_checkpoint(str(WEIGHTS), Channels(N=192, M=192))
 
 

@@ -301,7 +301,7 @@ def test_a_number_of_images_is_kept(config_values, write_config, photos):
 
 
 def test_images_are_the_whole_data_set_of_a_comparison(photos, write_config):
-    values = json.loads((ROOT / "example_files/compare/best_sample.json").read_text())
+    values = json.loads((ROOT / "example_files/compare/recipes_sample.json").read_text())
     path = write_config({key: value for key, value in values.items() if key != "images"})
     config = _parsed(CompareConfig, path, "--images", photos)
     assert (config.data_set, config.path, config.images) == ("folder", str(photos), 0)
@@ -313,7 +313,7 @@ def test_images_are_the_whole_data_set_of_a_comparison(photos, write_config):
 
 def test_every_run_of_a_comparison_takes_all_of_these_images(photos, monkeypatch):
     monkeypatch.chdir(ROOT)
-    path = "example_files/compare/best_sample.json"
+    path = "example_files/compare/recipes_sample.json"
     runs = plan_runs(_parsed(CompareConfig, path, "--images", photos, "--set", "images=0"))
     assert runs
     for run in runs:

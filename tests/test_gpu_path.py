@@ -98,7 +98,7 @@ def test_what_suits_only_the_caches_of_a_cpu_is_not_used_on_a_gpu(model, monkeyp
     wide = UpsamplingKernel(torch.zeros(96, 96, 5, 5), torch.zeros(96), Pool())
     with pytest.raises(AssertionError, match="for a CPU only"):
         wide(torch.zeros(1, 96, 64, 64))
-    y = torch.zeros(1, 64, 4, 4, requires_grad=True)
+    y = torch.zeros(1, model.M, 4, 4, requires_grad=True)
     with pytest.raises(AssertionError, match="for a CPU only"):
         model.squared_error(y, torch.zeros(1, 3, 64, 64))
     rounding = build_rounding(*SSL, temperature=Temperature(1e-3, 1.0))

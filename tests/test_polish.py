@@ -112,17 +112,20 @@ def y_hat_of(model, x):
 
 
 def test_few_probes_know_curvatures_better_than_their_own_noise(model, monkeypatch):
-    """16 probes alone are off by sqrt(2 / 16) = 35 %, against 512 that are off by 6 %."""
+    """16 probes alone are off by sqrt(2 / 16) = 35 %, 512 by 6 %."""
     x = to_x(skimage.data.coffee()[100:228, 200:328])
     few = _record_of_moves(monkeypatch, model, x, 1)[0][0][2]
     # so much trust that nothing is drawn to anything
+    alone = _record_of_moves(monkeypatch, model, x, 1, SPREAD=1e6)[0][0][2]
     many = _record_of_moves(monkeypatch, model, x, 1, PROBES=512, SPREAD=1e6)[0][0][2]
-    assert ((few / many).log().std() < 0.25).item()
+    error, error_alone = ((v / many).log().std().item() for v in (few, alone))
+    assert error < min(0.95 * error_alone, 0.35)
     assert abs((few.mean() / many.mean()).item() - 1) < 0.05
 
 
-def test_a_curvature_is_learnt_from_a_move(model, x, monkeypatch):
+def test_a_curvature_is_learnt_from_a_move(model, monkeypatch):
     """Second differences of the true squared error by y agree with it where a symbol was moved."""
+    x = to_x(skimage.data.coffee()[100:292, 200:392])
     passed, _ = _record_of_moves(monkeypatch, model, x, 2, PROBES=1)
     (before, _, _, moves), (_, _, curvature, _) = passed
     scale = LMBDA * 255**2 / 3
@@ -262,4 +265,4 @@ def test_recipes_run(name, config_values, tmp_path):
     assert len(rows) == 2
     for row in rows:
         assert row["method"] == "soft_round_unoise"
-        assert row["refined"]["true_loss"] < 0.99 * row["base"]["true_loss"]
+        assert row["refined"]["true_loss"] < 0.995 * row["base"]["true_loss"]

@@ -98,7 +98,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(frozen, photo):
     assert losses[torch.bfloat16] != losses[torch.float32]
     for name, exact in gradients[torch.float32].items():
         near = gradients[torch.bfloat16][name]
-        assert torch.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 0.99
+        assert torch.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 0.98
 
 
 def test_refinement_and_polish_in_bfloat16_end_near_float32(frozen, photo):
