@@ -28,8 +28,8 @@ from rounding.noise import gumbel_noise
 
 HOT, COLD = 0.5, 0.02  # bits
 REACH = 1  # positions of y: two moves of one pass are farther apart than this
-# The relative deviation of a curvature from the product of its channel's and its position's mean;
-# measured with the model of lambda 0.01.
+# The assumed relative deviation of a curvature from the product of its channel's and its position's
+# mean. The measured one is 0.37, but with 0.18 the loss of `fast` is 0.15 % lower.
 SPREAD = 0.18
 LEAST_CURVATURE = 1e-3  # bits
 
