@@ -240,8 +240,8 @@ def expxlogx(u: Tensor, *, scale_factor: Positive = 1.0) -> Tensor:
 def ssl(u: Tensor, *, scale_factor: Positive = 4 / 3) -> Tensor:
     """Sigmoid scaled logit: log sigmoid(-a logit(u)) (arXiv 2401.17789).
 
-    a = 1 equals `logx`. The paper's first version prefers a = 4/3, its third a = 2.3. With the
-    bundled weights a = 4/3 gives the lower loss after 2,000 steps, a = 2.3 after 500 steps.
+    a = 1 equals `logx`. The paper's first version prefers a = 4/3, its third a = 2.3, which is also
+    better after few steps (docs/recipes.md).
     """
     return -_softplus((scale_factor * torch.logit(u, eps=1e-5)).clamp(max=EXP_MAX))
 

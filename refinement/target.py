@@ -103,7 +103,7 @@ class LambdaSearch:
     used.
     """
 
-    # log bpp, or PSNR in dB, per unit of log lambda: the slopes of the bundled models, roughly.
+    # log bpp, or PSNR in dB, per unit of log lambda: the slopes of earlier small models, roughly.
     SLOPES = MappingProxyType({"bpp": 0.17, "psnr": 0.8})
     TRIALS, LONGEST_MOVE, REACH = 10, math.log(4), math.log(1024)
 
