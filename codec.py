@@ -29,7 +29,8 @@ from config import Channels, RefineConfig, load_config, resolved
 import torch
 from torch import Tensor
 
-from coding.bitstream import LAYOUT, SUFFIX, read_bitstream, read_file
+from architectures import Architecture
+from coding.bitstream import SUFFIX, read_bitstream, read_file
 from coding.coder import (
     Coder,
     build_coder,
@@ -76,6 +77,7 @@ def command_line() -> argparse.ArgumentParser:
     for command in (compress, decompress):
         add = command.add_argument
         add("--checkpoint", required=True, type=user_path, metavar="WEIGHTS", help="of the model")
+        add("--architecture", metavar="NAME", help="of WEIGHTS, if they do not tell: FILE.py:CLASS")
         add("-o", "--output", required=True, type=user_path, metavar="FOLDER", help="made if new")
         add("--overwrite", action="store_true", help="replace files that are there already")
     compress.add_argument(
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "compress":
             act = partial(compress_images, jobs, chosen_compressor(arguments), folder)
         else:
-            coder = build_coder(load_checkpoint(arguments.checkpoint))
+            coder = build_coder(_model_of(arguments))
             act = partial(for_each, jobs, partial(decompress_file, coder, folder))
     # Fail now, not after the first image, if the folder cannot be written to.
     write_whole(folder / f".{uuid4().hex}.tmp", lambda file: file.touch()).unlink()
@@ -260,8 +262,12 @@ def chosen_compressor(arguments: argparse.Namespace) -> Compressor:
         InputError: see `refining_compressor`.
     """
     if arguments.refine is not None:
-        return refining_compressor(arguments.refine, arguments.checkpoint, arguments.lmbda)
-    return partial(compress_image, build_coder(load_checkpoint(arguments.checkpoint)))
+        return refining_compressor(arguments)
+    return partial(compress_image, build_coder(_model_of(arguments)))
+
+
+def _model_of(arguments: argparse.Namespace) -> Architecture:
+    return load_checkpoint(arguments.checkpoint, architecture=arguments.architecture)
 
 
 def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
@@ -292,14 +298,13 @@ def compress_picture(coder: Coder, x: Tensor) -> tuple[bytes, Measures]:
     return data, {**file_measures(data, x_hat, x), "estimate": estimate, **times}
 
 
-def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Compressor:
+def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     """A compressor that refines an image's latents, as a recipe says, and codes them.
 
     Args:
-        recipe: `fast` or `best` of example_files, or the path of a refinement config. The model and
-            the images of that config are ignored.
-        checkpoint: see `load_checkpoint`.
-        lmbda: the lambda that the model was trained for; None if it is the recipe's own model.
+        arguments: `refine`: `fast` or `best` of example_files, or the path of a refinement config,
+            whose model and images are ignored. `lmbda`: what the model was trained for; None if it
+            is the recipe's own model. `checkpoint`, `architecture`: see `load_checkpoint`.
 
     Raises:
         InputError: the recipe or the checkpoint is missing or wrong, or lmbda is not known.
@@ -308,8 +313,9 @@ def refining_compressor(recipe: str, checkpoint: str, lmbda: float | None) -> Co
     from experimental_inference_methods import rounding_from_config
     from train_flexible_inference import open_refiner
 
-    model = load_checkpoint(checkpoint)
-    config = recipe_config(recipe, checkpoint, lmbda, Channels(N=model.N, M=model.M))
+    model, recipe = _model_of(arguments), arguments.refine
+    channels = Channels(N=model.N, M=model.M)
+    config = recipe_config(recipe, arguments.checkpoint, arguments.lmbda, channels)
     rounding = rounding_from_config(config)
     device = pick_device(config.device)
     config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
@@ -376,15 +382,17 @@ def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
 def print_header(job: Job) -> None:
     """Print the fields of a file's header, and the length of each part of the file."""
     data = read_file(job.source)
-    header, z_string, exceptions, y_string = read_bitstream(data)
-    bpp = 8 * len(data) / (header.height * header.width)
+    bitstream = read_bitstream(data)
+    height, width = bitstream.size
+    strings = [len(group.string) for group in bitstream.groups]
+    exceptions = sum(len(group.exceptions) for group in bitstream.groups)
     print(
-        f"{printable(str(job.source))}: version {header.version}, "
-        f"{header.width}x{header.height} pixels, {bpp:.4f} bpp\n"
-        f"  N = {header.N}, M = {header.M}, weights {header.weights.hex()}, "
-        f"tables {header.tables:08x}, symbols {header.symbols:08x}\n"
-        f"  {len(data)} bytes: header {LAYOUT.size}, z {len(z_string)}, "
-        f"index exceptions {len(exceptions)}, y {len(y_string)}"
+        f"{printable(str(job.source))}: version {bitstream.version}, {width}x{height} pixels, "
+        f"{8 * len(data) / (height * width):.4f} bpp\n"
+        f"  {printable(bitstream.family)}, weights {bitstream.weights.hex()}, "
+        f"tables {bitstream.tables:08x}, symbols {bitstream.symbols:08x}\n"
+        f"  {len(data)} bytes: header {len(data) - sum(strings) - exceptions}, "
+        f"groups {' + '.join(map(str, strings))}, index exceptions {exceptions}"
     )
 
 

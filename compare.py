@@ -102,8 +102,8 @@ def check_inputs(config: CompareConfig) -> torch.device:
     """
     published_curves(config.published)
     device = pick_device(config.device, ranks_from_environment().local)
-    for pretrain in {model.pretrain for model in config.models}:
-        load_checkpoint(pretrain)
+    for pretrain, architecture in {(model.pretrain, model.architecture) for model in config.models}:
+        load_checkpoint(pretrain, architecture=architecture)
     return device
 
 
@@ -168,6 +168,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
             "output_dir": config.output_dir,
             "train_lambda": model.train_lambda,
             "pretrain": model.pretrain,
+            "architecture": model.architecture,
             "dev_options.inference_lambda": model.inference_lambda,
             "seed": seed,
             "device": config.device,

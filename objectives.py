@@ -45,15 +45,15 @@ class Terms(NamedTuple):
     """The results of one forward pass over B images.
 
     loss, bpp, mse: [B]; mse of pixels that are not clamped to [0, 1]. rates: the bpp [B] of each
-    latent. values: each latent after rounding, relaxed or true, shaped as the latent. x_hat:
-    [B, 3, H, W], without a gradient if the model is frozen.
+    latent. walk: the groups and their values after rounding, relaxed or true. x_hat: [B, 3, H, W],
+    without a gradient if the decoder is fused with the error.
     """
 
     loss: Tensor
     bpp: Tensor
     rates: dict[str, Tensor]
     mse: Tensor
-    values: Latents
+    walk: Walk
     x_hat: Tensor
 
 
@@ -62,8 +62,9 @@ class Problem:
     """The task to minimise the loss of images over their latents, under a fixed model.
 
     x: [B, 3, H, W] in [0, 1]. tile: the side, in positions of y, of the tiles that g_s decodes one
-    by one; None decodes the whole image at once. precision: of the networks in relaxed passes and
-    within `in_precision`; another one than float32 goes through autocast.
+    by one; None decodes the whole image at once, as does a model without a halo. precision: of the
+    networks in relaxed passes and within `in_precision`; another one than float32 goes through
+    autocast.
     """
 
     model: Architecture
@@ -129,12 +130,15 @@ class Problem:
             x: the target [B, 3, H, W]; the problem's images by default.
         """
         x = self.x if x is None else x
-        if self.tile is None:
+        if self.tile is None or self.model.halo is None:
             return self.model.squared_error(y_hat, x)
-        return tiled_error(self.model.squared_error, y_hat, x, self.tile)
+        return tiled_error(self.model.squared_error, y_hat, x, (self.tile, self.model.halo))
 
     def _terms(self, walk: Walk, error: Tensor, x_hat: Tensor) -> Terms:
-        rates = {name: bits_per_pixel(p, self.pixels) for name, p in walk.likelihoods.items()}
+        rates: dict[str, Tensor] = {}
+        for group, p in zip(walk.groups, walk.group_likelihoods, strict=True):
+            bpp = bits_per_pixel(p, self.pixels)
+            rates[group.name] = rates[group.name] + bpp if group.name in rates else bpp
         mse = (error / self.x[0].numel()).to(self.x.dtype)
         bpp = reduce(add, rates.values())
-        return Terms(self.objective(bpp, mse), bpp, rates, mse, walk.values, x_hat)
+        return Terms(self.objective(bpp, mse), bpp, rates, mse, walk, x_hat)

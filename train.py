@@ -1,4 +1,4 @@
-"""Pre-train the mean-scale hyperprior on crops of photos.
+"""Pre-train a model on crops of photos.
 
 python train.py --config example_files/train_demo.json
 python train.py --config example_files/train_demo.json --images PHOTOS --set save_name=mine
@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from common.errors import exits_with_one_line
+from common.errors import InputError, exits_with_one_line
 from config import PretrainConfig, parse_command_line
 
 # isort: split
 import torch
 
-from architectures import Architecture
+from architectures import ARCHITECTURES, Architecture
+from architectures.own import find_family
+from architectures.trial import tried
 from common.device import pick_device
 from common.images import ImageFiles
 from common.processes import Ranks, StopSignal, first_rank_does, join_ranks
@@ -31,8 +33,9 @@ from models import build_model, load_checkpoint, model_from_state_dict, prepare_
 from objectives import RateDistortion
 from pretraining.device_batches import on_device
 from pretraining.draws import Draws
+from pretraining.new_context import with_new_context
 from pretraining.new_y import with_new_y
-from pretraining.run import open_training_run, precision_of
+from pretraining.run import folder_of, open_training_run, precision_of
 from pretraining.step import TrainingState, build_optimizers, distribute, train_step
 from pretraining.training_pass import TrainingPass
 from pretraining.validation import validate
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
     test_images = open_test_images(config)
+    refuse_faults(config)  # before a folder is made
     if config.test:
         return test(config, ranks, device, test_images)
 
@@ -62,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
     objective = RateDistortion(config.train_lambda)
-    mixed = config.quantization == "mixed"
-    network = distribute(TrainingPass(model, objective, getattr(torch, precision), mixed), ranks)
+    training_pass = TrainingPass(model, objective, getattr(torch, precision), config.quantization)
+    network = distribute(training_pass, ranks)
     state = TrainingState(*build_optimizers(model.network, config))
     torch.manual_seed(config.seed + ranks.rank)
     if checkpoint is not None:
@@ -127,12 +131,38 @@ def start_model(config: PretrainConfig, checkpoint: dict[str, Any] | None) -> Ar
         InputError: `pretrain` cannot be read, or has other channels than the config asks for.
     """
     if checkpoint is not None:
-        return model_from_state_dict(checkpoint["model_state_dict"], config.save_name)
+        family = None if config.architecture is None else find_family(config.architecture)
+        weights = checkpoint["model_state_dict"]
+        return tried(model_from_state_dict(weights, config.save_name, family))
     if config.new_y:
         return with_new_y(load_checkpoint(config.pretrain), config.network_channels)
+    if config.new_context:
+        return with_new_context(load_checkpoint(config.pretrain, config.channels))
     if config.pretrain:
-        return load_checkpoint(config.pretrain, config.channels)
-    return build_model(config.network_channels)
+        return load_checkpoint(config.pretrain, config.channels, config.architecture)
+    return build_model(config.network_channels, config.architecture)
+
+
+def refuse_faults(config: PretrainConfig) -> None:
+    """Refuse a class of the user's that cannot be trained or loaded; registered families are sound.
+
+    Where there are checkpoints, the class is tried when the newest is loaded.
+
+    Raises:
+        InputError: the class has a fault.
+    """
+    if config.architecture is None or config.architecture in ARCHITECTURES:
+        return
+    if next(folder_of(config).glob("iter_*.pth.tar"), None) is not None:
+        return
+    if config.test and not config.pretrain:
+        return  # there is nothing to test
+    model = start_model(config, None)
+    if not (config.test or model.batches):
+        raise InputError(
+            f"architecture {config.architecture}: takes one picture at a time (batches is False), "
+            "and training takes several"
+        )
 
 
 def open_test_images(config: PretrainConfig) -> ImageFiles | None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from architectures import Architecture
+from architectures.footprint import footprint_of
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, build_coder
 from common.device import is_out_of_memory, pick_device, pick_precision
@@ -132,10 +133,10 @@ def refine_images(
     keep_pages()
     rounding = rounding_from_config(config)
     ranks = join_ranks()
-    model = load_checkpoint(config.pretrain, config.channels)
+    model = load_checkpoint(config.pretrain, config.channels, config.architecture)
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
-    pick_cuda_graphs(config, rounding, device)  # refuses before a folder is made
+    refuse_impossible(model, rounding, config, device)  # before a folder is made
     precision = first_rank_does(ranks, lambda: precision_of(config, device))
     config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
@@ -177,19 +178,33 @@ def report(run: Run) -> int:
     return first_rank_does(run.ranks, write)
 
 
+def refuse_impossible(
+    model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
+) -> bool:
+    """Refuse what the model or the device cannot do; returns whether to use CUDA graphs.
+
+    Raises:
+        InputError: the model has no polish or no files, or `cuda_graphs` cannot be true.
+    """
+    if config.polish_passes and not model.polishes:
+        raise InputError(f"polish_passes: must be 0 for {model.name}, refined by its own forward")
+    if config.writes_files:
+        model.check_codable()
+    return pick_cuda_graphs(config, rounding, device)
+
+
 def open_refiner(
     model: Architecture, rounding: Rounding, config: RefineConfig, device: torch.device
 ) -> "Refiner":
     """The refiner of a config; freezes the loaded model in place.
 
     Raises:
-        InputError: the checkpoint's coding tables are broken, or `cuda_graphs` cannot be true.
+        InputError: the checkpoint's coding tables are broken; or see `refuse_impossible`.
     """
-    bound = memory_bound(
-        model.N, model.M, config.max_memory_gb, device, ":" in config.device,
-        2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0,
-    )  # fmt: skip
-    graphs = pick_cuda_graphs(config, rounding, device)
+    graphs = refuse_impossible(model, rounding, config, device)
+    extra_vectors = 2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0
+    footprint = footprint_of(model).with_vectors(extra_vectors)
+    bound = memory_bound(footprint, config.max_memory_gb, device, ":" in config.device)
     config = config.model_copy(update={"cuda_graphs": graphs})
     if graphs:  # the graph keeps the memory of a step, and evaluations need their own
         bound = bound._replace(limit=(bound.base + bound.limit) / 2)
@@ -253,6 +268,8 @@ class Refiner:
 
     def most_at_once(self, size: tuple[int, int]) -> int:
         """How many images of size (H, W) are refined together."""
+        if not self.model.batches:
+            return 1
         return min(self.config.images_at_once, self.bound.images(size))
 
     def refine_batch(

@@ -3,8 +3,30 @@
 This file imports every module of a family. The import registers the family.
 """
 
+from architectures.autoregressive import Anchor, Attention, Autoregressive
 from architectures.base import ARCHITECTURES, Architecture, architecture
-from architectures.mean_scale_hyperprior import MeanScale
-from architectures.walk import Group, Latents, Walk
+from architectures.checkerboard import AnchorCheckerboard, Checkerboard, Elic, ElicChandelier
+from architectures.factorized import Factorized, FactorizedReLU
+from architectures.hyperpriors import MeanScale, Scale
+from architectures.walk import Group, Latents, Part, Walk
 
-__all__ = ["ARCHITECTURES", "Architecture", "Group", "Latents", "MeanScale", "Walk", "architecture"]
+__all__ = [
+    "ARCHITECTURES",
+    "Anchor",
+    "AnchorCheckerboard",
+    "Architecture",
+    "Attention",
+    "Autoregressive",
+    "Checkerboard",
+    "Elic",
+    "ElicChandelier",
+    "Factorized",
+    "FactorizedReLU",
+    "Group",
+    "Latents",
+    "MeanScale",
+    "Part",
+    "Scale",
+    "Walk",
+    "architecture",
+]

@@ -8,7 +8,8 @@ refinement, coding and training need. x is [B, 3, H, W] in [0, 1]. Latents are a
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,12 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.distributions import at_least_float32
-from architectures.walk import Group, Latents, Rounding, ValueOf, Walk, placed, rounded
-from common.compressai import CompressionModel
+from architectures.walk import (
+    Group,
+    Latents,
+    Rounding,
+    Shape,
+    TableDistribution,
+    TurnDistribution,
+    ValueOf,
+    Walk,
+    placed,
+    rounded,
+)
+from common.compressai import (
+    CompressionModel,
+    EntropyBottleneck,
+    GaussianConditional,
+    MaskedConv2d,
+)
+from common.errors import InputError
+from fast.freezing import has_fused_end
 from fast.tiles import ENCODER_TILE, STRIDE, in_tiles
 from metrics import squared_error
 
 ARCHITECTURES: dict[str, type["Architecture"]] = {}
+SMALL_SIZE = 70, 90  # H, W of a picture that classes of the user's are tried with
 
 
 def architecture(name: str) -> Callable[[type["Architecture"]], type["Architecture"]]:
@@ -36,28 +56,34 @@ def architecture(name: str) -> Callable[[type["Architecture"]], type["Architectu
 
 
 class Architecture(ABC):
-    """A model of one family: CompressAI's network, and how its latents are encoded and decoded.
+    """A model of one family: a network, and how its latents are encoded and decoded.
 
-    A new family overrides the abstract methods and sets `network_class`. `zoo` holds CompressAI's
-    functions that load trained weights. `scale_networks` are the parts that predict scales; these
-    choose the coding tables.
+    A new family overrides the abstract methods and sets `network_class`.
+
+    zoo: CompressAI's functions that load trained weights, and their qualities, by name.
+    exact_parts: the parts of the network, by the last part of their names, that predict scales and
+    means; the coder computes them in float64. halo: how many positions of y around a pixel's own
+    one g_s and g_a look at; None: not known, so that pictures are never cut into tiles. batches:
+    whether several images can be refined together. polishes: whether polish can move its symbols.
+    one_width: whether M is N, and the constructor takes N alone. given_as: how a config names a
+    class of the user's, `path/to/file.py:Class`; "" for a registered family.
     """
 
     name: ClassVar[str]
+    given_as: ClassVar[str] = ""
     network_class: ClassVar[type[CompressionModel]]
-    zoo: ClassVar[Mapping[str, Callable[..., CompressionModel]]] = {}
-    scale_networks: ClassVar[tuple[str, ...]] = ("h_s",)
+    zoo: ClassVar[Mapping[str, tuple[Callable[..., CompressionModel], int]]] = {}
+    exact_parts: ClassVar[tuple[str, ...]] = ("h_s",)
+    halo: ClassVar[int | None] = None
+    batches: ClassVar[bool] = True
+    polishes: ClassVar[bool] = True
+    one_width: ClassVar[bool] = False
 
     def __init__(self, network: CompressionModel):
         self.network = network
 
-    @classmethod
     @abstractmethod
-    def mismatch(cls, weights: Mapping[str, Tensor]) -> str:
-        """Why weights, by their names and shapes, cannot be of this family; "" if they can."""
-
-    @abstractmethod
-    def latent_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int, int]]:
+    def latent_shapes(self, size: tuple[int, int]) -> dict[str, Shape]:
         """The shape [1, C, h, w] of each latent, for one image of size = (H, W) pixels."""
 
     @abstractmethod
@@ -72,12 +98,23 @@ class Architecture(ABC):
             size: H, W of the image.
         """
 
-    # --- derived from the methods above -----------------------------------------------------------
+    # --- what a family may replace ----------------------------------------------------------------
 
     @classmethod
-    def build(cls, N: int, M: int) -> Self:
-        """An untrained model; the networks have N channels inside, y has M."""
-        return cls(cls.network_class(N=N, M=M))
+    def build(cls, N: int, M: int, groups: Sequence[int] | None = None) -> Self:
+        """An untrained model; the networks have N channels inside, y has M.
+
+        Args:
+            groups: how many channels of y each group has, where a family codes them in groups.
+
+        Raises:
+            InputError: the family cannot have these channels.
+        """
+        if groups is not None:
+            raise InputError(f"channels.groups: {cls.name} has no groups of channels")
+        if cls.one_width and N != M:
+            raise InputError(f"channels: {cls.name} has M = N, not M = {M} and N = {N}")
+        return cls(cls.network_class(N=N) if cls.one_width else cls.network_class(N=N, M=M))
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> Self:
@@ -85,12 +122,31 @@ class Architecture(ABC):
 
         Raises:
             KeyError, RuntimeError, ValueError, IndexError, TypeError: they fit another family.
+            InputError: `from_state_dict` returns no network.
         """
-        return cls(cls.network_class.from_state_dict(weights).eval())
+        return cls(as_network(cls, cls.network_class.from_state_dict(weights)).eval())
+
+    @classmethod
+    def example(cls, groups: int) -> Self:
+        """A small model whose parameters have the names that trained weights have.
+
+        Args:
+            groups: how many groups of channels y has, where a family codes them in groups.
+        """
+        return cls.build(4, 4)
+
+    @classmethod
+    def mismatch(cls, weights: Mapping[str, Tensor]) -> str:
+        """Why weights, by their names and shapes, cannot be of this family; "" if they can."""
+        groups = len({key for key in weights if key.endswith(".context_prediction.weight")})
+        trained, all_names = names_of(cls, groups)
+        if missing := [name for name in trained if name not in weights]:
+            return f"no {missing[0]}"
+        return next((f"it has no {key}" for key in weights if key not in all_names), "")
 
     @property
     def N(self) -> int:  # noqa: N802  the field's own name
-        """The number of channels inside the networks, and of z."""
+        """The number of channels inside the networks, and of z if there is one."""
         return self.network.N
 
     @property
@@ -99,15 +155,66 @@ class Architecture(ABC):
         return self.network.M
 
     @property
+    def table_models(self) -> list[EntropyBottleneck | GaussianConditional]:
+        """The entropy models whose coding tables files need, those of z first."""
+        kinds = EntropyBottleneck, GaussianConditional
+        parts = list(self.network.modules())
+        return [part for kind in kinds for part in parts if isinstance(part, kind)]
+
+    @property
+    def has_fused_decoder(self) -> bool:
+        """Whether refinement fuses the end of g_s with the squared error."""
+        return has_fused_end(getattr(self.network, "g_s", None))
+
+    @property
+    def name_in_files(self) -> str:
+        """The family's name in the header of a file."""
+        return self.name
+
+    @torch.no_grad()
+    def check_codable(self) -> None:
+        """Check that files can be written and read: that coders know each group's distribution.
+
+        Raises:
+            InputError: they cannot; the message says why.
+        """
+        if not self.given_as:
+            return
+        shapes = self.latent_shapes(SMALL_SIZE)
+        zeros = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+        for group in self.place(zeros, SMALL_SIZE).groups:
+            if not isinstance(group.distribution, TableDistribution | TurnDistribution):
+                raise InputError(
+                    f"architecture {self.given_as}: its latent {group.name} has the distribution "
+                    f"{type(group.distribution).__name__}, which no coder knows: files need coder "
+                    "and indexes, or in_turn (architectures/walk.py)"
+                )
+
+    def copy_of(self, network: Any) -> Self:
+        """The same model around a changed copy of its network."""
+        return type(self)(network)
+
+    # --- derived from the methods above -----------------------------------------------------------
+
+    @property
     def device(self) -> torch.device:
         """The device that the model is on."""
         return next(self.network.buffers()).device
 
     @property
     def weights_hash(self) -> str:
-        """16 hexadecimal digits that tell one set of trained weights from another."""
+        """16 hexadecimal digits that tell one set of trained weights from another.
+
+        A masked convolution sets masked weights to 0 when it is first used. Here they always are.
+        """
+        masks = {
+            f"{name}.weight": part.mask
+            for name, part in self.network.named_modules()
+            if isinstance(part, MaskedConv2d)
+        }
         digest = hashlib.sha256()
         for name, weight in sorted(self.network.named_parameters()):
+            weight = weight * masks[name] if name in masks else weight
             digest.update(name.encode())
             digest.update(weight.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -119,9 +226,8 @@ class Architecture(ABC):
 
     def prepare_tables(self) -> None:
         """Compute the coding tables that the checkpoint does not hold, as CompressAI does."""
-        conditional = getattr(self.network, "gaussian_conditional", None)
-        scale_table = () if conditional is None else conditional.scale_table
-        self.network.update(scale_table if len(scale_table) else None)
+        tables = (getattr(part, "scale_table", ()) for part in self.table_models)
+        self.network.update(next((table for table in tables if len(table)), None))
 
     @torch.no_grad()
     def analyze(self, x: Tensor, tile: int = ENCODER_TILE) -> Latents:
@@ -135,22 +241,24 @@ class Architecture(ABC):
             tile: the side, in positions of y, of the tiles that g_a encodes one by one. On a whole
                 image g_a would take more memory than all later steps.
         """
-        height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-        return self.encode(x, lambda v: in_tiles(self.network.g_a, v, tile, STRIDE, 1))
+        x = continued(x, STRIDE)
+        if self.halo is None:
+            return self.encode(x, self.network.g_a)
+        halo = self.halo
+        return self.encode(x, lambda v: in_tiles(self.network.g_a, v, tile, halo, (STRIDE, 1)))
 
     def visit(self, size: tuple[int, int], value_of: ValueOf) -> Walk:
         """Walk, and keep every group and its value."""
-        groups, values = [], {}
+        groups, values = [], []
 
         def kept_value_of(group: Group) -> Tensor:
             value = value_of(group)
             groups.append(group)
-            values[group.name] = value
+            values.append(value)
             return value
 
         y_hat = self.walk(size, kept_value_of)
-        return Walk(tuple(groups), values, y_hat)
+        return Walk(tuple(groups), tuple(values), self.latent_shapes(size), y_hat)
 
     def round(self, latents: Latents, rounding: Rounding, size: tuple[int, int]) -> Walk:
         """Walk, and round each latent with `rounding`; size: H, W of the image."""
@@ -165,8 +273,11 @@ class Architecture(ABC):
     def symbols(self, latents: Latents, size: tuple[int, int]) -> Latents:
         """The integers that an entropy coder codes, int32: round(latent - centre of its group)."""
         walk = self.round(latents, torch.round, size)
-        centres = {group.name: group.centre for group in walk.groups}
-        return {name: (v - centres[name]).round().int() for name, v in latents.items()}
+        symbols = walk.whole(tuple(
+            (group.part.of(latents[group.name]) - group.centre).round().int()
+            for group in walk.groups
+        ))  # fmt: skip
+        return {name: symbols[name] for name in latents}
 
     @torch.no_grad()
     def reconstruct(
@@ -186,7 +297,10 @@ class Architecture(ABC):
             RuntimeError: a gradient through a frozen g_s is wanted; only `squared_error` has one.
         """
         g_s = self.network.g_s
-        x_hat = g_s(y_hat) if tile is None else in_tiles(g_s, y_hat, tile, 1, STRIDE)
+        if tile is None or self.halo is None:
+            x_hat = g_s(y_hat)
+        else:
+            x_hat = in_tiles(g_s, y_hat, tile, self.halo, (1, STRIDE))
         return at_least_float32(x_hat[:, :, : size[0], : size[1]])
 
     def squared_error(
@@ -207,14 +321,16 @@ class Architecture(ABC):
         x_hat = at_least_float32(x_hat)
         return squared_error(x_hat, x), x_hat
 
-    def with_exact_scales(self) -> Self:
-        """A model that computes `scale_networks` in float64 and shares all else with this one."""
-        network = copy.copy(self.network)
-        # The copy is shallow: without this line both networks would share one dictionary of parts.
-        network._modules = dict(self.network._modules)
-        for part in self.scale_networks:
-            network._modules[part] = _InFloat64(network._modules[part])
-        return type(self)(network)
+    def in_float64(self) -> Self:
+        """A model that computes `exact_parts` in float64; g_a and g_s are those of this one."""
+        shared: dict[int, Any] = {}
+        for part in (getattr(self.network, name, None) for name in ("g_a", "g_s")):
+            shared[id(part)] = part
+        network = copy.deepcopy(self.network, shared)
+        for parent in list(network.modules()):
+            for name in parent._modules.keys() & {*self.exact_parts}:
+                _compute_in_float64(parent, name)
+        return self.copy_of(network)
 
     def state(self) -> dict[str, Any]:
         """The network's state dict, with empty coding tables: training makes old tables wrong."""
@@ -225,10 +341,83 @@ class Architecture(ABC):
         }
 
 
+CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")
+
+
+@cache
+def constants_of(family: type[Architecture]) -> dict[str, Tensor]:
+    """The constant buffers of a family's models, which do not depend on the channels.
+
+    None are known of a class of the user's that has no such small model.
+    """
+    try:
+        network = _example_of(family, 1)
+    except (Exception, SystemExit):  # code of the user's may raise any kind
+        if not family.given_as:
+            raise
+        return {}
+    buffers = network.named_buffers()
+    return {name: value for name, value in buffers if name.endswith(CONSTANT_BUFFERS)}
+
+
+@cache
+def names_of(family: type[Architecture], groups: int) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The names of the parameters, and of all tensors, of a model with so many groups of channels.
+
+    `groups`: see `Architecture.example`.
+    """
+    network = _example_of(family, groups)
+    return tuple(dict(network.named_parameters())), frozenset(network.state_dict())
+
+
+def label_of(family: type[Architecture]) -> str:
+    """What messages call a family: `path/to/file.py:Class`, or its name."""
+    return family.given_as or family.name
+
+
+def as_network(family: type[Architecture], network: Any) -> Any:
+    """What a class's `from_state_dict` returned, if that is a network.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(network, nn.Module):
+        return network
+    raise InputError(
+        f"architecture {label_of(family)}: from_state_dict of {family.network_class.__name__} must "
+        f"return the network; it returns {type(network).__name__}"
+    )
+
+
+def _example_of(family: type[Architecture], groups: int) -> CompressionModel:
+    with torch.random.fork_rng(devices=[]):  # its weights must not move the noise of a training
+        return family.example(groups).network
+
+
+def continued(v: Tensor, side: int) -> Tensor:
+    """v [B, C, h, w] with its border repeated, so that h and w are multiples of `side`.
+
+    Else the zero padding of strided layers would lie elsewhere at the lower and right border than
+    in any training crop, and what follows them would be nonsense there.
+    """
+    missing = (0, -v.size(3) % side, 0, -v.size(2) % side)
+    return F.pad(v, missing, mode="replicate") if any(missing) else v
+
+
+def _compute_in_float64(parent: nn.Module, name: str) -> None:
+    """Let a part of a network, or each of its parts if it is a dictionary or a list, do so."""
+    part = parent._modules[name]
+    if isinstance(part, nn.ModuleDict | nn.ModuleList):
+        for key in list(part._modules):
+            _compute_in_float64(part, key)
+    elif part is not None:
+        parent._modules[name] = _InFloat64(part)
+
+
 class _InFloat64(nn.Module):
     def __init__(self, part: nn.Module):
         super().__init__()
-        self.part = copy.deepcopy(part).double()
+        self.part = part.double()
 
     def forward(self, v: Tensor) -> Tensor:
         return self.part(v.double())

@@ -1,10 +1,11 @@
 """Distributions of symbols: CompressAI's entropy models, with likelihoods that never underflow."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from architectures.walk import Shape
 from common.compressai import EntropyBottleneck, GaussianConditional
 
 
@@ -39,7 +40,11 @@ class FactorizedPrior(NamedTuple):
         p = p.reshape(v_hat.size(1), v_hat.size(0), *v_hat.shape[2:]).transpose(0, 1)
         return self.coder.likelihood_lower_bound(p)
 
-    def indexes(self, shape: tuple[int, ...]) -> Tensor:
+    def fixed_at(self, v_hat: Tensor) -> Self:
+        """This distribution: symbols do not depend on each other."""
+        return self
+
+    def indexes(self, shape: Shape) -> Tensor:
         """The table of each symbol, int32 [1, N, h', w']: table c for channel c."""
         return torch.arange(shape[1], dtype=torch.int32).reshape(1, -1, 1, 1).expand(*shape)
 
@@ -60,7 +65,11 @@ class Gaussians(NamedTuple):
         p = self.coder._likelihood(v_hat, scales, means)
         return self.coder.likelihood_lower_bound(p)
 
-    def indexes(self, shape: tuple[int, ...]) -> Tensor:
+    def fixed_at(self, v_hat: Tensor) -> Self:
+        """The same Gaussians: symbols do not depend on each other."""
+        return self
+
+    def indexes(self, shape: Shape) -> Tensor:
         """The table of each symbol, int32 [B, M, h, w]: that of the next larger scale."""
         return self.coder.build_indexes(self.scales)
 

@@ -208,8 +208,8 @@ def stock_decoder(bench: Bench) -> Finding:
     model = bench.short(bench.device).model
     worst = 0.0
     for result in bench.coded:
-        parts = read_bitstream(result.file.bitstream)
-        strings = [[parts.y_string], [parts.z_string]]
+        z, y = read_bitstream(result.file.bitstream).groups
+        strings = [[y.string], [z.string]]
         with torch.no_grad():
             theirs = stock.network.decompress(strings, (size[0] // 64, size[1] // 64))["x_hat"]
         ours = model.reconstruct(result.symbols, size).cpu()

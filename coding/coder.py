@@ -1,21 +1,23 @@
 """Codes integer latents into files, and decodes files into integer latents and images.
 
-CompressAI's coders write the strings of a file: z around the medians, y around the means that h_s
-predicts from z (arXiv 1809.02736). CompressAI's own `MeanScaleHyperprior.decompress` can read these
-strings if height and width are multiples of 64.
+CompressAI's coders write the strings of a file, group of symbols by group: for example z around its
+medians, and y around the means that the networks predict (arXiv 1809.02736). CompressAI's own
+`decompress` can read these strings if height and width are multiples of 64. Only autoregressive
+models have another lattice and another coder, see `coding.gaussians`.
 
-h_s also chooses one of 64 tables for each symbol of y. If the decoder chooses one other table, the
+A network chooses one of 64 tables for each symbol of y. If the decoder chooses one other table, the
 rest of the string is lost. In float32 the choice depends on the processor and the number of
-threads: in about every second photo one of 10^5 indices differs. So the coder computes h_s in
-float64, where the choice is the same everywhere. A few indices differ from those of CompressAI's
-float32 path. The file lists them as exceptions. All of this runs on the CPU, image by image.
+threads: in about every second photo one of 10^5 indices differs. So the coder computes these
+networks in float64, where the choice is the same everywhere. A few indices differ from those of
+CompressAI's float32 path. The file lists them as exceptions. All of this runs on the CPU, image by
+image.
 """
 
 import copy
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,19 +25,22 @@ import torch
 from torch import Tensor
 
 from architectures import Architecture, Group, Latents
+from architectures.distributions import FactorizedPrior
+from architectures.walk import Shape, TableDistribution, TurnDistribution
 from coding.bitstream import (
-    MAGIC,
-    VERSION,
+    Bitstream,
     BitstreamError,
-    Header,
+    CodedGroup,
     check_size,
     read_bitstream,
     write_bitstream,
 )
+from coding.gaussians import decode_in_turn, encode_in_turn
 from coding.strings import apply_exceptions, decode, encode, list_exceptions
-from common.compressai import EntropyModel
+from common.compressai import EntropyBottleneck, EntropyModel, GaussianConditional
 from common.device import is_out_of_memory
 from common.errors import InputError
+from common.files import printable
 from fast.freezing import is_frozen
 from fast.tiles import coding_tile
 from metrics import picture_quality
@@ -48,58 +53,52 @@ MAX_SYMBOL = 2**24
 class Coder:
     """A model with coding tables on the CPU; `build_coder` creates it.
 
-    model: the model in float32. exact: the same model with h_s in float64. weights: the first 4
-    bytes of the weights' hash. tables: the CRC-32 of the tables. z_bits: the fewest bits that the N
-    symbols of one position of z can take.
+    model: the model in float32. exact: the same model with the networks that predict distributions
+    in float64. weights: the first 4 bytes of the weights' hash. tables: the CRC-32 of the tables.
     """
 
     model: Architecture
     exact: Architecture
     weights: bytes
     tables: int
-    z_bits: float
 
 
 def build_coder(model: Architecture) -> Coder:
     """The coder of a model that is not frozen; it works on a copy of the model.
 
     The coding tables are those of the checkpoint. If it has none, CompressAI builds them. Their
-    checksum covers the CDFs, lengths and offsets of z, those of y, and the scales (float32).
+    checksum covers the CDFs, lengths and offsets of each entropy model, then the scales (float32).
 
     Raises:
         ValueError: the model is frozen for refinement.
-        InputError: the checkpoint's tables are broken.
+        InputError: the checkpoint's tables are broken, or the model cannot write files.
     """
     if is_frozen(model.network):
         raise ValueError("build the coder of a model before freezing it")
-    network = copy.deepcopy(model.network).cpu().float().eval().requires_grad_(False)
-    model = type(model)(network.to(memory_format=torch.contiguous_format))
+    model.check_codable()
+    model = model.copy_of(copy.deepcopy(model.network).cpu().float().eval().requires_grad_(False))
+    model.network.to(memory_format=torch.contiguous_format)
     model.prepare_tables()
-    bottleneck, conditional = network.entropy_bottleneck, network.gaussian_conditional
-    scale_table = conditional.scale_table
-    _check_tables(bottleneck, model.N)
-    _check_tables(conditional, len(scale_table))
-    if not (scale_table.isfinite().all() and (scale_table.diff() > 0).all()):
-        raise InputError("the checkpoint's table of scales is broken: save it without")
-    tables = 0
-    for entropy_model in (bottleneck, conditional):
+    tables, scale_tables = 0, []
+    for entropy_model in model.table_models:
+        _check_tables(entropy_model)
         for part in (entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset):
             tables = zlib.crc32(_as_bytes(part), tables)
-    tables = zlib.crc32(scale_table.numpy().astype("<f4").tobytes(), tables)
-    return Coder(
-        model=model,
-        exact=model.with_exact_scales(),
-        weights=bytes.fromhex(model.weights_hash)[:4],
-        tables=tables,
-        z_bits=_fewest_bits(bottleneck),
-    )
+        if isinstance(entropy_model, GaussianConditional):
+            scale_tables.append(_checked_scales(entropy_model.scale_table))
+    for scale_table in scale_tables:
+        tables = zlib.crc32(scale_table.numpy().astype("<f4").tobytes(), tables)
+    weights = bytes.fromhex(model.weights_hash)[:4]
+    return Coder(model, model.in_float64(), weights, tables)
 
 
-def _check_tables(entropy_model: EntropyModel, count: int) -> None:
+def _check_tables(entropy_model: EntropyModel) -> None:
     """Refuse tables that make CompressAI's coder crash or hang, because it checks nothing."""
     cdf, lengths, offsets = (
         entropy_model.quantized_cdf, entropy_model.cdf_length, entropy_model.offset
     )  # fmt: skip
+    bottleneck = isinstance(entropy_model, EntropyBottleneck)
+    count = len(entropy_model.quantiles if bottleneck else entropy_model.scale_table)
     scale = 2**entropy_model.entropy_coder_precision
     sound = cdf.dim() == 2 and lengths.shape == offsets.shape == cdf.shape[:1] == (count,)
     sound = sound and bool((lengths >= 3).all() and (lengths <= cdf.size(1)).all())
@@ -110,6 +109,12 @@ def _check_tables(entropy_model: EntropyModel, count: int) -> None:
     if not sound:
         name = type(entropy_model).__name__
         raise InputError(f"the checkpoint's coding tables of {name} are broken: save it without")
+
+
+def _checked_scales(scale_table: Tensor) -> Tensor:
+    if not (scale_table.isfinite().all() and (scale_table.diff() > 0).all()):
+        raise InputError("the checkpoint's table of scales is broken: save it without")
+    return scale_table
 
 
 def _fewest_bits(entropy_model: EntropyModel) -> float:
@@ -125,45 +130,76 @@ def _fewest_bits(entropy_model: EntropyModel) -> float:
 # --- latents to bytes and back --------------------------------------------------------------------
 
 
-class _Writer:
-    """A `value_of` that codes each group of a walk into `strings`, by name."""
+def _encoded(coder: Coder, symbols: Latents, size: tuple[int, int]) -> tuple[CodedGroup, ...]:
+    """The groups of a file, in coding order."""
+    exact_groups = coder.exact.place(symbols, size).groups
+    coded: list[CodedGroup] = []
 
-    def __init__(self, symbols: Latents):
-        self.symbols = symbols
-        self.strings: dict[str, bytes] = {}
-        self.indexes: dict[str, Tensor] = {}
+    def written(group: Group) -> Tensor:
+        here = group.part.of(symbols[group.name])
+        exact_group = exact_groups[len(coded)]
+        if isinstance(exact_group.distribution, TurnDistribution):
+            coded.append(CodedGroup(encode_in_turn(exact_group.distribution, here)))
+            return here + group.centre
+        shape = group.part.shape_in(coder.model.latent_shapes(size)[group.name])
+        distribution = _with_tables(group)
+        indexes = distribution.indexes(shape)
+        exceptions = list_exceptions(_with_tables(exact_group).indexes(shape), indexes)
+        if len(exceptions) > 0xFFFF:
+            raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
+        coded.append(CodedGroup(encode(distribution.coder, here, indexes), exceptions))
+        return here + group.centre
 
-    def __call__(self, group: Group) -> Tensor:
-        symbols = self.symbols[group.name]
-        indexes = group.distribution.indexes(symbols.shape)
-        self.strings[group.name] = encode(group.distribution.coder, symbols, indexes)
-        self.indexes[group.name] = indexes
-        return symbols + group.centre
+    coder.model.walk(size, written)
+    return tuple(coded)
+
+
+def _with_tables(group: Group) -> TableDistribution:
+    if not isinstance(group.distribution, TableDistribution):
+        name = type(group.distribution).__name__
+        raise BitstreamError(f"{group.name} has the distribution {name}, which no coder knows")
+    return group.distribution
 
 
 class _Reader:
     """A `value_of` that decodes each group of a walk into `symbols`, by name.
 
-    It needs a model with h_s in float64. exceptions: where float32 chose other tables for y.
+    It needs a model whose distributions are computed in float64.
     """
 
-    def __init__(
-        self,
-        strings: dict[str, bytes],
-        shapes: dict[str, tuple[int, int, int, int]],
-        exceptions: bytes,
-    ):
-        self.strings, self.shapes, self.exceptions = strings, shapes, exceptions
+    def __init__(self, groups: Sequence[CodedGroup], shapes: dict[str, Shape]):
+        self.groups, self.shapes = groups, shapes
+        self.read = 0
         self.symbols: Latents = {}
 
     def __call__(self, group: Group) -> Tensor:
-        coder = group.distribution.coder
-        indexes = group.distribution.indexes(self.shapes[group.name])
-        if group.name == "y":
-            apply_exceptions(indexes, self.exceptions, len(coder.quantized_cdf))
-        symbols = decode(coder, self.strings[group.name], indexes)
-        self.symbols[group.name] = symbols
-        return symbols + group.centre
+        if self.read == len(self.groups):
+            raise BitstreamError(f"damaged: it has {self.read} groups, which are not enough")
+        string, exceptions = self.groups[self.read]
+        self.read += 1
+        shape = group.part.shape_in(self.shapes[group.name])
+        if isinstance(group.distribution, TurnDistribution):
+            here = decode_in_turn(group.distribution, string, shape)
+        else:
+            here = self._by_tables(group, string, exceptions, shape)
+        if group.name not in self.symbols:
+            self.symbols[group.name] = here.new_zeros(self.shapes[group.name])
+        group.part.write(self.symbols[group.name], here)
+        return here + group.centre
+
+    def _by_tables(self, group: Group, string: bytes, exceptions: bytes, shape: Shape) -> Tensor:
+        distribution = _with_tables(group)
+        if isinstance(distribution, FactorizedPrior):
+            # A string may be up to 64 bits shorter than its symbols' bits in the tables.
+            least = shape[2] * shape[3] * _fewest_bits(distribution.coder)
+            if least > 8 * len(string) + 64:
+                raise BitstreamError(
+                    f"damaged: its picture cannot be in {len(string)} bytes of {group.name}"
+                )
+        indexes = distribution.indexes(shape).clone()
+        if exceptions:
+            apply_exceptions(indexes, exceptions, len(distribution.coder.quantized_cdf))
+        return decode(distribution.coder, string, indexes)
 
 
 @torch.no_grad()
@@ -171,8 +207,8 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
     """The file of one image's integer latents. It is decoded again as a check.
 
     Args:
-        symbols: integers as `Architecture.symbols` returns them, on any device;
-            y [1, M, ceil(H/16), ceil(W/16)] and z [1, N, ceil(H/64), ceil(W/64)].
+        symbols: integers as `Architecture.symbols` returns them, on any device, with the shapes of
+            `Architecture.latent_shapes`.
         size: H, W of the image.
 
     Raises:
@@ -180,20 +216,12 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
             decode to the same symbols.
         ValueError: the latents are no integers, or not those of an image of this size.
     """
-    model = coder.model
-    symbols = _checked_symbols(model, symbols, size)
-    writer = _Writer(symbols)
-    model.walk(size, writer)
-    # The walk's float64 tensors are large: nothing but the indexes is kept of them.
-    exact = coder.exact.place(symbols, size).groups[-1].distribution.indexes(symbols["y"].shape)
-    exceptions = list_exceptions(exact, writer.indexes["y"])
-    if len(exceptions) > 0xFFFF:
-        raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
-    header = Header(
-        MAGIC, VERSION, *size, model.N, model.M, coder.weights, coder.tables,
-        len(writer.strings["z"]), len(exceptions), _checksum(symbols, size), file=0,
-    )  # fmt: skip
-    data = write_bitstream(header, writer.strings["z"] + exceptions + writer.strings["y"])
+    symbols = _checked_symbols(coder.model, symbols, size)
+    groups = _encoded(coder, symbols, size)
+    data = write_bitstream(Bitstream(
+        *size, coder.model.name_in_files, coder.weights, coder.tables, _checksum(symbols, size),
+        groups,
+    ))  # fmt: skip
     decoded, _ = decode_latents(coder, data)
     if not all(torch.equal(decoded[name], v) for name, v in symbols.items()):
         raise BitstreamError("what was written decodes to other symbols; nothing was kept")
@@ -227,26 +255,21 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
         BitstreamError: the file is truncated or damaged, has another version or other weights, or
             does not decode to the symbols that were coded.
     """
-    header, z_string, exceptions, y_string = read_bitstream(data)
-    size = header.height, header.width
-    _check_fits(coder, header)
+    bitstream = read_bitstream(data)
+    _check_fits(coder, bitstream)
+    size = bitstream.size
     shapes = coder.model.latent_shapes(size)
-    positions = shapes["z"][2] * shapes["z"][3]
-    # A string may be up to 64 bits shorter than its symbols' bits in the tables.
-    if positions * coder.z_bits > 8 * len(z_string) + 64:
-        raise BitstreamError(
-            f"damaged: {size[1]}x{size[0]} pixels cannot be in {len(z_string)} bytes of z"
-        )
-    reader = _Reader({"y": y_string, "z": z_string}, shapes, exceptions)
+    reader = _Reader(bitstream.groups, shapes)
     with _memory_for(size):
         coder.exact.walk(size, reader)
-    symbols = {name: reader.symbols[name] for name in shapes}
-    if _checksum(symbols, size) != header.symbols:
+    if reader.read < len(bitstream.groups):
+        raise BitstreamError(f"damaged: it has {len(bitstream.groups)} groups, too many")
+    if _checksum(reader.symbols, size) != bitstream.symbols:
         raise BitstreamError(
             "does not decode to the symbols that were coded: it was made to deceive, "
             "or this machine computes otherwise than the encoder's"
         )
-    return symbols, size
+    return {name: reader.symbols[name] for name in shapes}, size
 
 
 def decode_picture(coder: Coder, data: bytes) -> Tensor:
@@ -288,18 +311,17 @@ def file_measures(data: bytes, x_hat: Tensor, x: Tensor) -> dict[str, float | No
     return {**rate, **picture_quality(x_hat, x.cpu())}
 
 
-def _check_fits(coder: Coder, header: Header) -> None:
-    model = coder.model
-    if (header.N, header.M) != (model.N, model.M):
+def _check_fits(coder: Coder, bitstream: Bitstream) -> None:
+    if bitstream.family != coder.model.name_in_files:
         raise BitstreamError(
-            f"made with N = {header.N}, M = {header.M}; these weights have "
-            f"N = {model.N}, M = {model.M}"
+            f"made with a model of {printable(bitstream.family)}; these weights are of "
+            f"{coder.model.name_in_files}"
         )
-    if header.weights != coder.weights:
+    if bitstream.weights != coder.weights:
         raise BitstreamError(
-            f"made with other weights ({header.weights.hex()}; these are {coder.weights.hex()})"
+            f"made with other weights ({bitstream.weights.hex()}; these are {coder.weights.hex()})"
         )
-    if header.tables != coder.tables:
+    if bitstream.tables != coder.tables:
         raise BitstreamError(
             "made with other coding tables: the weights are the same, but hold no tables (those of "
             "train.py's weights.pth.tar do), and another machine computed others from them"
@@ -307,8 +329,11 @@ def _check_fits(coder: Coder, header: Header) -> None:
 
 
 def _checksum(symbols: Latents, size: tuple[int, int]) -> int:
+    """The CRC-32 of height, width and all symbols, latent by latent from the last name's on."""
     checksum = zlib.crc32(struct.pack("<2i", *size))
-    return zlib.crc32(_as_bytes(symbols["y"]), zlib.crc32(_as_bytes(symbols["z"]), checksum))
+    for name in sorted(symbols, reverse=True):
+        checksum = zlib.crc32(_as_bytes(symbols[name]), checksum)
+    return checksum
 
 
 def _as_bytes(v: Tensor) -> bytes:

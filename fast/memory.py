@@ -2,42 +2,50 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import psutil
 import torch
 
 from common.errors import InputError
 from common.processes import processes_here
-from fast.tiles import HALO, STRIDE
+from fast.tiles import STRIDE
 
 TILES = (256, 128, 64, 32, 16)  # sides, in positions of y
-# Bytes for each pixel: for each of the N channels inside g_s, and for the image.
-PER_ACTIVATION, PER_PIXEL = 9, 150
+
+
+class PixelBytes(Protocol):
+    """The bytes that refinement takes for each pixel; see `architectures.footprint`."""
+
+    @property
+    def whole(self) -> float:
+        """For each pixel of the picture."""
+
+    @property
+    def seen(self) -> float:
+        """For each pixel that g_s decodes at a time."""
+
+    @property
+    def halo(self) -> int | None:
+        """Of a tile, in positions of y; None: pictures are not cut into tiles."""
 
 
 class MemoryBound(NamedTuple):
-    """The memory that a refinement needs and may take, in bytes, with N and M channels.
+    """The memory that a refinement needs and may take, in bytes.
 
-    `limit` is the memory that it may take, `base` the memory of the process without any image, and
-    `per_latent` the memory for one element of y. The constants were measured on a CPU, at N = 64
-    and 192, with up to 24 megapixels.
+    `limit` is the memory that it may take, `base` the memory of the process without any image.
     """
 
-    N: int
-    M: int
+    footprint: PixelBytes
     limit: float
     base: float
-    per_latent: float = 160
 
     def needed(self, size: tuple[int, int], images: int = 1, tile: int | None = None) -> float:
         """Bytes to refine this many images of size (H, W), whole or in tiles of side `tile`."""
-        pixels = images * size[0] * size[1]
-        kept = pixels * (PER_PIXEL + self.per_latent * self.M / STRIDE**2)
-        seen = pixels
-        if tile is not None:
-            seen = min(pixels, images * (STRIDE * (tile + 2 * HALO)) ** 2)
-        return self.base + kept + seen * PER_ACTIVATION * self.N
+        pixels = seen = images * size[0] * size[1]
+        if tile is not None and self.footprint.halo is not None:
+            seen = min(pixels, images * (STRIDE * (tile + 2 * self.footprint.halo)) ** 2)
+        return self.base + pixels * self.footprint.whole + seen * self.footprint.seen
 
     def images(self, size: tuple[int, int]) -> int:
         """How many whole images of size (H, W) fit together, at least 1."""
@@ -53,24 +61,24 @@ class MemoryBound(NamedTuple):
         Raises:
             InputError: no tile fits.
         """
-        for side in (None, *TILES):
+        sides = (None,) if self.footprint.halo is None else (None, *TILES)
+        for side in sides:
             if self.needed(size, tile=side) <= self.limit:
                 return side
-        least = math.ceil(self.needed(size, tile=TILES[-1]) / 1e7) / 100
+        least = math.ceil(self.needed(size, tile=sides[-1]) / 1e7) / 100
+        how = "even in the smallest tiles" if sides[-1] else "and this model has no tiles"
         raise InputError(
-            f"{size[1]}x{size[0]} pixels need {least:.2f} GB even in the smallest tiles "
+            f"{size[1]}x{size[0]} pixels need {least:.2f} GB {how} "
             f"({self.base / 1e9:.1f} GB are taken without any picture); "
             f"max_memory_gb is {self.limit / 1e9:.2f}"
         )
 
 
 def memory_bound(
-    N: int,
-    M: int,
+    footprint: PixelBytes,
     max_memory_gb: float | None,
     device: torch.device,
     share_one_gpu: bool = False,
-    extra_vectors: int = 0,
 ) -> MemoryBound:
     """The memory bound of a config: `max_memory_gb`, or else 0.9 of a GPU's or 0.75 of all memory.
 
@@ -78,7 +86,6 @@ def memory_bound(
 
     Args:
         share_one_gpu: whether all processes of this machine use the same GPU.
-        extra_vectors: how many copies of the latents an optimizer keeps in addition to Adam's two.
 
     Raises:
         InputError: see `processes_here`.
@@ -92,8 +99,7 @@ def memory_bound(
         limit = 0.9 * torch.cuda.get_device_properties(device).total_memory / sharing
     else:
         limit = 0.75 * _machine_memory() / processes
-    per_latent = MemoryBound._field_defaults["per_latent"] + 4 * extra_vectors
-    return MemoryBound(N, M, limit, 0.2e9 if on_gpu else 1.3e9, per_latent)
+    return MemoryBound(footprint, limit, 0.2e9 if on_gpu else 1.3e9)
 
 
 def _machine_memory() -> float:

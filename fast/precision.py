@@ -42,14 +42,17 @@ class FrozenNetwork(nn.Module):
         return self._copies[dtype]
 
 
-class FrozenLayers(FrozenNetwork):
+class FrozenLayers(FrozenNetwork, nn.Sequential):
     """Layers with fixed weights, one after the other."""
 
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
+    def __init__(self, *layers: nn.Module, pool: Pool | None = None):
+        super().__init__(pool)
+        for index, layer in enumerate(layers):
+            self.add_module(str(index), layer)
 
     def forward(self, v: Tensor) -> Tensor:
         """The result of the last layer."""
         with self.as_autocast_says(v) as (network, cast):
-            return network.layers(cast)
+            for layer in network:
+                cast = layer(cast)
+            return cast

@@ -16,8 +16,6 @@ from fast.autograd import Context
 
 ENCODER_TILE = 16  # side, in positions of y
 STRIDE = 16  # pixels of x for each position of y, in each direction
-# Four 5x5 layers, each at twice the resolution, reach 1 + 1/2 + 1/4 + 1/8 < 2 positions of y.
-HALO = 2
 # A decoder works on whole images up to this many pixels, else on tiles of 64 positions of y
 # (1024x1024 pixels). This depends only on the image's size, so all decoders do the same.
 WHOLE_PIXELS, CODING_TILE = 2**20, 64
@@ -45,19 +43,23 @@ class Tile(NamedTuple):
         return v[:, :, top : top + height, left : left + width]
 
 
-def tiles_of(size: tuple[int, int], side: int) -> Iterator[Tile]:
-    """Tiles of at most side x side positions that cover a y of size (height, width)."""
+def tiles_of(size: tuple[int, int], side: int, halo: int) -> Iterator[Tile]:
+    """Tiles of at most side x side positions that cover a y of size (height, width).
+
+    Args:
+        halo: how far the input of a tile reaches beyond it, in positions.
+    """
     starts = [(top, left) for top in range(0, size[0], side) for left in range(0, size[1], side)]
     for corner in starts:
         rows, columns = (
             slice(start, min(start + side, end)) for start, end in zip(corner, size, strict=True)
         )
-        window = _with_halo(rows, size[0]), _with_halo(columns, size[1])
+        window = _with_halo(rows, size[0], halo), _with_halo(columns, size[1], halo)
         yield Tile((rows, columns), window)
 
 
-def _with_halo(part: slice, end: int) -> slice:
-    return slice(max(part.start - HALO, 0), min(part.stop + HALO, end))
+def _with_halo(part: slice, end: int, halo: int) -> slice:
+    return slice(max(part.start - halo, 0), min(part.stop + halo, end))
 
 
 def coding_tile(size: tuple[int, int]) -> int | None:
@@ -73,21 +75,23 @@ def cut(v: Tensor, part: tuple[slice, slice], unit: int) -> Tensor:
 
 @torch.no_grad()
 def in_tiles(
-    network: Callable[[Tensor], Tensor], v: Tensor, side: int, unit: int, out_unit: int
+    network: Callable[[Tensor], Tensor], v: Tensor, side: int, halo: int, units: tuple[int, int]
 ) -> Tensor:
     """network(v), channels-last, computed tile by tile.
 
     Args:
         network: g_a, for v = x [B, 3, 16 h, 16 w], or g_s, for v = y [B, M, h, w].
         side: the side of a tile, in positions of y.
-        unit, out_unit: how many rows of v, and of the result, make one position of y.
+        halo: see `tiles_of`.
+        units: how many rows of v, and of the result, make one position of y.
 
     Raises:
         ValueError: v has no position of y.
     """
+    unit, out_unit = units
     height, width = v.size(2) // unit, v.size(3) // unit
     out = None
-    for tile in tiles_of((height, width), side):
+    for tile in tiles_of((height, width), side, halo):
         part = tile.crop(network(cut(v, tile.window, unit)), out_unit)
         if out is None:
             shape = (v.size(0), part.size(1), height * out_unit, width * out_unit)
@@ -103,7 +107,7 @@ def tiled_error(
     error_of: ErrorOf,
     y_hat: Tensor,
     x: Tensor,
-    side: int,
+    tiling: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """The summed squared error of g_s(y_hat), cropped to x, tile by tile, and x_hat itself.
 
@@ -113,24 +117,24 @@ def tiled_error(
     Args:
         error_of: computes the same for one window of y_hat, see `Architecture.squared_error`.
         y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W].
-        side: the side of a tile, in positions of y.
+        tiling: the side of a tile and its halo, in positions of y; see `tiles_of`.
 
     Returns:
         The sum [B] in float64, with a gradient to y_hat, and x_hat [B, 3, H, W] without one.
     """
-    return _TiledError.apply(y_hat, x, error_of, side)
+    return _TiledError.apply(y_hat, x, error_of, tiling)
 
 
 class _TiledError(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, y_hat: Tensor, x: Tensor, error_of: ErrorOf, side: int
+        ctx: Context, y_hat: Tensor, x: Tensor, error_of: ErrorOf, tiling: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(y_hat) if needed else None
         x_hat = torch.empty_like(x)
         total = x.new_zeros(len(x), dtype=torch.float64)
-        for tile in tiles_of((y_hat.size(2), y_hat.size(3)), side):
+        for tile in tiles_of((y_hat.size(2), y_hat.size(3)), *tiling):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)

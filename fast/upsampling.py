@@ -1,7 +1,7 @@
 """Transposed convolution with fixed weights, the decoder's upsampling; see `UpsamplingKernel`."""
 
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,13 @@ class UpsamplingKernel(nn.Module):
         self.register_buffer("bias", bias.detach())
         self.pool = pool
 
+    @staticmethod
+    def fits(layer: nn.ConvTranspose2d) -> bool:
+        """Whether a layer is CompressAI's `deconv` with its usual kernel and stride."""
+        shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.bias is not None
+        return plain and shape == ((5, 5), (2, 2), (2, 2), (1, 1))
+
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d, pool: Pool | None = None) -> Self:
         """The kernel of a layer.
@@ -52,10 +59,9 @@ class UpsamplingKernel(nn.Module):
         Raises:
             ValueError: the layer is not CompressAI's `deconv`.
         """
-        shape = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
-        if shape != ((5, 5), (2, 2), (2, 2), (1, 1)) or layer.bias is None:
+        if not cls.fits(layer):
             raise ValueError(f"a kernel of 5, stride 2 and bias are wanted, not {layer}")
-        return cls(layer.weight, layer.bias, pool)
+        return cls(layer.weight, cast(Tensor, layer.bias), pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `upsample`: [B, C', 2 H, 2 W] for x [B, C, H, W]."""

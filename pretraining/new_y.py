@@ -2,7 +2,7 @@
 
 import torch
 
-from architectures import Architecture
+from architectures import Architecture, MeanScale
 from common.errors import InputError
 from config import Channels
 from models import build_model
@@ -23,8 +23,9 @@ def with_new_y(model: Architecture, channels: Channels) -> Architecture:
         channels: N as in `model`; any M.
 
     Raises:
-        InputError: the channels N differ.
+        InputError: the channels N differ, or the model is of another family.
     """
+    refuse_other_families(model, "new_y")
     if channels.N != model.N:
         raise InputError(
             f"pretrain: has N = {model.N}; with new_y, channels may ask for another M, but not for "
@@ -38,3 +39,18 @@ def with_new_y(model: Architecture, channels: Channels) -> Architecture:
     for layer in (renewed.network.g_a[6], renewed.network.g_s[0]):
         layer.weight.mul_(GAIN)
     return renewed
+
+
+def refuse_other_families(model: Architecture, key: str) -> None:
+    """Refuse a model that is no mean-scale hyperprior.
+
+    Args:
+        key: the key of the config that needs one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if type(model) is not MeanScale:
+        raise InputError(
+            f"pretrain: has a model of {model.name}; {key} wants one of {MeanScale.name}"
+        )

@@ -146,10 +146,11 @@ class TrainingRun:
         """
         if not self._checkpoints():
             log.info("testing %s", self.config.pretrain)
-            return load_checkpoint(self.config.pretrain, self.config.channels)
+            config = self.config
+            return load_checkpoint(config.pretrain, config.channels, config.architecture)
         path = first_rank_does(self.ranks, self._newest_whole)
         log.info("testing %s", path)
-        return load_checkpoint(str(path), self.config.channels)
+        return load_checkpoint(str(path), self.config.channels, self.config.architecture)
 
     def _newest_whole(self) -> Path:
         """The newest checkpoint that can be read; damaged ones are renamed."""

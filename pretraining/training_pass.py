@@ -1,5 +1,7 @@
 """The forward pass of pre-training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,9 @@ from objectives import Problem, RateDistortion
 class TrainingPass(nn.Module):
     """A forward pass with uniform noise in place of rounding (arXiv 1809.02736).
 
-    With `mixed`, the noise is for the rates alone. h_s and g_s get rounded latents, and gradients
-    pass the rounding unchanged (arXiv 2007.08739, section 3.3).
+    With the quantization `mixed`, the noise is for the rates alone. h_s and g_s get rounded
+    latents, and gradients pass the rounding unchanged (arXiv 2007.08739, section 3.3). With
+    `rounded` the rates get them too.
 
     It is a module so that DistributedDataParallel can wrap the whole pass.
     """
@@ -22,14 +25,14 @@ class TrainingPass(nn.Module):
         model: Architecture,
         objective: RateDistortion,
         precision: torch.dtype = torch.float32,
-        mixed: bool = False,
+        quantization: str = "noise",
     ):
         super().__init__()
         self.network = model.network  # registers the parameters
         self.model = model
         self.objective = objective
         self.precision = precision
-        self.roundings = (_straight_through, _add_uniform_noise) if mixed else (_add_uniform_noise,)
+        self.roundings = ROUNDINGS[quantization]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The scalars loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of a batch.
@@ -60,3 +63,11 @@ def _add_uniform_noise(v: Tensor) -> Tensor:
 
 def _straight_through(v: Tensor) -> Tensor:
     return v + (v.round() - v).detach()
+
+
+# By `quantization`: the rounding of latents, and another one for rates if there is one.
+ROUNDINGS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "noise": (_add_uniform_noise,),
+    "mixed": (_straight_through, _add_uniform_noise),
+    "rounded": (_straight_through,),
+}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from architectures import Architecture
+from architectures.footprint import footprint_of
 from common.device import is_out_of_memory
 from common.errors import InputError
 from common.images import ImageFiles
@@ -27,9 +28,10 @@ def validate(
     """
     if images is None:
         return []
-    bound = memory_bound(model.N, model.M, None, model.device)._replace(per_latent=TESTED_LATENT)
     was_training = model.network.training
     model.network.eval()
+    footprint = footprint_of(model).without_optimizer(TESTED_LATENT)
+    bound = memory_bound(footprint, None, model.device)
     own = images.names[ranks.rank :: ranks.world]
     results = [measure(model, images, name, lmbda, bound) for name in own]
     model.network.train(was_training)

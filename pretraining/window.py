@@ -52,12 +52,18 @@ class Window:
         yield
         self._started += time.perf_counter() - paused
 
+    @property
+    def _rate_keys(self) -> list[str]:
+        """The names of the rates of the latents, bpp_y and others."""
+        return sorted(key for key in self._keys if key.startswith("bpp_"))
+
     def read(self) -> dict[str, float | None]:
         """Read the window and start a new one; every rank must call this.
 
         Returns:
-            loss, psnr (dB), bpp, bpp_y, bpp_z and aux_loss, means over steps and ranks; None where
-            no step was good. steps_per_second, images_per_second, and data_wait_share in [0, 1].
+            loss, psnr (dB), bpp, the bpp of each latent and aux_loss, means over steps and ranks;
+            None where no step was good. steps_per_second, images_per_second, and data_wait_share in
+            [0, 1].
         """
         *sums, good = (0.0,) if self._sums is None else self._sums.tolist()
         own = {key: value / good for key, value in zip(self._keys, sums, strict=True) if good}
@@ -65,7 +71,7 @@ class Window:
         parts = gather(self.ranks, own)
         means = {
             key: mean_of_known(part.get(key) for part in parts)
-            for key in ("loss", "psnr", "bpp", "bpp_y", "bpp_z", "aux_loss")
+            for key in ("loss", "psnr", "bpp", *self._rate_keys, "aux_loss")
         }
         speed = self._steps / seconds
         values = {

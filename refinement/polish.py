@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from architectures import Latents
+from architectures import Group, Latents, Walk
+from architectures.walk import Distribution
 from config import RefineConfig
 from objectives import Problem
 from refinement.batch import ImageNoise, Trajectory, metrics_of, row_of
@@ -35,12 +36,18 @@ LEAST_CURVATURE = 1e-3  # bits
 
 
 class Point(NamedTuple):
-    """Integers y, and their loss in bits: the rate plus the weighted squared error."""
+    """Integers y, and their loss in bits: the rate plus the weighted squared error.
 
-    y: Tensor  # [B, M, h, w], minus the centre of its group
-    rate: Tensor  # [B, M, h, w]
-    gradient: Tensor  # [B, M, h, w], of the weighted squared error
-    loss: Tensor  # [B]
+    y, rate, gradient: [B, M, h, w]; the gradient is that of all but the symbol's own rate. rate_of:
+    the rates of other integers, each with all others as they are here. loss: [B].
+    """
+
+    y: Tensor
+    rate: Tensor
+    rate_of: Callable[[Tensor], Tensor]
+    gradient: Tensor
+    loss: Tensor
+    walk: Walk
     x_hat: Tensor
 
 
@@ -54,8 +61,8 @@ def polish(
 ) -> Latents:
     """Latents on their lattice; in the problem's precision no pass had a lower loss.
 
-    The polish moves the symbols of the last group of the walk, y. It only rounds the groups before.
-    In float32 the true loss is not above that of `latents`.
+    The polish moves the symbols of the last latent of the walk, y. It only rounds the others. In
+    float32 the true loss is not above that of `latents`.
 
     Args:
         pace: counts passes from 0. A pass evaluates g_s and its gradient once. The start takes
@@ -64,25 +71,14 @@ def polish(
         on_pass: called after each pass with the decrease of the loss since the start, bits [B].
     """
     bits_per_error = problem.objective.bits_per_error(problem.x.size(1))
-    walk = problem.model.round(latents, torch.round, problem.size)
-    group = walk.groups[-1]
-
-    def rate_of(y: Tensor) -> Tensor:
-        return -group.distribution.likelihood(y + group.centre).log2()
-
-    def point_of(y: Tensor) -> Point:
-        error, x_hat, gradient = _error_and_gradient(problem, y + group.centre)
-        rate = rate_of(y)
-        loss = rate.flatten(1).sum(1) + bits_per_error * error
-        return Point(y, rate, bits_per_error * gradient, loss, x_hat)
-
-    point = point_of(torch.round(latents[group.name] - group.centre))
+    rounded_walk = problem.model.round(latents, torch.round, problem.size)
+    point = _point_of(problem, rounded_walk, first_integers(rounded_walk, latents))
     best, first_loss, lowest_loss = point.y, point.loss, point.loss
-    curvature = bits_per_error * _curvature(problem, point, group.centre, generator)
+    curvature = bits_per_error * _curvature(problem, point, generator)
     while not pace.at_end:
         temperature = HOT * (COLD / HOT) ** (pace.position / pace.last)
-        moves = _draw_moves(point, rate_of, curvature, temperature, generator)
-        moved = point_of(point.y + moves)
+        moves = _draw_moves(point, curvature, temperature, generator)
+        moved = _point_of(problem, rounded_walk, point.y + moves)
         # The change of a symbol's gradient after its move gives its curvature without noise.
         measured = (moves * (moved.gradient - point.gradient) / 2).clamp_min(LEAST_CURVATURE)
         curvature = torch.where(moves != 0, measured, curvature)
@@ -92,20 +88,97 @@ def polish(
         lowest_loss = torch.minimum(point.loss, lowest_loss)
         pace.advance()
         on_pass(first_loss - lowest_loss)
-    polished = walk.values | {group.name: best + group.centre}
+    polished = _walk_with(problem, rounded_walk, best).values
     return {name: polished[name] for name in latents}
 
 
+def first_integers(walk: Walk, latents: Latents) -> Tensor:
+    """The integers of the walk's last latent, [B, M, h, w] as floats."""
+    name = walk.groups[-1].name
+    return walk.whole(tuple(
+        torch.round(group.part.of(latents[name]) - group.centre) if group.name == name else value
+        for group, value in zip(walk.groups, walk.group_values, strict=True)
+    ))[name]  # fmt: skip
+
+
+def _walk_with(problem: Problem, walk: Walk, y: Tensor) -> Walk:
+    """The walk with other integers of its last latent; the others keep their values."""
+    name, kept = walk.groups[-1].name, iter(walk.group_values)
+
+    def value_of(group: Group) -> Tensor:
+        value = next(kept)
+        return group.part.of(y) + group.centre if group.name == name else value
+
+    return problem.model.visit(problem.size, value_of)
+
+
+def _point_of(problem: Problem, rounded_walk: Walk, y: Tensor) -> Point:
+    """The point of integers y [B, M, h, w]."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        walk = _walk_with(problem, rounded_walk, y)
+    moved = [
+        (group, value)
+        for group, value in zip(walk.groups, walk.group_values, strict=True)
+        if group.name == walk.groups[-1].name
+    ]
+    fixed = [group.distribution.fixed_at(value.detach()) for group, value in moved]
+
+    def rate_of(y: Tensor) -> Tensor:
+        rates = iter([
+            -distribution.likelihood(group.part.of(y) + group.centre.detach()).log2()
+            for (group, _), distribution in zip(moved, fixed, strict=True)
+        ])  # fmt: skip
+        name = walk.groups[-1].name
+        return walk.whole(tuple(
+            next(rates) if group.name == name else value
+            for group, value in zip(walk.groups, walk.group_values, strict=True)
+        ))[name]  # fmt: skip
+
+    weight = problem.objective.bits_per_error(problem.x.size(1))
+    error, x_hat, gradient = _error_and_gradient(problem, walk.y_hat)
+    gradient = weight * gradient
+    alone = len(moved) == 1 and fixed[0] is moved[0][0].distribution
+    if not alone:
+        gradient = _gradient_through(walk, moved, fixed, y, gradient)
+    y = y.detach()
+    rate = rate_of(y)
+    loss = rate.flatten(1).sum(1) + weight * error
+    return Point(y, rate, rate_of, gradient, loss, walk, x_hat)
+
+
+def _gradient_through(
+    walk: Walk,
+    moved: Sequence[tuple[Group, Tensor]],
+    fixed: Sequence[Distribution],
+    y: Tensor,
+    to_y_hat: Tensor,
+) -> Tensor:
+    """The gradient to integers y that change the lattices and rates of other symbols too.
+
+    Args:
+        moved, fixed: the groups of y with their values, and their distributions at these.
+        to_y_hat: the gradient of the weighted squared error to the walk's y_hat.
+    """
+    with torch.enable_grad():
+        bits = [-group.distribution.likelihood(value).log2().sum() for group, value in moved]
+        (through,) = torch.autograd.grad(
+            [walk.y_hat, *bits], y, [to_y_hat, *map(torch.ones_like, bits)]
+        )
+        own = y.detach().requires_grad_()
+        values = [group.part.of(own) + group.centre.detach() for group, _ in moved]
+        own_bits = [-distribution.likelihood(value).log2().sum()
+                    for distribution, value in zip(fixed, values, strict=True)]  # fmt: skip
+        return through - torch.autograd.grad(own_bits, own)[0]
+
+
 def _draw_moves(
-    point: Point,
-    rate_of: Callable[[Tensor], Tensor],
-    curvature: Tensor,
-    temperature: float,
-    generator: Generator | None,
+    point: Point, curvature: Tensor, temperature: float, generator: Generator | None
 ) -> Tensor:
     """Moves of -1, 0 or 1, [B, M, h, w]; two moves are more than `REACH` positions apart."""
     up, down = (
-        (point.rate - rate_of(point.y + move) - move * point.gradient - curvature) / temperature
+        (point.rate - point.rate_of(point.y + move) - move * point.gradient - curvature)
+        / temperature
         + gumbel_noise(point.y, generator)
         for move in (1, -1)
     )
@@ -129,20 +202,19 @@ def _error_and_gradient(
     return error.detach(), x_hat.detach(), gradient
 
 
-def _curvature(
-    problem: Problem, point: Point, centre: Tensor, generator: Generator | None
-) -> Tensor:
+def _curvature(problem: Problem, point: Point, generator: Generator | None) -> Tensor:
     """Half the second derivative of the squared error to each element of y, shaped as y.
 
-    We ignore the curvature of g_s itself. Then it is the squared norm of J, the derivative of x_hat
-    to the element. This norm is the mean of (J^T r)^2 over noise r of unit variance. J^T r is half
-    the gradient for the target x_hat - r. Few draws give a noisy mean, so it is shrunk towards the
-    product of its channel's and its position's mean.
+    We ignore the curvature of g_s itself, and that a symbol may move the lattices of others. Then
+    it is the squared norm of J, the derivative of x_hat to the element. This norm is the mean of
+    (J^T r)^2 over noise r of unit variance. J^T r is half the gradient for the target x_hat - r.
+    Few draws give a noisy mean, so it is shrunk towards the product of its channel's and its
+    position's mean.
     """
     total = torch.zeros_like(point.y)
     for _ in range(PROBES):
         noise = torch.empty_like(point.x_hat).normal_(generator=generator)
-        gradient = _error_and_gradient(problem, point.y + centre, point.x_hat - noise)[2]
+        gradient = _error_and_gradient(problem, point.walk.y_hat, point.x_hat - noise)[2]
         total += (gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)

@@ -27,8 +27,8 @@ class Coded:
 class Refined:
     """One refined image.
 
-    symbols: the best integers, y [1, M, h, w] and z [1, N, h', w']. coded: the compressed file, if
-    files are wanted. target: the target's part of the image's record, if there is a target.
+    symbols: the best integers of each latent, y [1, M, h, w] and others. coded: the compressed
+    file, if files are wanted. target: the target's part of the image's record, if there is one.
     """
 
     trajectory: Trajectory

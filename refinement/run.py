@@ -384,7 +384,7 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
             kind.kind in "biuf" for kind in table.dtypes
         )
         with np.load(result_file(folder, "latents", name, ".npz")) as arrays:
-            shapes = [arrays[key].shape for key in ("y", "z")]
+            shapes = [array.shape for array in arrays.values()]
         if config.writes_files:
             read_bitstream(result_file(folder, "bitstreams", name, SUFFIX).read_bytes())
         if config.dev_options.save_final:
@@ -395,7 +395,8 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
     except Exception:  # readers of damaged files raise dozens of types
         return False
     rows = len(record.get("clock", steps))  # records of older runs have no clock
-    return sound and all(shapes) and len(steps) == rows and steps.iloc[-1] == record["steps"]
+    sound = sound and bool(shapes) and all(shapes)
+    return sound and len(steps) == rows and steps.iloc[-1] == record["steps"]
 
 
 # --- records as dicts and words -------------------------------------------------------------------

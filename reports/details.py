@@ -53,7 +53,8 @@ def details_of(
     if image.x is None or len(records) < len(runs) or image.x[0].numel() > LARGEST_SHOWN:
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
-    model = freeze(load_checkpoint(config.pretrain), config.coder_scales)
+    model = load_checkpoint(config.pretrain, architecture=config.architecture)
+    freeze(model, config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, None, None, None)]
     base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))

@@ -13,9 +13,6 @@ from common.files import label_of
 from common.numbers import mean_of_known, percent_change, rounded
 from common.records import Record
 
-TEST_KEYS = ("loss", "bpp", "bpp_y", "bpp_z", "psnr", "ms_ssim", "ms_ssim_db")
-
-
 # --- a refinement ---------------------------------------------------------------------------------
 
 
@@ -134,9 +131,10 @@ def _changes(entry: Record) -> str:
 def means_of_tests(results: Sequence[Record]) -> Record:
     """Unweighted means over the images without an error, and their number `images`."""
     known = [record for record in results if "error" not in record]
+    keys = [key for key in (known or [{}])[0] if key != "name"]
     return {
         "images": len(known),
-        **{key: mean_of_known(record[key] for record in known) for key in TEST_KEYS},
+        **{key: mean_of_known(record[key] for record in known) for key in keys},
     }
 
 

@@ -61,6 +61,9 @@ class Channels(Section):
     """+ The channels inside the networks and of z."""
     M: Count
     """+ The channels of y."""
+    groups: list[Count] | None = None
+    """+ ELIC's groups of channels of y, in coding order; they add up to M. null: refinement takes
+    them from the weights, and new networks have 16, 16, 32, 64 and M - 128."""
 
 
 def channels_of_lambda(train_lambda: float) -> Channels:
@@ -93,6 +96,12 @@ class ModelOfLambda(Section):
     channels: Channels | None = None
     """+ The channels {N, M} of the network. null: refinement takes them from the weights, and
     pre-training derives them from `train_lambda`."""
+    architecture: str | None = Field(None, min_length=1)
+    """+ The model's architecture: `bmshj2018-factorized`, `bmshj2018-factorized-relu`,
+    `bmshj2018-hyperprior`, `mbt2018-mean`, `mbt2018`, `cheng2020-anchor`, `cheng2020-attn`,
+    `cheng2020-anchor-checkerboard`, `elic2022-official`, `elic2022-chandelier`, or a class of your
+    own, `path/to/file.py:Class`. null: the one that the weights fit; for new networks
+    `mbt2018-mean`."""
 
     @model_validator(mode="after")
     def _has_channels(self) -> "ModelOfLambda":

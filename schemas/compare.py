@@ -53,6 +53,8 @@ class ComparedModel(Section):
     """The lambda that it is trained for."""
     inference_lambda: Positive | None = None
     """The lambda of the refinement's loss. null: `train_lambda`."""
+    architecture: str | None = Field(None, min_length=1)
+    """The model's architecture; see the key `architecture` of a refinement."""
     name: ShortName | None = None
     """The name in tables and plots, at most 62 letters. null: `lambda` and the value of
     `train_lambda`."""

@@ -100,6 +100,9 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     new_y: bool = False
     """+ Take from `pretrain` only the layers that do not touch y, so that `channels` may ask for
     another M. The last layer of g_a, the first ones of g_s and h_a, and all of h_s begin anew."""
+    new_context: bool = False
+    """+ Make an `mbt2018` of the mean-scale hyperprior in `pretrain`: the layers that look at the
+    context are new, and begin without an effect."""
     train_clic_imagenet: bool = True
     """Mix CLIC's train split with ImageNet, in proportion to their sizes."""
     path_train: PretrainPaths = PretrainPaths()
@@ -108,9 +111,11 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     train_folder: UserPath = ""
     """+ The images to train on in place of tfrecords: a folder, one file, or `sample` for the
     sample photos. `--images PATH` on the command line sets it. "": `path_train` is used."""
-    quantization: Literal["noise", "mixed"] = "noise"
+    quantization: Literal["noise", "mixed", "rounded"] = "noise"
     """+ What stands for rounding: `noise`: uniform noise. `mixed`: noise for the rates alone; h_s
-    and g_s get rounded latents, as when a file is decoded (arXiv 2007.08739)."""
+    and g_s get rounded latents, as when a file is decoded (arXiv 2007.08739). `rounded`: rounded
+    latents for the rates too; gradients pass the rounding unchanged. It is for the end of a
+    training."""
     optimizer: Literal["adam", "soap"] = "adam"
     """+ The optimizer of all weights but the quantiles: Adam or SOAP (arXiv 2409.11321)."""
     aux_lr: Positive = 1e-3
@@ -144,8 +149,7 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
 
     @model_validator(mode="after")
     def _has_data(self) -> "PretrainConfig":
-        if self.new_y and not self.pretrain:
-            raise ValueError("new_y is true, but pretrain names no model to take layers from")
+        self._check_new_layers()
         if self.test and not self.path_test_data:
             raise ValueError("test is true, but path_test_data names no images to test on")
         if not self.test and not (self.train_folder or self.path_train.train_imagenet):
@@ -154,3 +158,14 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
                 "or a folder of images in train_folder"
             )
         return self
+
+    def _check_new_layers(self) -> None:
+        if self.new_y and self.new_context:
+            raise ValueError("new_context is true, but so is new_y")
+        for key, makes in (("new_y", "mbt2018-mean"), ("new_context", "mbt2018")):
+            if not getattr(self, key):
+                continue
+            if not self.pretrain:
+                raise ValueError(f"{key} is true, but pretrain names no model to take layers from")
+            if self.architecture not in (None, makes):
+                raise ValueError(f"{key} makes an {makes}, not the {self.architecture} asked for")

@@ -10,17 +10,14 @@ import logging
 import pathlib
 import pickle
 import tarfile
-import urllib.error
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from compressai.models import (
-    Cheng2020Anchor,
-    FactorizedPrior,
     JointAutoregressiveHierarchicalPriors,
-    ScaleHyperprior,
+    MeanScaleHyperpriorVbr,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -395,25 +392,50 @@ def test_contents_without_weights_are_refused_by_what_they_are(saved, trained):
         assert reason in refusal_of(saved(content))
 
 
-def test_other_architectures_are_refused_by_what_they_are(saved, network):
+def test_unknown_weights_are_refused_with_what_they_are_closest_to(saved, network):
     weights = network.state_dict()
+    autoregressive = JointAutoregressiveHierarchicalPriors(8, 12).state_dict()
     cases = {
-        "h_s gives no means: a scale hyperprior": ScaleHyperprior(8, 12).state_dict(),
-        "context_prediction: an autoregressive model": JointAutoregressiveHierarchicalPriors(
-            12, 12
-        ).state_dict(),
-        "context_prediction: an autoregressive": _prefixed(Cheng2020Anchor(8).state_dict(), "a."),
-        "no h_a, h_s: a factorized prior": FactorizedPrior(8, 12).state_dict(),
-        "Missing key": {k: v for k, v in weights.items() if not k.startswith("h_s")},
-        "Unexpected key": {**weights, "Gain.weight": torch.ones(2)},
-        "no g_a.0.weight, g_a.6.weight among a": {"a": torch.ones(1)},
-        "no entropy_bottleneck._offset": {k: v for k, v in weights.items() if "_offset" not in k},
-        "": {k: v.to_sparse() for k, v in weights.items()},
+        "mbt2018-mean (no h_s.0.weight)": {
+            k: v for k, v in weights.items() if not k.startswith("h_s")
+        },
+        "mbt2018-mean (it has no Gain.weight)": {**weights, "Gain.weight": torch.ones(2)},
+        "mbt2018 (no context_prediction.weight)": {
+            k: v for k, v in autoregressive.items() if k != "context_prediction.weight"
+        },
+        "(no ": {"a": torch.ones(1)},
     }
     for reason, content in cases.items():
         message = refusal_of(saved(content))
-        assert "not the weights of a mean-scale hyperprior (" in message
+        assert "not the weights of a known architecture; the closest is " in message
         assert reason in message
+        assert "; a class of your own needs architecture = FILE.py:CLASS" in message
+    variable_rate = refusal_of(saved(MeanScaleHyperpriorVbr(8, 12).state_dict()))
+    assert "a variable-rate model (Vbr), which is not known here" in variable_rate
+
+
+def test_weights_whose_tensors_do_not_fit_their_architecture_are_refused(saved, network):
+    weights = network.state_dict()
+    cases = {
+        "(no entropy_bottleneck._offset)": {k: v for k, v in weights.items() if "_offset" not in k},
+        "(size mismatch for g_s.0.weight": {**weights, "g_s.0.weight": torch.ones(3, 3, 5, 5)},
+        "(size mismatch for ": {**weights, "g_a.0.weight": torch.ones(3)},
+        "(": {**weights, "g_a.6.weight": torch.tensor(1.0)},
+    }
+    for reason, content in cases.items():
+        message = refusal_of(saved(content))
+        assert "not the weights of mbt2018-mean (" in message
+        assert reason in message
+
+
+def test_sparse_weights_are_refused(saved, network):
+    sparse = {k: v.to_sparse() for k, v in network.state_dict().items()}
+    assert "not the weights of " in refusal_of(saved(sparse))
+
+
+def test_an_architecture_that_does_not_exist_is_refused_by_those_that_do():
+    with pytest.raises(InputError, match=r"architecture mbt: did you mean mbt2018\? It must be"):
+        load_checkpoint(str(WEIGHTS), architecture="mbt")
 
 
 def test_weights_that_are_not_finite_are_refused(saved, network):
@@ -425,38 +447,3 @@ def test_weights_that_are_not_finite_are_refused(saved, network):
 def test_channels_that_the_weights_do_not_have_are_refused():
     with pytest.raises(InputError, match="has N = 64, M = 192, but channels asks for N = 192"):
         load_checkpoint(str(WEIGHTS), Channels(N=192, M=192))
-
-
-# --- CompressAI's zoo -----------------------------------------------------------------------------
-
-
-def test_the_zoo_says_what_to_do_without_a_network(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", unreachable)
-    with pytest.raises(InputError, match=r"cannot download .* connect to the network once"):
-        load_checkpoint("zoo:mbt2018-mean:4")
-
-
-def test_the_zoo_loads_by_name(monkeypatch):
-    """CompressAI's own loading, with a download that gives random weights of the zoo's size."""
-    weights = build_model(Channels(N=128, M=192)).network.state_dict()
-    asked = []
-
-    def download(url, progress):
-        asked.append(url)
-        return _oldest_names(weights)
-
-    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", download)
-    loaded = load_checkpoint("zoo:mbt2018-mean:4")
-    assert (loaded.N, loaded.M) == (128, 192)
-    assert "mbt2018-mean-4" in asked[0]
-
-
-@pytest.mark.parametrize(
-    "name", ["zoo:mbt2018-mean", "zoo:mbt2018-mean:9", "zoo:bmshj2018-factorized:3", "zoo:a:1:b"]
-)
-def test_other_zoo_names_are_refused(name):
-    with pytest.raises(InputError, match="must be zoo:mbt2018-mean:QUALITY"):
-        load_checkpoint(name)

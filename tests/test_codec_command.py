@@ -34,8 +34,8 @@ def test_the_commands_make_pictures_into_files_and_back(coder, photos, tmp_path,
     twin.write_bytes(files[0].read_bytes())
     assert main(["info", *map(str, files), str(twin)]) == 0
     said = capsys.readouterr().out
-    assert f"{files[0]}: version 1, 81x71 pixels" in said
-    assert f"  {files[0].stat().st_size} bytes: header 38, z " in said
+    assert f"{files[0]}: version 2, 81x71 pixels" in said
+    assert f"  {files[0].stat().st_size} bytes: header 35, groups 36 + " in said
 
     assert main(["decompress", str(coded), "--checkpoint", str(WEIGHTS), "-o", str(decoded)]) == 0
     pictures = sorted(file.name for file in decoded.iterdir())

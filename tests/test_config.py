@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import re
 import shlex
 
 import pytest
 
+from architectures import ARCHITECTURES
 from common.errors import InputError
 from compare import plan_runs
 from config import (
@@ -147,6 +149,12 @@ WRONG = {
     "not a boolean": (["resume=yes"], 'resume = "yes": should be true or false'),
     "not a string": (["save_name=7"], "save_name = 7: should be a string"),
     "key of another place": (["lr=1"], "unknown key 'lr': there are train_lambda, channels"),
+    "no architecture": (["architecture="], "should have at least 1 character"),
+    "architecture by number": (["architecture=4"], "architecture = 4: should be a string"),
+    "empty group": (
+        ['channels={"N": 8, "M": 8, "groups": [8, 0]}'],
+        "channels.groups.1 = 0: should be greater than or equal to 1",
+    ),
     "incomplete": (['channels={"N": 64}'], "the key 'channels.M' is missing"),
     "override": (["pretrain.sub=1"], "--set pretrain.sub=1: pretrain holds no keys"),
     "no equals sign": (["resume"], "--set resume: must read key.sub=value"),
@@ -159,6 +167,33 @@ def test_wrong_values_are_refused_by_name(config_values, write_config, overrides
         load_config(write_config(config_values), RefineConfig, overrides)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantization=round"], "should be 'noise', 'mixed' or 'rounded'"),
+        (["new_context=true"], "new_context is true, but pretrain names no model to take"),
+        (["new_context=true", "pretrain=a", "new_y=true"], "is true, but so is new_y"),
+        (
+            ["new_context=true", "pretrain=a", "architecture=mbt2018-mean"],
+            "new_context makes an mbt2018, not the mbt2018-mean asked for",
+        ),
+    ],
+)
+def test_wrong_values_of_a_training_are_refused_by_name(overrides, message):
+    with pytest.raises(InputError) as refused:
+        load_config(ROOT / "example_files/train_demo.json", PretrainConfig, overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_training_may_name_its_architecture_groups_and_rounding():
+    overrides = ["architecture=elic2022-official", "quantization=rounded"]
+    overrides.append('channels={"N": 8, "M": 12, "groups": [3, 5, 4]}')
+    config = load_config(ROOT / "example_files/train_demo.json", PretrainConfig, overrides)
+    assert (config.architecture, config.quantization) == ("elic2022-official", "rounded")
+    assert config.network_channels.groups == [3, 5, 4]
 
 
 @pytest.mark.parametrize(
@@ -439,12 +474,20 @@ def test_the_reference_has_every_key_that_the_example_files_have(schema):
         ("dev_options.path_test.folder", "path or null", "`null`"),
         ("early_stop.evaluations", "whole number from 2", "`5`"),
         ("dev_options.improving_methods", "{NAME: true or false}", "`{}`"),
+        ("channels.groups", "[whole number from 1] or null", "`null`"),
+        ("architecture", "text or null", "`null`"),
         ("save_name", "text", "required"),
     ],
 )
 def test_the_reference_says_values_and_defaults_in_words(name, values, default):
     (key,) = (key for key in keys_of(RefineConfig) if key.name == name)
     assert (key.values, key.default) == (values, default)
+
+
+@pytest.mark.parametrize("schema", [RefineConfig, PretrainConfig])
+def test_the_reference_names_every_architecture(schema):
+    (key,) = (key for key in keys_of(schema) if key.name == "architecture")
+    assert {*re.findall(r"`([a-z]+20[\w-]+)`", key.description)} == ARCHITECTURES.keys()
 
 
 def test_keys_without_effect_say_so():

@@ -276,13 +276,68 @@ def test_winograds_form_within_a_frozen_model(monkeypatch, precision, tile):
     assert error < tolerance
 
 
-def test_layers_of_another_kind_are_refused():
-    model = build_model(Channels(N=8, M=8))
-    model.network.g_s[0] = torch.nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
-    with pytest.raises(ValueError, match="kernel of 5"):
-        freeze(model)
+class _Doubled(torch.nn.ConvTranspose2d):
+    """A subclass, which computes something else than its base class."""
+
+    def forward(self, x, output_size=None):
+        return 2 * super().forward(x, output_size)
+
+
+def _other_kernel():
+    return torch.nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
+
+
+def _in_groups():
+    return torch.nn.ConvTranspose2d(8, 8, 5, stride=2, padding=2, output_padding=1, groups=4)
+
+
+def _without_bias():
+    return torch.nn.ConvTranspose2d(8, 8, 5, stride=2, padding=2, output_padding=1, bias=False)
+
+
+def _dilated():
+    return torch.nn.ConvTranspose2d(8, 8, 5, stride=2, padding=4, output_padding=1, dilation=2)
+
+
+def _subclass():
+    return _Doubled(8, 8, 5, stride=2, padding=2, output_padding=1)
+
+
+@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize("layer", [_other_kernel, _in_groups, _without_bias, _dilated, _subclass])
+def test_layers_of_another_kind_are_left_as_they_are(layer, place):
+    """At the start of g_s, and within its end, which is then not fused with the error."""
+    torch.manual_seed(0)
+    stock = build_model(Channels(N=8, M=8))
+    stock.network.g_s[place] = layer()
+    stock.network.eval()
+    frozen = freeze(copy.deepcopy(stock))
+    assert any(type(part) is type(layer()) for part in frozen.network.g_s.modules())
+    assert hasattr(frozen.network.g_s, "squared_error") == (place == 0)
+    x = torch.rand(1, 3, 64, 128)
+    latents = {"y": torch.randn(1, 8, 4, 8) * 2, "z": torch.randn(1, 8, 1, 2) * 2}
+    expected = plain_loss(stock.network, x, theirs := to_optimise(latents), _shifted, _shifted)
+    loss = problem_of(frozen, x).relaxed(ours := to_optimise(latents), _shifted).loss.mean()
+    expected.backward()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, mine in ours.items():
+        scale = theirs[name].grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, theirs[name].grad, rtol=1e-3, atol=1e-4 * scale)
+    with torch.no_grad():
+        x_hat = frozen.synthesize(latents["y"], (64, 128))
+        torch.testing.assert_close(x_hat, stock.network.g_s(latents["y"]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_model_is_not_frozen_again():
     with pytest.raises(ValueError, match="frozen already"):
         freeze(freeze(build_model(Channels(N=8, M=8))))
+
+
+@pytest.mark.parametrize("layer", [_other_kernel, _without_bias, _in_groups, _dilated])
+def test_a_kernel_of_upsampling_is_made_of_no_other_layer(layer):
+    with pytest.raises(ValueError, match="kernel of 5"):
+        UpsamplingKernel.of(layer())
 
 
 def test_a_model_made_ready_for_training_computes_the_same():

@@ -127,7 +127,7 @@ def _wrong_bfloat16(monkeypatch):
 
 
 def _tiles_that_see_too_little(monkeypatch):
-    monkeypatch.setattr("fast.tiles.HALO", 1)
+    monkeypatch.setattr("architectures.MeanScale.halo", 1)
 
 
 def _wrong_rate(monkeypatch):

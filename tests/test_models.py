@@ -1,20 +1,34 @@
-"""The model's steps against CompressAI's own forward and float64 autograd."""
+"""The model's steps against CompressAI's own forward and float64 autograd, and its weights."""
 
 import copy
+import re
+import urllib.error
 
 import numpy as np
 import pytest
 import skimage
 import torch
 from compressai.layers import GDN
+from compressai.models import (
+    Cheng2020Anchor,
+    Cheng2020AnchorCheckerboard,
+    Cheng2020Attention,
+    Elic2022Chandelier,
+    Elic2022Official,
+    FactorizedPrior,
+    FactorizedPriorReLU,
+    JointAutoregressiveHierarchicalPriors,
+    MeanScaleHyperprior,
+    ScaleHyperprior,
+)
 
-from architectures import Group
-from architectures.distributions import FactorizedPrior
+from architectures import ARCHITECTURES, Group
+from architectures.distributions import FactorizedPrior as Prior
 from architectures.walk import rounded
 from common.device import pick_device
 from common.errors import InputError
 from config import Channels
-from conftest import WEIGHTS, to_x
+from conftest import WEIGHTS, assert_loads, to_x
 from fast.freezing import FrozenGDN
 from models import build_model, freeze, load_checkpoint
 from passes import LMBDA, problem_of, to_optimise, true_terms
@@ -101,7 +115,7 @@ def test_frozen_networks_collect_no_gradients(small):
     assert all(v.grad.abs().sum() > 0 for v in latents.values())
     network = frozen.network
     weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    assert {"g_a.0.weight", "h_a.0.weight", "h_s.layers.0.weight"} < weights.keys()
+    assert {"g_a.0.weight", "h_a.0.weight", "h_s.0.weight"} < weights.keys()
     assert {"g_s.layers.0.weight", "g_s.layers.1.gamma"} < weights.keys()
     assert {"g_s.to_picture.upsampling.weight", "g_s.to_picture.gamma"} < weights.keys()
     assert {"entropy_bottleneck.matrix_0", "entropy_bottleneck.quantiles"} < weights.keys()
@@ -135,10 +149,10 @@ def test_latents_lie_on_the_lattice_that_a_coder_codes(small):
     bottleneck = small.network.entropy_bottleneck
     conditional = small.network.gaussian_conditional
     z_hat, _ = bottleneck(latents["z"])
-    torch.testing.assert_close(terms.values["z"], z_hat)
+    torch.testing.assert_close(terms.walk.values["z"], z_hat)
     _, means = small.network.h_s(z_hat)[:, :, :5, :5].chunk(2, 1)
     y_hat = conditional.quantize(latents["y"], "dequantize", means)
-    torch.testing.assert_close(terms.values["y"], y_hat)
+    torch.testing.assert_close(terms.walk.values["y"], y_hat)
     medians = bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
     coded = {
         "z": bottleneck.quantize(latents["z"], "symbols", medians),
@@ -158,7 +172,7 @@ def test_rounding_around_a_centre_moves_the_lattice():
 
 
 def _prior_of(model):
-    return FactorizedPrior(model.network.entropy_bottleneck)
+    return Prior(model.network.entropy_bottleneck)
 
 
 def test_likelihood_of_z_is_compressais_where_float64_resolves_it(small):
@@ -194,6 +208,147 @@ def test_the_centre_of_the_prior_is_likely():
         for bias in model.network.entropy_bottleneck.biases:
             bias.zero_()
     assert (_prior_of(model).likelihood(torch.zeros(1, 4, 1, 1)) > 1e-3).all()
+
+
+# --- weights of every architecture ----------------------------------------------------------------
+
+
+def _older(weights, **names):
+    """The weights under older names of the bottleneck's parameters, by the newest ones."""
+    for new, old in names.items():
+        weights = {k.replace(f"k.{new}.", f"k.{old}"): v for k, v in weights.items()}
+    return weights
+
+
+def _before_1_2_8(weights):
+    return _older(weights, matrices="_matrix", biases="_bias", factors="_factor")
+
+
+def _before_1_0(weights):
+    return _older(weights, matrices="_matrices.", biases="_biases.", factors="_factors.")
+
+
+STOCK = {
+    "bmshj2018-factorized": lambda: FactorizedPrior(8, 12),
+    "bmshj2018-factorized-relu": lambda: FactorizedPriorReLU(8, 12),
+    "bmshj2018-hyperprior": lambda: ScaleHyperprior(8, 12),
+    "mbt2018-mean": lambda: MeanScaleHyperprior(8, 12),
+    "mbt2018": lambda: JointAutoregressiveHierarchicalPriors(8, 12),
+    "cheng2020-anchor": lambda: Cheng2020Anchor(8),
+    "cheng2020-attn": lambda: Cheng2020Attention(8),
+    "cheng2020-anchor-checkerboard": lambda: Cheng2020AnchorCheckerboard(8),
+    "elic2022-official": lambda: Elic2022Official(8, 12, [3, 5, 4]),
+    "elic2022-chandelier": lambda: Elic2022Chandelier(8, 12, [3, 5, 4]),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_architecture_is_known_by_its_weights(saved, name):
+    """CompressAI's own classes, which no other name than theirs accepts."""
+    assert STOCK.keys() == ARCHITECTURES.keys()
+    stock = STOCK[name]()
+    weights = stock.state_dict()
+    source = saved({"state_dict": {f"module.{k}": v for k, v in weights.items()}})
+    assert load_checkpoint(source).name == name
+    assert type(load_checkpoint(source, architecture=name).network) is type(stock)
+    assert_loads(source, stock)
+    assert_loads(saved(_before_1_2_8(weights)), stock)
+    if "entropy_bottleneck.quantiles" in weights:  # latent codecs are younger than the old names
+        assert_loads(saved(_before_1_0(weights)), stock)
+    for other in STOCK.keys() - {name}:
+        reason = re.escape(f"not the weights of {other} (they are of {name})")
+        with pytest.raises(InputError, match=reason):
+            load_checkpoint(source, architecture=other)
+
+
+def test_groups_that_the_weights_do_not_have_are_refused(saved, small):
+    source = saved(STOCK["elic2022-official"]().state_dict())
+    assert load_checkpoint(source, Channels(N=8, M=12, groups=[3, 5, 4])).groups == [3, 5, 4]
+    message = r"has the groups \[3, 5, 4\], but channels asks for the groups \[3, 4, 5\]"
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(source, Channels(N=8, M=12, groups=[3, 4, 5]))
+    with pytest.raises(InputError, match="has no groups, but channels asks for the groups"):
+        load_checkpoint(saved(small.network.state_dict()), Channels(N=8, M=12, groups=[12]))
+
+
+# --- CompressAI's zoo -----------------------------------------------------------------------------
+
+
+def test_the_zoo_says_what_to_do_without_a_network(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", unreachable)
+    with pytest.raises(InputError, match=r"cannot download .* connect to the network once"):
+        load_checkpoint("zoo:mbt2018-mean:4")
+
+
+# Each model's class, and its N and M at quality 3. CompressAI has no weights of
+# bmshj2018-factorized-relu: its function of this name loads those of the model with GDN.
+ZOO = {
+    "bmshj2018-factorized": (FactorizedPrior, 128, 192),
+    "bmshj2018-hyperprior": (ScaleHyperprior, 128, 192),
+    "mbt2018-mean": (MeanScaleHyperprior, 128, 192),
+    "mbt2018": (JointAutoregressiveHierarchicalPriors, 192, 192),
+    "cheng2020-anchor": (Cheng2020Anchor, 128, 128),
+    "cheng2020-attn": (Cheng2020Attention, 128, 128),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("metric", ["", ":mse", ":ms-ssim"])
+def test_the_zoo_loads_by_name(monkeypatch, name, metric):
+    """CompressAI's own loading, with a download that gives random weights of the zoo's size."""
+    (network_class, N, M), asked = ZOO[name], []
+
+    def download(url, progress):
+        asked.append(url)
+        channels = (N,) if N == M == 128 else (N, M)
+        return _before_1_2_8(network_class(*channels).state_dict())
+
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", download)
+    loaded = load_checkpoint(f"zoo:{name}:3{metric}")
+    assert (loaded.name, loaded.N, loaded.M) == (name, N, M)
+    assert type(loaded.network) is network_class
+    (url,) = asked
+    file = url.rpartition("/")[2].replace("_", "-")
+    assert file.startswith(f"{name}-")
+    assert ("-ms-ssim-" in file) == (metric == ":ms-ssim")
+    assert re.search(r"-3-\w+\.pth\.tar$", file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zoo:",
+        "zoo:a:1:b",
+        "zoo:elic2022-official:1",
+        "zoo:bmshj2018-factorized-relu:1",
+        "zoo:mbt2018:3:psnr",
+        "zoo:mbt2018:3:mse:x",
+    ],
+)
+def test_other_zoo_names_are_refused(monkeypatch, name):
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", None)  # nothing is loaded
+    message = r"must be zoo:NAME:QUALITY, or zoo:NAME:QUALITY:ms-ssim; NAME is one of (.*)"
+    with pytest.raises(InputError, match=message) as refused:
+        load_checkpoint(name)
+    assert {*re.search(message, str(refused.value))[1].split(", ")} == ZOO.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [("mbt2018-mean", 8), ("mbt2018-mean:9", 8), ("mbt2018:0", 8), ("cheng2020-anchor:7", 6)],
+)
+def test_other_qualities_of_the_zoo_are_refused(name, best):
+    with pytest.raises(InputError, match=f"{name.partition(':')[0]} has the qualities 1 to {best}"):
+        load_checkpoint(f"zoo:{name}")
+
+
+def test_a_model_of_the_zoo_that_is_of_another_architecture_is_refused(monkeypatch):
+    monkeypatch.setattr("compressai.zoo.image.load_state_dict_from_url", None)  # nothing is loaded
+    with pytest.raises(InputError, match="zoo:mbt2018:3: not the weights of mbt2018-mean"):
+        load_checkpoint("zoo:mbt2018:3", architecture="mbt2018-mean")
 
 
 # --- devices --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 
 OPTIONAL = (
     "tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer", "tensorboard",
-    "imagecodecs", "pillow_heif",
+    "imagecodecs", "pillow_heif", "constriction",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Polishing: its model of a move against the true loss, its draws, and its place in a run."""
 
+import copy
 import json
 import math
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from toys import toy
 
 import objectives
 import refinement.polish as polishing
+from architectures import Autoregressive
 from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
+from models import freeze
 from passes import LMBDA, problem_of, refined, true_terms
 from refinement.descent import Pace
 from refinement.polish import polish
@@ -64,12 +68,12 @@ def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
 
 
 def _record_of_moves(monkeypatch, model, x, passes, **settings):
-    """What each pass knew, (point, rate_of, curvature), the moves it drew, and the result."""
+    """What each pass knew, (point, curvature), the moves it drew, and the result."""
     passed, draw = [], polishing._draw_moves
 
-    def noted(here, rate_of, curvature, temperature, generator):
-        moves = draw(here, rate_of, curvature, temperature, generator)
-        passed.append((here, rate_of, curvature, moves))
+    def noted(here, curvature, temperature, generator):
+        moves = draw(here, curvature, temperature, generator)
+        passed.append((here, curvature, moves))
         return moves
 
     monkeypatch.setattr(polishing, "_draw_moves", noted)
@@ -94,11 +98,11 @@ def test_the_promised_change_is_the_true_one(model, x, monkeypatch):
     """Of single moves, with probes enough that their noise does not hide it."""
     no_moves = {"HOT": 1e-9, "COLD": 1e-10}
     passed, start = _record_of_moves(monkeypatch, model, x, 1, PROBES=64, **no_moves)
-    here, rate_of, curvature, _ = passed[0]
+    here, curvature, _ = passed[0]
     lively = here.y.nonzero()
     picked = np.random.default_rng(0).choice(len(lively), 30, replace=False)
     places = [tuple(lively[index]) for index in picked]
-    change = rate_of(here.y + 1) - here.rate + here.gradient + curvature
+    change = here.rate_of(here.y + 1) - here.rate + here.gradient + curvature
     start = start | {"y": y_hat_of(model, x)}
     true = _true_changes(model, x, start, places)
     promised = [change[place].item() for place in places]
@@ -108,16 +112,16 @@ def test_the_promised_change_is_the_true_one(model, x, monkeypatch):
 
 def y_hat_of(model, x):
     """y of x's encoder, on its lattice."""
-    return true_terms(model, x, model.analyze(x)).values["y"]
+    return true_terms(model, x, model.analyze(x)).walk.values["y"]
 
 
 def test_few_probes_know_curvatures_better_than_their_own_noise(model, monkeypatch):
     """16 probes alone are off by sqrt(2 / 16) = 35 %, 512 by 6 %."""
     x = to_x(skimage.data.coffee()[100:228, 200:328])
-    few = _record_of_moves(monkeypatch, model, x, 1)[0][0][2]
+    few = _record_of_moves(monkeypatch, model, x, 1)[0][0][1]
     # so much trust that nothing is drawn to anything
-    alone = _record_of_moves(monkeypatch, model, x, 1, SPREAD=1e6)[0][0][2]
-    many = _record_of_moves(monkeypatch, model, x, 1, PROBES=512, SPREAD=1e6)[0][0][2]
+    alone = _record_of_moves(monkeypatch, model, x, 1, SPREAD=1e6)[0][0][1]
+    many = _record_of_moves(monkeypatch, model, x, 1, PROBES=512, SPREAD=1e6)[0][0][1]
     error, error_alone = ((v / many).log().std().item() for v in (few, alone))
     assert error < min(0.95 * error_alone, 0.35)
     assert abs((few.mean() / many.mean()).item() - 1) < 0.05
@@ -127,7 +131,7 @@ def test_a_curvature_is_learnt_from_a_move(model, monkeypatch):
     """Second differences of the true squared error by y agree with it where a symbol was moved."""
     x = to_x(skimage.data.coffee()[100:292, 200:392])
     passed, _ = _record_of_moves(monkeypatch, model, x, 2, PROBES=1)
-    (before, _, _, moves), (_, _, curvature, _) = passed
+    (before, _, moves), (_, curvature, _) = passed
     scale = LMBDA * 255**2 / 3
     means = y_hat_of(model, x) - before.y
 
@@ -153,7 +157,7 @@ def test_a_curvature_is_learnt_from_a_move(model, monkeypatch):
 def test_the_temperature_of_moves_falls_by_equal_ratios(model, x, monkeypatch):
     seen = []
 
-    def no_moves(here, rate_of, curvature, temperature, generator):
+    def no_moves(here, curvature, temperature, generator):
         seen.append(temperature)
         return torch.zeros_like(here.y)
 
@@ -177,9 +181,9 @@ def test_moves_are_drawn_by_their_change(temperature):
         return torch.where(step == 0, 0.0, change)
 
     wide = [v[None, :, None, None].expand_as(y) for v in (gradient, curvature)]
-    here = polishing.Point(y, rate_of(y), wide[0], None, None)
+    here = polishing.Point(y, rate_of(y), rate_of, wide[0], None, None, None)
     generator = torch.Generator().manual_seed(0)
-    moves = polishing._draw_moves(here, rate_of, wide[1], temperature, generator)
+    moves = polishing._draw_moves(here, wide[1], temperature, generator)
     assert moves.abs().sum(1).max() == 1
     changes = np.concatenate([
         [0.0], (rate_up + gradient + curvature).numpy(), (rate_down - gradient + curvature).numpy()
@@ -201,6 +205,89 @@ def test_no_two_moves_of_a_pass_are_neighbours(model, monkeypatch):
         assert (around * places).max() == 1
 
 
+def _gaussians_of(model, symbols):
+    """Scales and means of y, [1, M, h, w] each, in the context of integers."""
+    walk = model.place(symbols, SIZE)
+    if isinstance(model, Autoregressive):
+        network, y = model.network, symbols["y"].double()
+        params = network.h_s(walk.values["z"])[:, :, : y.size(2), : y.size(3)]
+        both = torch.cat((params, network.context_prediction(y)), 1)
+        return network.entropy_parameters(both).chunk(2, 1)
+    empty = torch.empty_like(symbols["z"], dtype=torch.double)
+    fields = [group.distribution[1:] for group in walk.groups[1:]]
+    return [walk.whole((empty, *field))["y"] for field in zip(*fields, strict=True)]
+
+
+# Toys are not trained: with this lambda their rate is more than a hundredth of their loss.
+SIZE, SMALL_LMBDA = (60, 75), 1e-4
+
+
+@pytest.mark.parametrize("name", ["elic2022-official", "mbt2018", "mbt2018-mean"])
+def test_the_gradient_of_a_point_is_that_of_all_but_the_symbols_own_rate(name):
+    """By central differences in float64, with the rate of a Gaussian written again.
+
+    A symbol of ELIC and mbt2018 changes what others cost, and where they lie.
+    """
+    model = copy.deepcopy(toy(name))
+    model.network.double()
+    x = to_x(skimage.data.coffee()[100:160, 200:275]).double()
+    weight = SMALL_LMBDA * 255**2 / 3
+    latents = model.analyze(x)
+    symbols = model.symbols(latents, SIZE)
+    start = problem_of(model, x, SMALL_LMBDA)
+    with torch.no_grad():
+        walk = model.round(latents, torch.round, SIZE)
+        point = polishing._point_of(start, walk, symbols["y"].double())
+        scales, means = _gaussians_of(model, symbols)
+
+    def total(y):
+        walk = model.place({**symbols, "y": y}, SIZE)
+        with torch.no_grad():
+            x_hat = model.network.g_s(walk.y_hat)[:, :, : SIZE[0], : SIZE[1]]
+        bits = -walk.likelihoods["y"].log2().sum().item()
+        return bits + weight * (x_hat - x).square().sum().item()
+
+    def own_rate(y, place):
+        centre = 0 if isinstance(model, Autoregressive) else means[place]
+        normal = torch.distributions.Normal(means[place], scales[place])
+        v = y[place] + centre
+        return -(normal.cdf(v + 0.5) - normal.cdf(v - 0.5)).log2().item()
+
+    y = symbols["y"].double()
+    assert point.loss.item() == pytest.approx(total(y), rel=1e-9)
+    assert y.unique().numel() >= 5
+    picked = np.random.default_rng(0).choice(y.numel(), 40, replace=False)
+    step, expected, own = 1e-4, [], []
+    places = [tuple(int(v) for v in np.unravel_index(index, y.shape)) for index in picked]
+    for place in places:
+        up, down = y.clone(), y.clone()
+        up[place] += step
+        down[place] -= step
+        own.append((own_rate(up, place) - own_rate(down, place)) / (2 * step))
+        expected.append((total(up) - total(down)) / (2 * step) - own[-1])
+        assert point.rate[place].item() == pytest.approx(own_rate(y, place), rel=1e-6)
+    gradient = [point.gradient[place].item() for place in places]
+    assert gradient == pytest.approx(expected, rel=1e-4, abs=1e-4 * np.abs(expected).max())
+    assert np.abs(own).max() > 1e-3 * np.abs(expected).max()  # it would be seen
+
+
+@pytest.mark.parametrize("name", ["elic2022-official", "mbt2018"])
+def test_polishing_moves_symbols_that_others_depend_on(name):
+    model = freeze(copy.deepcopy(toy(name)))
+    x = to_x(skimage.data.coffee()[100:160, 200:275])
+    latents = model.analyze(x)
+    generator = torch.Generator().manual_seed(0)
+    polished = polish(problem_of(model, x, SMALL_LMBDA), latents, Pace(0, 12), generator)
+    before, after = (true_terms(model, x, v, SMALL_LMBDA).loss for v in (latents, polished))
+    assert after < 0.998 * before
+    symbols = model.symbols(latents, SIZE)
+    moved = model.symbols(polished, SIZE)
+    assert torch.equal(moved["z"], symbols["z"])
+    assert not torch.equal(moved["y"], symbols["y"])
+    again = polished | {"y": polished["y"] + 0.2}  # y lies on its lattice
+    assert torch.equal(model.symbols(again, SIZE)["y"], moved["y"])
+
+
 def test_polishing_is_the_last_row_of_a_refinement(model, config_values, write_config, x):
     overrides = ["polish_passes=4", "optimizer.schedule=cosine"]
     config = load_config(write_config(config_values), RefineConfig, overrides)
@@ -218,16 +305,16 @@ def test_the_polish_knows_the_tiles_and_lambda_of_its_run(
 ):
     """A target's runs have lambdas of their own: that of the config would lower another loss."""
     config = load_config(write_config(config_values), RefineConfig, ["polish_passes=4"])
-    told, sides, seen = [], [], []
+    told, tilings, seen = [], [], []
 
-    def tiled_error(error_of, y_hat, x, side):
-        sides.append(side)
-        return real_tiled_error(error_of, y_hat, x, side)
+    def tiled_error(error_of, y_hat, x, tiling):
+        tilings.append(tiling)
+        return real_tiled_error(error_of, y_hat, x, tiling)
 
     def error_and_gradient(*args):
-        sides.clear()
+        tilings.clear()
         result = real_error_and_gradient(*args)
-        seen.append(tuple(sides))
+        seen.append(tuple(tilings))
         return result
 
     real_tiled_error = objectives.tiled_error
@@ -238,7 +325,7 @@ def test_the_polish_knows_the_tiles_and_lambda_of_its_run(
     problem = problem_of(model, x, lmbda, tile=3)
     (result,) = refined(problem, config, [1], progress=lambda *losses: told.append(losses))
     *_, before, last = result.rows
-    assert seen == [(3,)] * (1 + polishing.PROBES + 4)
+    assert seen == [((3, 2),)] * (1 + polishing.PROBES + 4)
     true = true_terms(model, x, result.latents, lmbda).loss.item()
     assert last["true_loss"] == pytest.approx(true, rel=1e-5)
     assert last["true_loss"] < before["true_loss"]

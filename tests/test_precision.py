@@ -68,7 +68,7 @@ def test_a_frozen_network_is_cast_once_and_computes_what_its_cast_copy_does():
         first = layers._copies[torch.bfloat16]
         assert torch.equal(layers(v), out)
     assert layers._copies == {torch.bfloat16: first}
-    cast = copy.deepcopy(layers.layers).to(torch.bfloat16)
+    cast = torch.nn.Sequential(*copy.deepcopy(layers)).to(torch.bfloat16)
     assert torch.equal(out, cast(v.to(torch.bfloat16)))
     out.float().sum().backward()
     assert v.grad.dtype == torch.float32

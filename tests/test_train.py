@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from architectures import MeanScale
+from architectures.footprint import Footprint
 from common.errors import InputError
 from common.finding import find_images
 from common.images import ImageFiles
@@ -152,7 +153,7 @@ def test_a_test_image_that_fails_is_named_and_the_run_goes_on(
         return torch.empty(2**60)  # what PyTorch itself raises where memory ends
 
     if trouble == "too large":
-        limits = MemoryBound(8, 12, limit=1.3e9, base=1.3e9)
+        limits = MemoryBound(Footprint(200, 72, 8, 2), limit=1.3e9, base=1.3e9)
         monkeypatch.setattr(validation, "memory_bound", lambda *_: limits)
     else:
         monkeypatch.setattr(MeanScale, "analyze", fail)

@@ -23,11 +23,12 @@ from trainings import assert_same
 ALONE = Ranks(0, 1, 0)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_loss_is_the_paper_s_written_again(monkeypatch, mixed):
+@pytest.mark.parametrize("quantization", ["noise", "mixed", "rounded"])
+def test_the_loss_is_the_paper_s_written_again(monkeypatch, quantization):
     """bpp + lambda 255^2 MSE, with the noise that was drawn, from CompressAI's parts in float64.
 
     With `mixed`, h_s and g_s get rounded latents (arXiv 2007.08739), and gradients pass rounding.
+    With `rounded`, the rates get them too, and no noise is drawn.
     """
     torch.manual_seed(0)
     model = build_model(PretrainConfig(
@@ -44,7 +45,10 @@ def test_the_loss_is_the_paper_s_written_again(monkeypatch, mixed):
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
     with torch.no_grad():
         model.network.entropy_bottleneck.quantiles[:, 0, 1] = 0.3  # the medians
-    training = TrainingPass(model, RateDistortion(0.02), mixed=mixed)
+        # So that not all of y is rounded to the means, and no likelihood is below its bound.
+        model.network.g_a[-1].weight *= 30
+        model.network.h_s[-1].bias[:12] = 3  # the scales
+    training = TrainingPass(model, RateDistortion(0.02), quantization=quantization)
     terms = training(x)
     monkeypatch.undo()
     terms["loss"].backward()
@@ -52,11 +56,15 @@ def test_the_loss_is_the_paper_s_written_again(monkeypatch, mixed):
     network, x = model.network.double(), x.double()
     y = network.g_a(x)
     z = network.h_a(y)
-    z_hat = z + noises[0]
-    z_decoded = z + ((z - 0.3).round() + 0.3 - z).detach() if mixed else z_hat
+    assert len(noises) == (0 if quantization == "rounded" else 2)
+    noisy_z, noisy_y = (v + noise for v, noise in zip((z, y), noises or (0, 0), strict=True))
+    rounded_z = z + ((z - 0.3).round() + 0.3 - z).detach()
+    z_hat = rounded_z if quantization == "rounded" else noisy_z
+    z_decoded = noisy_z if quantization == "noise" else rounded_z
     scales, means = network.h_s(z_decoded).chunk(2, 1)
-    y_hat = y + noises[1]
-    y_decoded = y + ((y - means).round() + means - y).detach() if mixed else y_hat
+    rounded_y = y + ((y - means).round() + means - y).detach()
+    y_hat = rounded_y if quantization == "rounded" else noisy_y
+    y_decoded = noisy_y if quantization == "noise" else rounded_y
     normal = torch.distributions.Normal(means, scales.clamp_min(0.11))
     p_y = (normal.cdf(y_hat + 0.5) - normal.cdf(y_hat - 0.5)).clamp_min(1e-9)
     p_z = network.entropy_bottleneck._likelihood(z_hat.permute(1, 0, 2, 3).reshape(8, 1, -1))[0]
