@@ -5,6 +5,7 @@ python benchmark.py refine             # the plain published loop, ours, the con
 python benchmark.py training           # pre-training beside a plain CompressAI loop
 python benchmark.py loader             # beside a plain PIL loop; your tfrecords: --records FOLDER
 python benchmark.py codec              # coding and decoding of a picture; yours: --image FILE
+python benchmark.py architectures      # each architecture: a step, and a file's coding and decoding
 python benchmark.py gpu                # checks and speed of a GPU, docs/gpu.md; make bench-gpu
 
 Refinement and training: every variant runs in a process of its own, in turns, `rounds` times; what
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.architectures import ARCHITECTURE_STEPS, CHANNELS, time_files, untrained
 from benchmarks.gpu import check_gpu
 from benchmarks.loaders import time_loaders
 from benchmarks.refinement_loops import REFINEMENTS
@@ -48,7 +50,8 @@ from fast.pool import keep_pages
 from models import build_model, load_checkpoint
 
 BUNDLED_WEIGHTS = "example_files/weights/mean_scale_n64_lambda0.01.pth.tar"
-LOOPS = {"refine": REFINEMENTS, "training": TRAININGS}
+LOOPS = {"refine": REFINEMENTS, "training": TRAININGS, "architectures": ARCHITECTURE_STEPS}
+DEFAULT = ("refine", "training", "loader", "codec")  # `architectures` takes half an hour
 
 
 @exits_with_one_line
@@ -60,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "gpu":
         return check_gpu(arguments.device, arguments.checkpoint, Path(arguments.json))
     parts = {"refine": time_refinement, "training": time_training, "loader": time_loaders,
-             "codec": time_codec}  # fmt: skip
-    chosen = parts if arguments.command == "all" else {arguments.command: parts[arguments.command]}
+             "codec": time_codec, "architectures": time_architectures}  # fmt: skip
+    wanted = DEFAULT if arguments.command == "all" else (arguments.command,)
+    chosen = {name: parts[name] for name in wanted}
     results: dict[str, Any] = {
         "machine": machine_facts(torch.device("cpu")),
         "cores": os.cpu_count(),
@@ -83,8 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", default="all",
-        choices=("all", "refine", "training", "loader", "codec", "gpu", "measure"),
-        metavar="{all,refine,training,loader,codec,gpu}")  # fmt: skip
+        choices=("all", "refine", "training", "loader", "codec", "architectures", "gpu", "measure"),
+        metavar="{all,refine,training,loader,codec,architectures,gpu}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
     add("--json", type=user_path,
         help="where figures go (none: results/benchmark.json, or results/gpu.json)")  # fmt: skip
@@ -105,6 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # Options of `measure`, which runs one variant once.
     add("--variant", help=argparse.SUPPRESS)
     add("--channels", type=int, help=argparse.SUPPRESS)
+    add("--architecture", choices=tuple(CHANNELS), help="architectures: only this one")
     add("--images", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.json = arguments.json or (
@@ -174,6 +179,7 @@ def in_turns(
                        "--images", str(images), "--checkpoint", arguments.checkpoint,
                        "--image_size", str(arguments.image_size)]  # fmt: skip
             command += ["--channels", str(channels)] if channels else []
+            command += ["--architecture", arguments.architecture] if kind == "architectures" else []
             command += ["--image", str(arguments.image)] if arguments.image else []
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
@@ -204,6 +210,27 @@ def print_figures(
               f"{ratios}")  # fmt: skip
 
 
+def time_architectures(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time a step of refinement and the files of each architecture; printed and returned."""
+    rows = []
+    print(f"architectures, 768x512, {torch.get_num_threads()} threads ({platform.machine()}), "
+          f"median of {arguments.rounds} rounds, seconds\n{'':30} {'N':>4} {'M':>4} {'plain':>7} "
+          f"{'ours':>7} {'bfloat16':>8} {'/ plain':>8} {'coding':>7} {'decoding':>8} "
+          f"{'stock decoding':>14}")  # fmt: skip
+    for name in [arguments.architecture] if arguments.architecture else CHANNELS:
+        arguments.architecture = name
+        figures = in_turns("architectures", list(ARCHITECTURE_STEPS), None, 1, arguments)
+        seconds = {key: row["seconds"] for key, row in figures.items()}
+        files = time_files(untrained(name), arguments.rounds)
+        N, M = CHANNELS[name]
+        print(f"{name:30} {N:4} {M:4} {seconds['plain']:7.2f} "
+              f"{seconds['ours']:7.2f} {seconds['ours, bfloat16']:8.2f} "
+              f"{seconds['ours'] / seconds['plain']:8.2f} {files['coding']:7.2f} "
+              f"{files['decoding']:8.2f} {files['stock decoding']:14.2f}")  # fmt: skip
+        rows.append({"architecture": name, "variants": figures, "files": files})
+    return rows
+
+
 def measure(arguments: argparse.Namespace) -> int:
     """Run one variant once; print the median time of its steps and its peak memory as JSON."""
     kind, _, name = (arguments.variant or "").partition(":")
@@ -214,7 +241,9 @@ def measure(arguments: argparse.Namespace) -> int:
     if variant.keeps_pages:
         keep_pages()
     torch.manual_seed(0)
-    if arguments.channels:
+    if arguments.architecture:
+        model = untrained(arguments.architecture)
+    elif arguments.channels:
         model = build_model(Channels(N=arguments.channels, M=arguments.channels))
     else:
         model = load_checkpoint(arguments.checkpoint)
