@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import NAMES, M, N, groups_of
+from toys import CODED, M, N, groups_of
 
 import codec
 from architectures import ARCHITECTURES
@@ -15,7 +15,7 @@ from runs import results, run
 from trainings import assert_same, checkpoint_of, folder_of
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODED)
 def test_train_resume_refine_code_and_decode(
     name, train_on, train_values, config_values, write_config, tmp_path
 ):

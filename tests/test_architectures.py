@@ -6,13 +6,13 @@ import pytest
 import skimage
 import torch
 import torch.nn.functional as F
-from toys import IN_TURN, NAMES, STOCK, M, N, groups_of, stock_decoding, toy
+from toys import CODED, IN_TURN, NAMES, STOCK, M, N, groups_of, stock_decoding, toy
 
 from architectures import ARCHITECTURES, Checkerboard
 from coding.bitstream import BitstreamError, read_bitstream, write_bitstream
 from coding.coder import build_coder, decode_latents, decode_picture, encode_latents
 from common.errors import InputError
-from conftest import refusal_of, to_x
+from conftest import needs, refusal_of, to_x
 from models import freeze, load_checkpoint, save_weights
 from objectives import Problem, RateDistortion
 from passes import to_optimise, true_terms
@@ -70,7 +70,7 @@ def test_an_autoregressive_rate_is_that_of_integers_in_their_context(name):
     torch.testing.assert_close(terms.rates["y"][0], bits / (192 * 128), rtol=1e-4, atol=0)
 
 
-@every_name
+@pytest.mark.parametrize("name", CODED)
 def test_files_of_any_size_decode_to_the_same_symbols_and_picture(name):
     coder = build_coder(toy(name))
     for height, width in ((192, 128), (71, 81), (16, 33), (100, 32), (17, 5), (1, 1)):
@@ -94,7 +94,7 @@ def test_compressais_own_decoder_reads_the_strings(name):
     torch.testing.assert_close(decode_picture(coder, data), stock, rtol=0, atol=1e-5)
 
 
-@every_name
+@pytest.mark.parametrize("name", CODED)
 def test_the_file_is_as_long_as_the_estimate(name):
     coder = build_coder(toy(name))
     latents = coder.model.analyze(PICTURE)
@@ -213,7 +213,7 @@ def test_a_hash_of_weights_stays_when_a_masked_layer_has_masked_them(name):
     assert model.weights_hash == changed
 
 
-@every_name
+@pytest.mark.parametrize("name", CODED)
 def test_weights_alone_in_half_precision_code_the_same_everywhere(name, tmp_path):
     path = save_weights(tmp_path / "weights.pth.tar", toy(name), 0)
     coders = [build_coder(load_checkpoint(str(path))) for _ in range(2)]
@@ -244,7 +244,13 @@ def test_a_checkpoint_of_another_architecture_is_named(saved):
 # --- damaged files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mbt2018", "elic2022-official", "bmshj2018-factorized"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mbt2018", marks=needs("constriction")),
+        "elic2022-official", "bmshj2018-factorized",
+    ],
+)  # fmt: skip
 def test_forged_strings_are_refused(name):
     """Under right checksums of the file; only the symbols' own checksum is not forged."""
     coder = build_coder(toy(name))
@@ -277,6 +283,7 @@ def test_forged_strings_are_refused(name):
             )
 
 
+@needs("constriction")
 def test_files_of_another_architecture_are_named():
     coders = [build_coder(toy(name)) for name in ("mbt2018", "mbt2018-mean")]
     symbols = coders[0].model.symbols(coders[0].model.analyze(PICTURE), SIZE)
@@ -285,6 +292,7 @@ def test_files_of_another_architecture_are_named():
         decode_latents(coders[1], data)
 
 
+@needs("constriction")
 def test_symbols_too_far_apart_for_the_range_coder_are_refused():
     coder = build_coder(toy("mbt2018"))
     symbols = coder.model.symbols(coder.model.analyze(PICTURE), SIZE)

@@ -11,7 +11,7 @@ from toys import toy
 import codec
 from architectures import Autoregressive
 from coding.coder import build_coder, decode_picture
-from conftest import ROOT, WEIGHTS, to_x
+from conftest import ROOT, WEIGHTS, needs, to_x
 from models import load_checkpoint, save_weights
 from objectives import Problem, RateDistortion
 from passes import true_terms
@@ -105,6 +105,7 @@ def test_training_goes_on_from_it(changed, error, train_on, train_values, tmp_pa
         assert type(load_checkpoint(str(folder_of(values) / "iter_8.pth.tar"))) is Autoregressive
 
 
+@needs("constriction")
 def test_the_bundled_model_is_refined_and_coded(tmp_path):
     weights = ROOT / "example_files" / "weights" / "mbt2018_n64_lambda0.02.pth.tar"
     photo, config = tmp_path / "photo.png", tmp_path / "recipe.json"

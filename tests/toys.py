@@ -2,15 +2,21 @@
 
 from functools import cache
 
+import pytest
 import torch
 
 from architectures import ARCHITECTURES, Autoregressive, Checkerboard, Elic
+from conftest import needs
 
 NAMES = tuple(ARCHITECTURES)
 # Their y is coded position after position.
 IN_TURN = [name for name in NAMES if issubclass(ARCHITECTURES[name], Autoregressive)]
 # Their networks have CompressAI's own `forward` and `decompress`.
 STOCK = [name for name in NAMES if "decompress" in dir(ARCHITECTURES[name].network_class)]
+# For tests that write files: those of autoregressive models need a package of their own.
+CODED = [
+    pytest.param(name, marks=needs("constriction")) if name in IN_TURN else name for name in NAMES
+]
 N, M, GROUPS = 12, 12, (3, 5, 4)
 
 
