@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from architectures import ARCHITECTURES, Architecture, MeanScale
-from architectures.base import constants_of, names_of
+from architectures.base import names_of, restore_constants
 from architectures.distributions import use_coder_scales
 from architectures.own import find_family
 from architectures.trial import WrongNamesError, build_own, load_own, tried
@@ -115,7 +115,7 @@ def model_from_state_dict(
     wrong = f"pretrain {source}: not the weights of {family.name}"
     try:
         model = family.from_weights(weights)
-        _restore_constants(model)
+        restore_constants(model.network)
         return model
     except KeyError as error:
         raise InputError(f"{wrong} (no {error.args[0]})") from None
@@ -141,7 +141,7 @@ def _check_finite(weights: dict[str, Tensor], source: str) -> None:
 def _own_model(family: type[Architecture], weights: dict[str, Tensor], source: str) -> Architecture:
     """The model of a class of the user's, which must itself find out whether weights fit it."""
     try:
-        return load_own(family, weights, f"pretrain {source}", _restore_constants)
+        return load_own(family, weights, f"pretrain {source}")
     except WrongNamesError:
         if not (fitting := _fitting(weights)):
             raise
@@ -190,15 +190,6 @@ def _shared_names(family: type[Architecture], weights: dict[str, Tensor]) -> flo
     """How many names weights share with a family, as a fraction of all names of either."""
     names = names_of(family, 1)[1]
     return len(names & weights.keys()) / len(names | weights.keys())
-
-
-def _restore_constants(model: Architecture) -> None:
-    """Reset the constant buffers that half precision has rounded: 1e-9 to 0."""
-    buffers = dict(model.network.named_buffers())
-    for name, exact in constants_of(type(model)).items():
-        value = buffers.get(name, exact)
-        if value.shape == exact.shape and torch.equal(value, exact.half().float()):
-            value.copy_(exact)
 
 
 def _load_zoo(source: str, family: type[Architecture] | None) -> Architecture:

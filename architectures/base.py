@@ -30,6 +30,7 @@ from architectures.walk import (
     rounded,
 )
 from common.compressai import (
+    GDN,
     CompressionModel,
     EntropyBottleneck,
     GaussianConditional,
@@ -344,20 +345,20 @@ class Architecture(ABC):
 CONSTANT_BUFFERS = (".bound", ".pedestal", ".target", ".scale_bound")
 
 
-@cache
-def constants_of(family: type[Architecture]) -> dict[str, Tensor]:
-    """The constant buffers of a family's models, which do not depend on the channels.
+def restore_constants(network: nn.Module) -> None:
+    """Reset, in place, the constants of CompressAI's layers that half precision has rounded.
 
-    None are known of a class of the user's that has no such small model.
+    For example it has rounded the lower bound of likelihoods, 1e-9, to 0.
     """
-    try:
-        network = _example_of(family, 1)
-    except (Exception, SystemExit):  # code of the user's may raise any kind
-        if not family.given_as:
-            raise
-        return {}
-    buffers = network.named_buffers()
-    return {name: value for name, value in buffers if name.endswith(CONSTANT_BUFFERS)}
+    with torch.random.fork_rng(devices=[]):
+        examples = EntropyBottleneck(1), GaussianConditional(None), GDN(1)
+    for part in network.modules():
+        for example in (one for one in examples if isinstance(part, type(one))):
+            own = dict(part.named_buffers())
+            for name, exact in example.named_buffers():
+                constant = f".{name}".endswith(CONSTANT_BUFFERS) and name in own
+                if constant and torch.equal(own[name], exact.half().float()):
+                    own[name].copy_(exact)
 
 
 @cache

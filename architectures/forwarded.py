@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from architectures.base import (
-    CONSTANT_BUFFERS,
     Architecture,
     as_network,
     continued,
     label_of,
+    restore_constants,
 )
 from architectures.discovery import Plan, Structure, plan_of, structure_of
 from architectures.distributions import at_least_float32
@@ -57,7 +57,6 @@ from common.compressai import (
     CheckerboardMaskedConv2d,
     CompressionModel,
     EntropyBottleneck,
-    GaussianConditional,
     MaskedConv2d,
 )
 from common.errors import InputError
@@ -311,7 +310,7 @@ class Forwarded(Architecture):
             KeyError, RuntimeError, ValueError, IndexError: the weights do not fit it.
         """
         network = _network_with(cls, weights)
-        _restore_constants(network)
+        restore_constants(network)
         return cls(network)
 
     @property
@@ -425,17 +424,3 @@ def _network_with(family: type[Forwarded], weights: dict[str, Tensor]) -> Compre
     network = network_class()
     network.load_state_dict(weights)
     return network
-
-
-def _restore_constants(network: nn.Module) -> None:
-    """Reset the constants of CompressAI's layers that half precision has rounded: 1e-9 to 0."""
-    examples = EntropyBottleneck(1), GaussianConditional(None), GDN(1)
-    for part in network.modules():
-        for example in examples:
-            if not isinstance(part, type(example)):
-                continue
-            own = dict(part.named_buffers())
-            for name, exact in example.named_buffers():
-                constant = f".{name}".endswith(CONSTANT_BUFFERS) and name in own
-                if constant and torch.equal(own[name], exact.half().float()):
-                    own[name].copy_(exact)

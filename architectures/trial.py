@@ -4,14 +4,14 @@ The model of a small picture is encoded, walked and decoded as refinement and fi
 class that breaks a rule of `Architecture`, or whose code fails, is refused with one line.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from architectures.base import SMALL_SIZE, Architecture, label_of
+from architectures.base import SMALL_SIZE, Architecture, label_of, restore_constants
 from architectures.faults import Fault, users_code
 from architectures.forwarded import Forwarded
 from architectures.walk import Group, Latents, Part, Shape, ValueOf, placed, rounded
@@ -46,17 +46,11 @@ def build_own(
     return model
 
 
-def load_own(
-    family: type[Architecture],
-    weights: dict[str, Tensor],
-    source: str,
-    restore: Callable[[Architecture], None],
-) -> Architecture:
+def load_own(family: type[Architecture], weights: dict[str, Tensor], source: str) -> Architecture:
     """The model of a class of the user's with these weights, not tried yet.
 
     Args:
         source: where the weights come from, for messages.
-        restore: changes the model's constant buffers after it was made.
 
     Raises:
         WrongNamesError: the weights lack a name, or have one too many.
@@ -68,7 +62,7 @@ def load_own(
             users_code(label_of(family), f"; while it loads {source}"),
         ):
             model = _as_model(family.from_weights(weights), "from_weights")
-            restore(model)
+            restore_constants(model.network)
     except InputError as line:
         if "key(s) in state_dict" in str(line.__cause__):
             raise WrongNamesError(str(line)) from None

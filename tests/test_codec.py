@@ -211,7 +211,7 @@ def test_weights_that_hold_tables_give_the_tables_that_they_hold(coder, tmp_path
 # --- what is not a file of these weights is refused -----------------------------------------------
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=3000)
 @given(st.data())
 def test_no_mutation_gets_through(coder, small_file, data):
     """Bits flipped, bytes cut, put in, overwritten, repeated: refused, or the same symbols."""
@@ -235,7 +235,7 @@ def test_no_mutation_gets_through(coder, small_file, data):
     _refused_or_same(coder, bytes(mutated), original, symbols)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1500)
 @given(st.data())
 def test_no_forgery_crashes(coder, small_file, data):
     """The same with a right checksum, so that the decoders behind it meet the nonsense."""
