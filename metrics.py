@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from pytorch_msssim import ms_ssim as _ms_ssim
 from torch import Tensor
 
-# pytorch-msssim halves the image four times; an 11-pixel window must still fit into it.
-MS_SSIM_MIN_SIDE = 161
+from schemas.base import MS_SSIM_MIN_SIDE
 
 
 def bits_per_pixel(likelihoods: Tensor, num_pixels: int) -> Tensor:
@@ -24,15 +23,26 @@ def bits_per_pixel(likelihoods: Tensor, num_pixels: int) -> Tensor:
     return (bits / num_pixels).to(likelihoods.dtype)
 
 
-def mean_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean of (x_hat - x)^2 over channels and pixels, [B], for two images [B, 3, H, W]."""
-    return (squared_error(x_hat, x) / x[0].numel()).to(x.dtype)
+def mean_squared_error(x_hat: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of weights * (x_hat - x)^2 over channels and pixels, [B]; see `squared_error`."""
+    return per_value(squared_error(x_hat, x, weights), x)
 
 
-def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Sum of (x_hat - x)^2 over channels and pixels, [B] in float64, for two [B, 3, H, W]."""
+def per_value(total: Tensor, x: Tensor) -> Tensor:
+    """Sums [B] over images [B, 3, H, W] as means over channels and pixels, like x."""
+    return (total / x[0].numel()).to(x.dtype)
+
+
+def squared_error(x_hat: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum of weights * (x_hat - x)^2 over channels and pixels, [B] in float64.
+
+    Args:
+        x_hat, x: [B, 3, H, W].
+        weights: [B, 1, H, W]; None: all are 1.
+    """
     # mse_loss is one pass over memory forward and one backward.
-    return _sum(F.mse_loss(x_hat, x, reduction="none"))
+    squares = F.mse_loss(x_hat, x, reduction="none")
+    return _sum(squares if weights is None else squares * weights)
 
 
 def _sum(v: Tensor) -> Tensor:

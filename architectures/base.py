@@ -38,7 +38,7 @@ from common.compressai import (
 )
 from common.errors import InputError
 from fast.freezing import has_fused_end
-from fast.tiles import ENCODER_TILE, STRIDE, in_tiles
+from fast.tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_picture
 from metrics import squared_error
 
 ARCHITECTURES: dict[str, type["Architecture"]] = {}
@@ -290,22 +290,25 @@ class Architecture(ABC):
     def synthesize(self, y_hat: Tensor, size: tuple[int, int], tile: int | None = None) -> Tensor:
         """The reconstruction [B, 3, *size] of y_hat [B, M, h, w], not clamped to [0, 1].
 
-        Args:
-            tile: the side, in positions of y, of the tiles that g_s decodes one by one, without a
-                gradient; None decodes the whole image at once.
+        Its gradient to y_hat can be taken once.
 
-        Raises:
-            RuntimeError: a gradient through a frozen g_s is wanted; only `squared_error` has one.
+        Args:
+            tile: the side, in positions of y, of the tiles that g_s decodes one by one; None
+                decodes the whole image at once. For the gradient each tile is decoded once more.
         """
         g_s = self.network.g_s
         if tile is None or self.halo is None:
             x_hat = g_s(y_hat)
         else:
-            x_hat = in_tiles(g_s, y_hat, tile, self.halo, (1, STRIDE))
+            x_hat = tiled_picture(g_s, y_hat, (tile, self.halo))
         return at_least_float32(x_hat[:, :, : size[0], : size[1]])
 
     def squared_error(
-        self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+        self,
+        y_hat: Tensor,
+        x: Tensor,
+        corner: tuple[int, int] = (0, 0),
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The summed squared error of x_hat, [B] in float64, and x_hat itself, [B, 3, H, W].
 
@@ -313,14 +316,15 @@ class Architecture(ABC):
             y_hat: [B, M, h, w].
             x: [B, 3, H, W], the target.
             corner: the row and column, in pixels of g_s's result, where x begins.
+            weights: [B, 1, H, W], of x's pixels; None: all are 1.
         """
         fused = getattr(self.network.g_s, "squared_error", None)
         if fused is not None:
-            return fused(y_hat, x, corner)
+            return fused(y_hat, x, corner, weights)
         (top, left), (height, width) = corner, x.shape[2:]
         x_hat = self.network.g_s(y_hat)[:, :, top : top + height, left : left + width]
         x_hat = at_least_float32(x_hat)
-        return squared_error(x_hat, x), x_hat
+        return squared_error(x_hat, x, weights), x_hat
 
     def in_float64(self) -> Self:
         """A model that computes `exact_parts` in float64; g_a and g_s are those of this one."""

@@ -11,6 +11,8 @@ from architectures.base import Architecture
 # each of the N channels inside g_s. Others: what autograd keeps, times a factor for all else.
 PER_ACTIVATION, PER_PIXEL, BESIDE_KEPT = 9, 150, 1.5
 PER_LATENT = 160  # bytes for each element of y, with Adam
+# Of a loss that is not fused with the decoder: the pictures and their gradients; measured.
+PER_PICTURE = 60
 SIDE = 128  # of the picture that is measured, pixels
 
 
@@ -30,6 +32,10 @@ class Footprint(NamedTuple):
         """The same with more copies of the latents, which an optimizer keeps."""
         added = 4 * extra * self.per_latent / PER_LATENT
         return self._replace(whole=self.whole + added, per_latent=self.per_latent + added)
+
+    def with_pictures(self) -> "Footprint":
+        """The same for a loss of whole pictures, which is not fused with the decoder."""
+        return self._replace(whole=self.whole + PER_PICTURE)
 
     def without_optimizer(self, bytes_a_latent: float) -> "Footprint":
         """The same where each element of the latents takes so many bytes."""

@@ -270,12 +270,16 @@ class Forwarded(Architecture):
         return at_least_float32(y_hat[:, :, : size[0], : size[1]])
 
     def squared_error(
-        self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+        self,
+        y_hat: Tensor,
+        x: Tensor,
+        corner: tuple[int, int] = (0, 0),
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Architecture`; y_hat is the picture."""
         (top, left), (height, width) = corner, x.shape[2:]
         x_hat = at_least_float32(y_hat[:, :, top : top + height, left : left + width])
-        return squared_error(x_hat, x), x_hat
+        return squared_error(x_hat, x, weights), x_hat
 
     # --- what it replaces
 

@@ -5,7 +5,8 @@ Nothing is approximated: results differ from CompressAI's by float rounding only
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import product
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,15 @@ class FrozenDecoder(FrozenNetwork):
             return g_s.to_picture(g_s.layers(v))
 
     def squared_error(
-        self, y_hat: Tensor, x: Tensor, corner: tuple[int, int] = (0, 0)
+        self,
+        y_hat: Tensor,
+        x: Tensor,
+        corner: tuple[int, int] = (0, 0),
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `ToPicture.squared_error`; y_hat [B, M, h, w], x [B, 3, H, W]."""
         with self.as_autocast_says(y_hat) as (g_s, v):
-            return g_s.to_picture.squared_error(g_s.layers(v), x, corner)
+            return g_s.to_picture.squared_error(g_s.layers(v), x, corner, weights)
 
 
 class ToPicture(nn.Module):
@@ -79,20 +84,16 @@ class ToPicture(nn.Module):
         self.register_buffer("phases_bias", bias.detach().repeat(4))
 
     def forward(self, v: Tensor) -> Tensor:
-        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w], without a gradient.
-
-        Raises:
-            RuntimeError: a gradient to v is wanted; only `squared_error` has one.
-        """
-        if torch.is_grad_enabled() and v.requires_grad:
-            raise RuntimeError("a frozen g_s gives no gradient of its picture: see squared_error")
-        x, picture = self._begin(v)
-        for _ in self._strips(x, picture):
-            pass
+        """The picture [B, C', 4 h, 4 w] for v [B, C, h, w]; its gradient can be taken once."""
+        picture: Tensor = _Picture.apply(v, self)
         return picture
 
     def squared_error(
-        self, v: Tensor, target: Tensor, corner: tuple[int, int] = (0, 0)
+        self,
+        v: Tensor,
+        target: Tensor,
+        corner: tuple[int, int] = (0, 0),
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The summed squared error of a part of the picture, and that part.
 
@@ -100,12 +101,13 @@ class ToPicture(nn.Module):
             v: [B, C, h, w].
             target: [B, C', H, W].
             corner: the row and column of the picture where the target begins.
+            weights: [B, 1, H, W], of the target's pixels; None: all are 1.
 
         Returns:
             The sum [B] in float64, with a gradient to v that can be taken once, and the part
             [B, C', H, W], which has no gradient.
         """
-        return _SquaredError.apply(v, target, corner, self)
+        return _SquaredError.apply(v, target, corner, weights, self)
 
     def _begin(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer's result [B, C, 2 h, 2 w] and an empty picture, both channels-last."""
@@ -127,6 +129,18 @@ class ToPicture(nn.Module):
             return
         for image in range(len(x)):
             yield from self._strips_of(slice(image, image + 1), x, picture)
+
+    def overwrite_by_gradient(self, x: Tensor, factor: Tensor, to_picture: Tensor) -> None:
+        """Write the gradient to some rows of the first layer's result in place of these rows.
+
+        Args:
+            x: [b, C, rows, W]; factor: GDN's factors of x, [b rows W, C].
+            to_picture: the gradient to the pixels that x reaches, [b, C', 2 rows + 3, 2 W + 4].
+        """
+        to_normal = F.conv2d(to_picture, self.weight, stride=2)  # [b, C, rows, W]
+        to_normal = rows_in(to_normal.contiguous(memory_format=torch.channels_last))
+        x_rows = rows_in(x)
+        normalise_backward((x_rows, factor), to_normal, x_rows, self.gamma, True)
 
     def _strips_of(self, image: slice, x: Tensor, picture: Tensor) -> Iterator["_Strip"]:
         """The strips of one image, see `_strips`."""
@@ -170,10 +184,56 @@ class _Strip(NamedTuple):
         return self.factor[:, start - self.top : end - self.top].flatten(0, 2)
 
 
+class _PictureContext(Context, Protocol):
+    stage: ToPicture
+
+
+class _Picture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _PictureContext, v: Tensor, stage: ToPicture) -> Tensor:
+        x, picture = stage._begin(v)
+        for _ in stage._strips(x, picture):
+            pass
+        ctx.save_for_backward(x if ctx.needs_input_grad[0] else None)
+        ctx.stage = stage
+        return picture
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _PictureContext, to_picture: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        stage, height = ctx.stage, x.size(2)
+        rows, images = height, len(x)
+        if x.device.type == "cpu":
+            rows, images = rows_at_a_time(x, STRIP_BYTES, x[0, :, 0].numel(), 2, height), 1
+        starts = product(range(0, len(x), images), range(0, height, rows))
+        for image, first in starts:
+            part = x[image : image + images, :, first : first + rows]
+            # Two more rows and columns on either side: the last layer's kernel has 5 x 5 pixels.
+            reached = slice(2 * first - 2, 2 * (first + part.size(2)) + 1)
+            gradient = _with_margin(to_picture[image : image + images], reached).to(x.dtype)
+            factor, normal = torch.empty_like(rows_in(part)), torch.empty_like(rows_in(part))
+            normalise(rows_in(part), stage.beta, stage.gamma, True, factor, normal)
+            # In place: autograd raises an error if a second pass reads a changed tensor.
+            stage.overwrite_by_gradient(part, factor, gradient)
+        return stage.upsampling.gradient(x).contiguous(memory_format=torch.channels_last), None
+
+
+def _with_margin(v: Tensor, rows: slice) -> Tensor:
+    """Some rows of v [b, C, H, W] with two more columns on either side; 0 where v has no pixel."""
+    first, last = max(rows.start, 0), min(rows.stop, v.size(2))
+    return F.pad(v[:, :, first:last], (2, 2, first - rows.start, rows.stop - last))
+
+
 class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, v: Tensor, target: Tensor, corner: tuple[int, int], stage: ToPicture
+        ctx: Context,
+        v: Tensor,
+        target: Tensor,
+        corner: tuple[int, int],
+        weights: Tensor | None,
+        stage: ToPicture,
     ) -> tuple[Tensor, Tensor]:
         x, picture = stage._begin(v)
         for strip in stage._strips(x, picture):
@@ -182,13 +242,10 @@ class _SquaredError(torch.autograd.Function):
             # The rows of x for which this strip completed the last of the pixels they reach.
             start = max(strip.first - 1, 0)
             end = strip.last if strip.last == x.size(2) else strip.last - 1
-            parts = picture[strip.images], target[strip.images]
-            error = _error_rows(*parts, corner, 2 * start - 2, 2 * end + 1)
-            to_normal = F.conv2d(error, stage.weight, stride=2)  # [b, C, end - start, W]
-            to_normal = rows_in(to_normal.contiguous(memory_format=torch.channels_last))
-            x_rows = rows_in(x[strip.images, :, start:end])
-            kept = x_rows, strip.factor_rows(start, end)
-            normalise_backward(kept, to_normal, x_rows, stage.gamma, True)
+            own = picture[strip.images], target[strip.images], slice(2 * start - 2, 2 * end + 1)
+            error = _error_rows(*own, corner, None if weights is None else weights[strip.images])
+            x_rows = x[strip.images, :, start:end]
+            stage.overwrite_by_gradient(x_rows, strip.factor_rows(start, end), error)
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = stage.upsampling.gradient(x)
@@ -197,34 +254,43 @@ class _SquaredError(torch.autograd.Function):
         (top, left), (height, width) = corner, target.shape[2:]
         part = picture[:, :, top : top + height, left : left + width].to(target.dtype)
         ctx.mark_non_differentiable(part)
-        return squared_error(part, target), part
+        return squared_error(part, target, weights), part
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place: autograd raises an error if a second pass reads a changed tensor.
-        return gradient.mul_((2 * grad).to(gradient.dtype)[:, None, None, None]), None, None, None
+        gradient.mul_((2 * grad).to(gradient.dtype)[:, None, None, None])
+        return gradient, None, None, None, None
 
 
 def _error_rows(
-    picture: Tensor, target: Tensor, corner: tuple[int, int], first: int, last: int
+    picture: Tensor,
+    target: Tensor,
+    rows: slice,
+    corner: tuple[int, int],
+    weights: Tensor | None,
 ) -> Tensor:
-    """picture - target in rows first to last of the picture, [b, C', last - first, W + 4].
+    """weights * (picture - target) in some rows of the picture, [b, C', rows, W + 4].
 
     The result has two more columns on either side. It is 0 where there is no target.
 
     Args:
         picture: [b, C', H, W]; target: [b, C', h, w], which begins at row and column `corner`.
+        weights: [b, 1, h, w]; None: all are 1.
     """
+    first, last = rows.start, rows.stop
     (top, left), (height, width) = corner, target.shape[2:]
     images, channels, columns = len(picture), picture.size(1), picture.size(3) + 4
     error = target.new_zeros(images, last - first, columns, channels).permute(0, 3, 1, 2)
     above, below = max(first, top), min(last, top + height)
     if above < below:
+        inside = error[:, :, above - first : below - first, left + 2 : left + 2 + width]
+        target_rows = slice(above - top, below - top)
         torch.sub(
-            picture[:, :, above:below, left : left + width],
-            target[:, :, above - top : below - top],
-            out=error[:, :, above - first : below - first, left + 2 : left + 2 + width],
+            picture[:, :, above:below, left : left + width], target[:, :, target_rows], out=inside
         )
+        if weights is not None:
+            inside.mul_(weights[:, :, target_rows])
     return error.to(picture.dtype)

@@ -52,6 +52,15 @@ class MemoryBound(NamedTuple):
         one = self.needed(size) - self.base
         return max(1, int((self.limit - self.base) / one))
 
+    def largest(self) -> float:
+        """The pixels of the largest picture that fits, in the smallest tiles if there are any."""
+        room, footprint = self.limit - self.base, self.footprint
+        if footprint.halo is None:
+            return room / (footprint.whole + footprint.seen)
+        seen = (STRIDE * (TILES[-1] + 2 * footprint.halo)) ** 2
+        as_whole = room / (footprint.whole + footprint.seen)
+        return max(as_whole, (room - seen * footprint.seen) / footprint.whole)
+
     def tile(self, size: tuple[int, int]) -> int | None:
         """The side of the largest tile that fits, in positions of y; None if the whole image fits.
 

@@ -6,7 +6,7 @@ result as the whole image, and so do sums over tiles. Only float rounding differ
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ WHOLE_PIXELS, CODING_TILE = 2**20, 64
 
 
 # See `Architecture.squared_error`.
-ErrorOf = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
+ErrorOf = Callable[[Tensor, Tensor, tuple[int, int], Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Tile(NamedTuple):
@@ -103,11 +103,63 @@ def in_tiles(
     return out
 
 
+def tiled_picture(
+    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, tiling: tuple[int, int]
+) -> Tensor:
+    """g_s(y_hat), channels-last, tile by tile, with a gradient to y_hat.
+
+    The backward pass decodes each tile again, so that only the activations of one tile are in
+    memory at a time. It does so under the autocast of the forward pass.
+
+    Args:
+        y_hat: [B, M, h, w].
+        tiling: the side of a tile and its halo, in positions of y; see `tiles_of`.
+    """
+    picture: Tensor = _TiledPicture.apply(y_hat, g_s, tiling)
+    return picture
+
+
+class _PictureContext(Context, Protocol):
+    g_s: Callable[[Tensor], Tensor]
+    tiling: tuple[int, int]
+    autocast: tuple[bool, torch.dtype]
+
+
+class _TiledPicture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _PictureContext,
+        y_hat: Tensor,
+        g_s: Callable[[Tensor], Tensor],
+        tiling: tuple[int, int],
+    ) -> Tensor:
+        ctx.g_s, ctx.tiling = g_s, tiling
+        device = y_hat.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.save_for_backward(y_hat)
+        return in_tiles(g_s, y_hat, *tiling, (1, STRIDE))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _PictureContext, to_picture: Tensor) -> tuple[Tensor, None, None]:
+        (y_hat,) = ctx.saved_tensors
+        (enabled, dtype), gradient = ctx.autocast, torch.zeros_like(y_hat)
+        for tile in tiles_of((y_hat.size(2), y_hat.size(3)), *ctx.tiling):
+            with torch.enable_grad(), torch.autocast(y_hat.device.type, dtype, enabled):
+                y_part = cut(y_hat, tile.window, 1).detach().requires_grad_()
+                picture = tile.crop(ctx.g_s(y_part), STRIDE)
+            wanted = cut(to_picture, tile.core, STRIDE)
+            (to_y_part,) = torch.autograd.grad(picture, y_part, wanted.to(picture.dtype))
+            cut(gradient, tile.window, 1).add_(to_y_part)
+        return gradient, None, None
+
+
 def tiled_error(
     error_of: ErrorOf,
     y_hat: Tensor,
     x: Tensor,
     tiling: tuple[int, int],
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed squared error of g_s(y_hat), cropped to x, tile by tile, and x_hat itself.
 
@@ -118,17 +170,23 @@ def tiled_error(
         error_of: computes the same for one window of y_hat, see `Architecture.squared_error`.
         y_hat: [B, M, ceil(H/16), ceil(W/16)]; x: [B, 3, H, W].
         tiling: the side of a tile and its halo, in positions of y; see `tiles_of`.
+        weights: [B, 1, H, W], of x's pixels; None: all are 1.
 
     Returns:
         The sum [B] in float64, with a gradient to y_hat, and x_hat [B, 3, H, W] without one.
     """
-    return _TiledError.apply(y_hat, x, error_of, tiling)
+    return _TiledError.apply(y_hat, x, weights, error_of, tiling)
 
 
 class _TiledError(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, y_hat: Tensor, x: Tensor, error_of: ErrorOf, tiling: tuple[int, int]
+        ctx: Context,
+        y_hat: Tensor,
+        x: Tensor,
+        weights: Tensor | None,
+        error_of: ErrorOf,
+        tiling: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(y_hat) if needed else None
@@ -136,9 +194,11 @@ class _TiledError(torch.autograd.Function):
         total = x.new_zeros(len(x), dtype=torch.float64)
         for tile in tiles_of((y_hat.size(2), y_hat.size(3)), *tiling):
             x_part, x_hat_part = (cut(v, tile.core, STRIDE) for v in (x, x_hat))
+            weights_part = None if weights is None else cut(weights, tile.core, STRIDE)
             with torch.set_grad_enabled(needed):
                 y_part = cut(y_hat, tile.window, 1).detach().requires_grad_(needed)
-                error, decoded = error_of(y_part, x_part, tile.corner(STRIDE))  # [B], like x_part
+                # [B], and like x_part
+                error, decoded = error_of(y_part, x_part, tile.corner(STRIDE), weights_part)
                 if gradient is not None:
                     (to_y_part,) = torch.autograd.grad(error.sum(), y_part)
                     cut(gradient, tile.window, 1).add_(to_y_part)
@@ -150,6 +210,9 @@ class _TiledError(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, to_total: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Context, to_total: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * to_total.to(gradient.dtype)[:, None, None, None], None, None, None
+        gradient = gradient * to_total.to(gradient.dtype)[:, None, None, None]
+        return gradient, None, None, None, None

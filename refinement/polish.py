@@ -12,6 +12,7 @@ arXiv 2102.04509); the exact rate, the curvature and the parallel moves are ours
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -208,13 +209,15 @@ def _curvature(problem: Problem, point: Point, generator: Generator | None) -> T
     We ignore the curvature of g_s itself, and that a symbol may move the lattices of others. Then
     it is the squared norm of J, the derivative of x_hat to the element. This norm is the mean of
     (J^T r)^2 over noise r of unit variance. J^T r is half the gradient for the target x_hat - r.
-    Few draws give a noisy mean, so it is shrunk towards the product of its channel's and its
-    position's mean.
+    With weights of pixels, they are the variance of r, and the error is without them. Few draws
+    give a noisy mean, so it is shrunk towards the product of its channel's and its position's mean.
     """
-    total = torch.zeros_like(point.y)
+    total, unweighted = torch.zeros_like(point.y), replace(problem, weights=None)
     for _ in range(PROBES):
         noise = torch.empty_like(point.x_hat).normal_(generator=generator)
-        gradient = _error_and_gradient(problem, point.walk.y_hat, point.x_hat - noise)[2]
+        if problem.weights is not None:
+            noise *= problem.weights.sqrt()
+        gradient = _error_and_gradient(unweighted, point.walk.y_hat, point.x_hat - noise)[2]
         total += (gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN
+from plain import plain_rate
 
 from config import Channels
 from conftest import ROOT
@@ -153,8 +154,9 @@ def test_interleaved_phases_are_torchs_pixel_shuffle():
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 @pytest.mark.parametrize("size", [(1, 3), (2, 2), (5, 4)])
 @pytest.mark.parametrize("part", [(0, 0, 99, 99), (0, 0, 3, 7), (2, 1, 2, 9), (3, 4, 99, 99)])
-def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size, part):
-    """Picture, squared error of a part of it, and the gradient, in float64 by autograd."""
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size, part, weighted):
+    """Picture, squared error of a part of it, and their gradients, in float64 by autograd."""
     torch.manual_seed(0)
     channels, (height, width), (top, left, *part_size) = 6, size, part
     monkeypatch.setattr("fast.decoder.STRIP_BYTES", rows * channels * 2 * width * 8)
@@ -170,19 +172,26 @@ def test_the_last_three_layers_in_strips_are_the_layers(monkeypatch, rows, size,
     target = torch.rand_like(expected)
     upsampling = UpsamplingKernel(first, first_bias, Pool())
     stage = ToPicture(upsampling, beta, gamma, last, last_bias)
-    error, shown = stage.squared_error(ours, target, (top, left))
+    counts = torch.rand_like(target[:, :1]) if weighted else None
+    error, shown = stage.squared_error(ours, target, (top, left), counts)
     torch.testing.assert_close(shown, expected)
     torch.testing.assert_close(stage(v), picture)
-    theirs_error = (expected - target).square().sum(dim=(1, 2, 3))
+    squares = (expected - target).square() * (1 if counts is None else counts)
+    theirs_error = squares.sum(dim=(1, 2, 3))
     torch.testing.assert_close(error, theirs_error)
     weights = torch.tensor([1.0, -3.0], dtype=torch.float64)
     (error * weights).sum().backward()
-    (theirs_error * weights).sum().backward()
+    (theirs_error * weights).sum().backward(retain_graph=True)
     torch.testing.assert_close(ours.grad, theirs.grad)
     with torch.no_grad():
-        torch.testing.assert_close(stage.squared_error(v, target, (top, left))[0], error)
-    with pytest.raises(RuntimeError, match="see squared_error"):
-        stage(ours)
+        torch.testing.assert_close(stage.squared_error(v, target, (top, left), counts)[0], error)
+    to_picture = torch.randn_like(picture)
+    (expected_gradient,) = torch.autograd.grad(picture, theirs, to_picture)
+    ours_picture = stage(ours)
+    (gradient,) = torch.autograd.grad(ours_picture, ours, to_picture, retain_graph=True)
+    torch.testing.assert_close(gradient, expected_gradient)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ours_picture, ours, to_picture)
 
 
 @pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: "-".join(filter(None, k)))
@@ -201,19 +210,10 @@ def test_the_one_derivative_kept_is_the_numerical_one(monkeypatch, key, tau):
     assert torch.autograd.gradcheck(sample, v, eps=1e-7, atol=1e-4, rtol=1e-4)
 
 
-def plain_loss(network, x, latents, round_z, round_y):
+def plain_loss(network, x, latents, rounding):
     """bpp + lambda * 255^2 * MSE, averaged over images, by CompressAI's own modules alone."""
-    medians = network.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
-    z_hat = round_z(latents["z"] - medians) + medians
-    scales, means = network.h_s(z_hat).chunk(2, 1)
-    y_hat = round_y(latents["y"] - means) + means
-    bottleneck, conditional = network.entropy_bottleneck, network.gaussian_conditional
-    z_by_channel = z_hat.transpose(0, 1).flatten(1)[:, None]  # [N, 1, B h' w']
-    # Below the bound its gradient still leads upwards, which clamp_min's does not.
-    p_z = bottleneck.likelihood_lower_bound(bottleneck._likelihood(z_by_channel)[0])
-    p_y = conditional.likelihood_lower_bound(conditional._likelihood(y_hat, scales, means))
-    bits = -p_z.log2().sum() - p_y.log2().sum()
-    return bits / x[:, 0].numel() + LMBDA * 255**2 * F.mse_loss(network.g_s(y_hat), x)
+    bpp, y_hat = plain_rate(network, latents, rounding, x.shape[2:])
+    return bpp.mean() + LMBDA * 255**2 * F.mse_loss(network.g_s(y_hat), x)
 
 
 def _shifted(v):
@@ -233,7 +233,7 @@ def test_a_frozen_model_has_the_loss_and_gradient_of_compressais_layers():
     ours, theirs = to_optimise(latents), to_optimise(latents)
     loss = problem_of(frozen, x).relaxed(ours, _shifted).loss.mean()
     loss.backward()
-    expected = plain_loss(stock.network, x, theirs, _shifted, _shifted)
+    expected = plain_loss(stock.network, x, theirs, _shifted)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for name, mine in ours.items():
@@ -243,7 +243,7 @@ def test_a_frozen_model_has_the_loss_and_gradient_of_compressais_layers():
     single.network.float()
     single = freeze(single)
     with torch.no_grad():
-        true = plain_loss(stock.network, x, latents, torch.round, torch.round)
+        true = plain_loss(stock.network, x, latents, torch.round)
     mine = true_terms(single, x.float(), {name: v.float() for name, v in latents.items()}).loss
     assert mine.mean().item() == pytest.approx(true.item(), rel=1e-5)
 
@@ -268,7 +268,7 @@ def test_winograds_form_within_a_frozen_model(monkeypatch, precision, tile):
     loss = problem.relaxed(ours, _shifted).loss.mean()
     loss.backward()
     assert bool(calls) == (precision == torch.float32)
-    expected = plain_loss(stock.network, x, theirs, _shifted, _shifted)
+    expected = plain_loss(stock.network, x, theirs, _shifted)
     expected.backward()
     tolerance = 1e-4 if precision == torch.float32 else 0.05
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance / 10)
@@ -316,7 +316,7 @@ def test_layers_of_another_kind_are_left_as_they_are(layer, place):
     assert hasattr(frozen.network.g_s, "squared_error") == (place == 0)
     x = torch.rand(1, 3, 64, 128)
     latents = {"y": torch.randn(1, 8, 4, 8) * 2, "z": torch.randn(1, 8, 1, 2) * 2}
-    expected = plain_loss(stock.network, x, theirs := to_optimise(latents), _shifted, _shifted)
+    expected = plain_loss(stock.network, x, theirs := to_optimise(latents), _shifted)
     loss = problem_of(frozen, x).relaxed(ours := to_optimise(latents), _shifted).loss.mean()
     expected.backward()
     loss.backward()

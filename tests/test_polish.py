@@ -16,14 +16,27 @@ from architectures import Autoregressive
 from config import RefineConfig, load_config
 from conftest import ROOT, read_jsonl, to_x
 from models import freeze
+from objectives import Problem, RateDistortion
 from passes import LMBDA, problem_of, refined, true_terms
 from refinement.descent import Pace
 from refinement.polish import polish
 from train_flexible_inference import main
 
 
-def _true_loss(model, x, latents):
-    return true_terms(model, x, latents).loss
+def _true_loss(model, x, latents, weights=None):
+    with torch.no_grad():
+        return _weighted(model, x, weights).true(latents).loss
+
+
+def _weighted(model, x, weights, lmbda=LMBDA, tile=None):
+    return Problem(model, x, RateDistortion(lmbda), tile, weights=weights)
+
+
+def _map_of(x):
+    """Weights of mean 1 that rise from left to right; they are 0 in the upper half."""
+    weights = torch.linspace(0.2, 2, x.size(3)).to(x.dtype).expand_as(x[:, :1]).clone()
+    weights[:, :, : x.size(2) // 2] = 0
+    return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
 def _symbols_of_y(model, x, latents):
@@ -35,15 +48,17 @@ def x():
     return to_x(skimage.data.coffee()[100:197, 200:303])  # 97x103: not multiples of 16
 
 
-@pytest.mark.parametrize("tile", [None, 3])
-def test_polishing_lowers_the_true_loss_of_each_image(model, x, tile):
+@pytest.mark.parametrize(("tile", "weighted"), [(None, False), (3, False), (3, True)])
+def test_polishing_lowers_the_true_loss_of_each_image(model, x, tile, weighted):
     both = torch.cat((x, x.flip(3)))
     latents = model.analyze(both)
-    before = _true_loss(model, both, latents)
+    weights = _map_of(both) if weighted else None
+    before = _true_loss(model, both, latents, weights)
     generator = torch.Generator().manual_seed(0)
-    polished = polish(problem_of(model, both, tile=tile), latents, Pace(0, 12), generator)
+    problem = _weighted(model, both, weights, tile=tile)
+    polished = polish(problem, latents, Pace(0, 12), generator)
     assert list(polished) == list(latents)
-    after = _true_loss(model, both, polished)
+    after = _true_loss(model, both, polished, weights)
     # The encoder's latents are far from the best integers: 12 passes find 1 % and more.
     assert (after < 0.99 * before).all()
     symbols = _symbols_of_y(model, both, polished)
@@ -67,7 +82,7 @@ def test_nothing_that_lowers_no_loss_is_kept(model, x, monkeypatch):
     assert _true_loss(model, x, polished) <= before * (1 + 1e-6)
 
 
-def _record_of_moves(monkeypatch, model, x, passes, **settings):
+def _record_of_moves(monkeypatch, model, x, passes, weights=None, **settings):
     """What each pass knew, (point, curvature), the moves it drew, and the result."""
     passed, draw = [], polishing._draw_moves
 
@@ -80,31 +95,35 @@ def _record_of_moves(monkeypatch, model, x, passes, **settings):
     for name, value in settings.items():
         monkeypatch.setattr(polishing, name, value)
     generator = torch.Generator().manual_seed(0)
-    latents = polish(problem_of(model, x), model.analyze(x), Pace(0, passes), generator)
+    problem = _weighted(model, x, weights)
+    latents = polish(problem, model.analyze(x), Pace(0, passes), generator)
     return passed, latents
 
 
-def _true_changes(model, x, latents, places):
+def _true_changes(model, x, latents, places, weights=None):
     """True loss after a move of y up by one at each place, less that before, in bits."""
-    base, changes = _true_loss(model, x, latents), []
+    base, changes = _true_loss(model, x, latents, weights), []
     for place in places:
         moved = latents["y"].clone()
         moved[place] += 1
-        changes.append((_true_loss(model, x, latents | {"y": moved}) - base).item())
+        after = _true_loss(model, x, latents | {"y": moved}, weights)
+        changes.append((after - base).item())
     return np.array(changes) * x.shape[2] * x.shape[3]
 
 
-def test_the_promised_change_is_the_true_one(model, x, monkeypatch):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_promised_change_is_the_true_one(model, x, monkeypatch, weighted):
     """Of single moves, with probes enough that their noise does not hide it."""
+    weights = _map_of(x) if weighted else None
     no_moves = {"HOT": 1e-9, "COLD": 1e-10}
-    passed, start = _record_of_moves(monkeypatch, model, x, 1, PROBES=64, **no_moves)
+    passed, start = _record_of_moves(monkeypatch, model, x, 1, weights, PROBES=64, **no_moves)
     here, curvature, _ = passed[0]
     lively = here.y.nonzero()
     picked = np.random.default_rng(0).choice(len(lively), 30, replace=False)
     places = [tuple(lively[index]) for index in picked]
     change = here.rate_of(here.y + 1) - here.rate + here.gradient + curvature
     start = start | {"y": y_hat_of(model, x)}
-    true = _true_changes(model, x, start, places)
+    true = _true_changes(model, x, start, places, weights)
     promised = [change[place].item() for place in places]
     assert np.corrcoef(promised, true)[0, 1] > 0.95
     assert np.median(np.abs(promised - true)) < 0.2 * np.median(np.abs(true))
@@ -125,6 +144,30 @@ def test_few_probes_know_curvatures_better_than_their_own_noise(model, monkeypat
     error, error_alone = ((v / many).log().std().item() for v in (few, alone))
     assert error < min(0.95 * error_alone, 0.35)
     assert abs((few.mean() / many.mean()).item() - 1) < 0.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_curvature_is_that_of_a_dense_jacobian(monkeypatch, weighted):
+    """Of all elements of y: the sum over pixels of the weight times the squared derivative."""
+    toy_model = copy.deepcopy(toy("mbt2018-mean"))
+    toy_model.network.double()
+    network = toy_model.network
+    model = freeze(copy.deepcopy(toy_model))
+    x = to_x(skimage.data.coffee()[100:160, 200:275]).double()
+    weights = _map_of(x) if weighted else torch.ones_like(x[:, :1])
+    for name, value in {"PROBES": 200, "SPREAD": 1e6}.items():
+        monkeypatch.setattr(polishing, name, value)
+    problem = _weighted(model, x, weights if weighted else None)
+    with torch.no_grad():
+        walk = model.round(model.analyze(x), torch.round, SIZE)
+        point = polishing._point_of(problem, walk, polishing.first_integers(walk, walk.values))
+        drawn = polishing._curvature(problem, point, torch.Generator().manual_seed(0)).flatten()
+        steps = 1e-4 * torch.eye(drawn.numel(), dtype=x.dtype).view(-1, *walk.y_hat.shape[1:])
+        up, down = (network.g_s(walk.y_hat + step)[:, :, :60, :75] for step in (steps, -steps))
+        true = (((up - down) / 2e-4).square() * weights).sum((1, 2, 3))
+    ratio = drawn / true
+    assert abs(ratio.mean().item() - 1) < 0.03
+    assert ratio.std().item() < 1.5 * math.sqrt(2 / 200)
 
 
 def test_a_curvature_is_learnt_from_a_move(model, monkeypatch):
@@ -222,8 +265,17 @@ def _gaussians_of(model, symbols):
 SIZE, SMALL_LMBDA = (60, 75), 1e-4
 
 
-@pytest.mark.parametrize("name", ["elic2022-official", "mbt2018", "mbt2018-mean"])
-def test_the_gradient_of_a_point_is_that_of_all_but_the_symbols_own_rate(name):
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    [
+        ("elic2022-official", False),
+        ("mbt2018", False),
+        ("mbt2018", True),
+        ("mbt2018-mean", False),
+        ("mbt2018-mean", True),
+    ],
+)
+def test_the_gradient_of_a_point_is_that_of_all_but_the_symbols_own_rate(name, weighted):
     """By central differences in float64, with the rate of a Gaussian written again.
 
     A symbol of ELIC and mbt2018 changes what others cost, and where they lie.
@@ -234,7 +286,8 @@ def test_the_gradient_of_a_point_is_that_of_all_but_the_symbols_own_rate(name):
     weight = SMALL_LMBDA * 255**2 / 3
     latents = model.analyze(x)
     symbols = model.symbols(latents, SIZE)
-    start = problem_of(model, x, SMALL_LMBDA)
+    weights = _map_of(x) if weighted else None
+    start = _weighted(model, x, weights, SMALL_LMBDA)
     with torch.no_grad():
         walk = model.round(latents, torch.round, SIZE)
         point = polishing._point_of(start, walk, symbols["y"].double())
@@ -245,7 +298,8 @@ def test_the_gradient_of_a_point_is_that_of_all_but_the_symbols_own_rate(name):
         with torch.no_grad():
             x_hat = model.network.g_s(walk.y_hat)[:, :, : SIZE[0], : SIZE[1]]
         bits = -walk.likelihoods["y"].log2().sum().item()
-        return bits + weight * (x_hat - x).square().sum().item()
+        squares = (x_hat - x).square() * (1 if weights is None else weights)
+        return bits + weight * squares.sum().item()
 
     def own_rate(y, place):
         centre = 0 if isinstance(model, Autoregressive) else means[place]
@@ -307,9 +361,9 @@ def test_the_polish_knows_the_tiles_and_lambda_of_its_run(
     config = load_config(write_config(config_values), RefineConfig, ["polish_passes=4"])
     told, tilings, seen = [], [], []
 
-    def tiled_error(error_of, y_hat, x, tiling):
+    def tiled_error(error_of, y_hat, x, tiling, weights):
         tilings.append(tiling)
-        return real_tiled_error(error_of, y_hat, x, tiling)
+        return real_tiled_error(error_of, y_hat, x, tiling, weights)
 
     def error_and_gradient(*args):
         tilings.clear()

@@ -135,9 +135,9 @@ def test_a_refinement_in_tiles_is_that_of_the_whole(
 ):
     sides = []
 
-    def noted(error_of, y_hat, x, tiling):
+    def noted(error_of, y_hat, x, tiling, weights):
         sides.append(tiling)
-        return tiled_error(error_of, y_hat, x, tiling)
+        return tiled_error(error_of, y_hat, x, tiling, weights)
 
     monkeypatch.setattr("objectives.tiled_error", noted)
     folder = tmp_path / "large"

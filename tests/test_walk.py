@@ -294,7 +294,7 @@ def test_an_own_family_learns_by_its_forward(halves, monkeypatch):
     expected = {
         "bpp_y": bpps["y"], "bpp_z": bpps["z"], "bpp": bpps["y"] + bpps["z"],
         "psnr": -10 * mse.log10(), "loss": bpps["y"] + bpps["z"] + 0.02 * 255**2 * mse,
-        "aux_loss": stock.aux_loss(),
+        "distortion": mse, "aux_loss": stock.aux_loss(),
     }  # fmt: skip
     assert terms.keys() == expected.keys()
     for key, value in expected.items():
