@@ -38,6 +38,7 @@ from schemas.refine import (
     Optimizer,
     RefineConfig,
     Target,
+    no_polish,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "channels_of_lambda",
     "folder_name",
     "load_config",
+    "no_polish",
     "parse_command_line",
     "read_json_object",
     "resolved",
@@ -130,7 +132,9 @@ def parse_command_line(
     argv: Sequence[str] | None = None,
     flags: dict[str, str] | None = None,
 ) -> OfScript:
-    """The checked config of `--config JSON [--images PATH] [--set key.sub=value ...]`.
+    """The checked config of `--config JSON [--images PATH] [--roi PATH] [--set key.sub=value ...]`.
+
+    `--roi` is only for schemas with `keys_for_regions`; it comes after all others.
 
     Args:
         docstring: the script's, with examples, see `common.command_line`.
@@ -138,7 +142,7 @@ def parse_command_line(
             and `--images` exclude each other.
 
     Raises:
-        InputError: see `load_config`; or nothing is at PATH.
+        InputError: see `load_config`; or nothing is at a PATH.
         SystemExit: the command line is wrong (code 2), or it asks for `--help` (code 0).
     """
     parser = _config_parser(schema, docstring, flags or {})
@@ -151,11 +155,17 @@ def parse_command_line(
     given = [*arguments.set, *(f"{name}=true" for name in flags or {} if getattr(arguments, name))]
     if given:
         source.append(f"--set {' '.join(given)}")
-    return load_config(arguments.config, schema, [*overrides, *given], " with ".join(source))
+    config = load_config(arguments.config, schema, [*overrides, *given], " with ".join(source))
+    roi = getattr(arguments, "roi", None)
+    if roi is None:
+        return config
+    source.append(f"--roi {roi}")
+    overrides = [*overrides, *given, *_overrides_for_regions(config, roi)]
+    return load_config(arguments.config, schema, overrides, " with ".join(source))
 
 
 def _config_parser(
-    schema: type[BaseModel], docstring: str, flags: dict[str, str]
+    schema: type[ScriptConfig], docstring: str, flags: dict[str, str]
 ) -> argparse.ArgumentParser:
     parser = script_parser(docstring)
     images_help = "your own images, a folder or a file, instead of the config's"
@@ -171,6 +181,14 @@ def _config_parser(
         metavar="PATH",
         help=images_help,
     )
+    if schema.keys_for_regions is not ScriptConfig.keys_for_regions:
+        parser.add_argument(
+            "--roi",
+            type=user_path,
+            metavar="PATH",
+            help="maps that say where distortion counts more: a folder of grey pictures named as "
+            "the images, one for all, or auto: faces, or else what stands out",
+        )
     parser.add_argument(
         "--set",
         action="append",
@@ -202,6 +220,20 @@ def _overrides_for_images(schema: type[ScriptConfig], images: str, config: str) 
     values = schema.keys_for_images(path)
     if "images" in schema.model_fields and read_json_object(config).get("images") is None:
         values["images"] = 0
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _overrides_for_regions(config: ScriptConfig, roi: str) -> list[str]:
+    """The overrides that `--roi` stands for.
+
+    Raises:
+        InputError: nothing is at that path.
+    """
+    if roi != "auto" and not (roi and Path(roi).exists()):
+        raise InputError(
+            f"--roi {roi}: no such file or folder; give a folder of maps, one map, or auto"
+        )
+    values = config.keys_for_regions(roi) or {}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 

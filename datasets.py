@@ -8,7 +8,6 @@ python datasets.py make-tfrecords --help
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,10 +17,10 @@ import skimage
 from PIL import Image
 
 from common.command_line import script_parser
-from common.errors import InputError, exits_with_one_line
+from common.errors import InputError, exits_with_one_line, named_by
 from common.files import user_path
 from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
-from common.images import ImageFiles, Images, LoadedImage, to_tensor
+from common.images import ImageFiles, Images, LoadedImage, Mapped, load_image
 from common.optional_packages import import_tensorflow_datasets
 from config import PretrainConfig, RefineConfig
 from pretraining.draws import TrainingData
@@ -29,17 +28,28 @@ from pretraining.folder_crops import FolderCrops
 from pretraining.make_tfrecords import write_tfrecords
 from pretraining.tfrecord_crops import TfrecordCrops
 from pretraining.tfrecord_index import TfrecordIndex, index_files, index_tfrecords
+from regions.maps import open_maps
 
 # Public domain or CC0; they are part of scikit-image's package.
 SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def open_images(config: RefineConfig) -> Images:
-    """The data set of a refinement config; no image is read yet.
+    """The data set of a refinement config, with its maps if it has some; no image is read yet.
 
     Raises:
-        InputError: its path is not in the config, nothing is there, or a package is not installed.
+        InputError: its path is not in the config, nothing is there, or a package is not installed;
+            see also `open_maps`.
     """
+    images, options = _open_data_set(config), config.dev_options
+    if options.maps is not None:
+        key = f"dev_options.path_weights.{options.data_set}"
+        images.maps = open_maps(options.maps, images.names, key)
+    return images
+
+
+def _open_data_set(config: RefineConfig) -> Images:
+    """See `open_images`; without maps."""
     options = config.dev_options
     chosen = options.data_set
     if chosen == "sample":
@@ -80,15 +90,6 @@ def open_folder(path: str | Path, key: str) -> ImageFiles:
         return ImageFiles(find_images(path))
 
 
-@contextmanager
-def named_by(key: str) -> Iterator[None]:
-    """Begin the message of an InputError on a path with the config's key for that path."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{key} = {error}") from None
-
-
 def open_training_data(config: PretrainConfig) -> TrainingData:
     """The training data of a config: a folder of images, or tfrecords of ImageNet and CLIC.
 
@@ -114,7 +115,7 @@ def open_training_data(config: PretrainConfig) -> TrainingData:
 # --- CLIC 2020 through tensorflow-datasets --------------------------------------------------------
 
 
-class ClicImages:
+class ClicImages(Mapped):
     """The test split of tensorflow-datasets' `clic`; it is downloaded on first use.
 
     Raises:
@@ -143,7 +144,7 @@ class ClicImages:
                 examples, at = self._examples(), 0
             example = next(islice(examples, position[name] - at, None))
             at = position[name] + 1
-            yield LoadedImage(name, to_tensor(Image.fromarray(example["image"])))
+            yield load_image(name, Image.fromarray(example["image"]), maps=self.maps)
 
     def _examples(self) -> Iterator[dict[str, Any]]:
         """The split's examples from the first one on, in the order of `names`."""

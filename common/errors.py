@@ -5,13 +5,23 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from common.files import printable
 
 
 class InputError(Exception):
     """A user's input is wrong: one line that names it and says what would be right."""
+
+
+@contextmanager
+def named_by(key: str) -> Iterator[None]:
+    """Begin the message of an InputError on a path with the config's key for that path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key} = {error}") from None
 
 
 def exits_with_one_line(main: Callable[..., int]) -> Callable[..., int]:

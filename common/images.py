@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,13 +23,15 @@ from common.workers import items_of
 class LoadedImage(NamedTuple):
     """One image: x [3, H, W] in [0, 1], and notes on what was converted in it.
 
-    If its file cannot be read, x is None and `error` says why.
+    `region` [1, H, W] in [0, 1] says where distortion counts more. It is None if the image has no
+    map, else it is above 0 somewhere. If a file cannot be read, x is None and `error` says why.
     """
 
     name: str
     x: Tensor | None
     notes: tuple[str, ...] = ()
     error: str | None = None
+    region: Tensor | None = None
 
     def pixels(self) -> Tensor:
         """x.
@@ -42,15 +44,42 @@ class LoadedImage(NamedTuple):
         return self.x
 
 
+class Region(NamedTuple):
+    """The map of an image: a grey picture (mode "L") of its size, where it is from, and notes."""
+
+    image: Image.Image
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+class Maps(Protocol):
+    """The maps of a set of images; `messages` say in a line each which do not fit."""
+
+    messages: tuple[str, ...]
+
+    def of(self, name: str, image: Image.Image) -> Region | None:
+        """The map of an RGB picture; None if it has none.
+
+        Raises:
+            UnreadableError: its file cannot be read; says why.
+        """
+
+
 class Images(Protocol):
     """A set of images to refine.
 
     `names` are known before any image is read. `passed_over` says in one line which files were left
-    out, and is empty if none were.
+    out, and is empty if none were. `maps` may be set before images are read; `map_messages` are
+    theirs.
     """
 
     names: list[str]
     passed_over: str
+    maps: Maps | None
+
+    @property
+    def map_messages(self) -> tuple[str, ...]:
+        """In a line each, which images have no map, and which maps fit no image."""
 
     def load(self, names: Iterable[str], num_workers: int) -> Iterator[LoadedImage]:
         """One `LoadedImage` for each of these names, in this order.
@@ -59,22 +88,39 @@ class Images(Protocol):
         """
 
 
+BLACK = "is black all over the image: paint white what counts most"
+
+
 class UnreadableError(Exception):
     """An image file cannot be read; one line that says why."""
 
 
-class ImageFiles(Dataset):
+class Mapped:
+    """A set of images that may have maps."""
+
+    maps: Maps | None = None
+
+    @property
+    def map_messages(self) -> tuple[str, ...]:
+        """In a line each, which images have no map, and which maps fit no image."""
+        return self.maps.messages if self.maps is not None else ()
+
+
+class ImageFiles(Mapped, Dataset):
     """Image files on disk, whole or (with `crop`) one seeded random resized crop of each.
 
-    An item is a `LoadedImage`; its name is the path below the folder.
+    An item is a `LoadedImage`; its name is the path below the folder. Its map is cropped alike.
     """
 
-    def __init__(self, found: Found, crop: int | None = None, seed: int = 0):
+    def __init__(
+        self, found: Found, crop: int | None = None, seed: int = 0, maps: Maps | None = None
+    ):
         self.files = {file.relative_to(found.root).as_posix(): file for file in found.files}
         self.names = list(self.files)
         self.passed_over = found.passed_over
         self.crop = crop
         self.seed = seed
+        self.maps = maps
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,10 +131,14 @@ class ImageFiles(Dataset):
             picture = self.picture(index)
         except UnreadableError as error:
             return LoadedImage(name, None, error=str(error))
-        image = picture.image
-        if self.crop is not None:
-            image = seeded_crop(image, self.crop, seed_of(self.seed, name))
-        return LoadedImage(name, to_tensor(image), picture.notes)
+        return load_image(name, picture.image, picture.notes, self.maps, self._cropped(name))
+
+    def _cropped(self, name: str) -> Callable[[Image.Image], Image.Image]:
+        """The crop of an image and of its map."""
+        size = self.crop
+        if size is None:
+            return lambda image: image
+        return lambda image: seeded_crop(image, size, seed_of(self.seed, name))
 
     def picture(self, index: int) -> Picture:
         """An upright RGB picture of 8 bits, and notes on what was converted.
@@ -121,6 +171,35 @@ def as_it_is(item: Any) -> Any:
     return item
 
 
+def load_image(
+    name: str,
+    image: Image.Image,
+    notes: tuple[str, ...] = (),
+    maps: Maps | None = None,
+    crop: Callable[[Image.Image], Image.Image] = as_it_is,
+) -> LoadedImage:
+    """An RGB picture and its map, both after `crop`.
+
+    A map that cannot be read, or that is black all over the image, becomes the image's `error`.
+    """
+    try:
+        region = maps.of(name, image) if maps is not None else None
+    except UnreadableError as error:
+        return LoadedImage(name, None, error=str(error))
+    if region is None:
+        return LoadedImage(name, to_tensor(crop(image)), notes)
+    grey = crop(region.image)
+    if is_black(grey):
+        return LoadedImage(name, None, error=f"{region.source} {BLACK}")
+    notes += region.notes
+    return LoadedImage(name, to_tensor(crop(image)), notes, region=to_tensor(grey))
+
+
+def is_black(grey: Image.Image) -> bool:
+    """Whether a picture of mode "L" is 0 everywhere."""
+    return grey.getbbox() is None
+
+
 def why_unreadable(error: Exception, file: Path, name: str) -> str:
     """A decoder's reason in one line, with the image's `name` in place of the path of `file`."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -130,8 +209,8 @@ def why_unreadable(error: Exception, file: Path, name: str) -> str:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """x [3, H, W], float32 in [0, 1], of an RGB picture."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # [H, W, 3]
+    """[3, H, W] of an RGB picture, [1, H, W] of a grey one; float32 in [0, 1]."""
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.uint8)))  # [H, W, C]
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 

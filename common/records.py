@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.files import short_enough, write_whole
+from common.files import printable, short_enough, write_whole
 
 # A JSON object: a line of images.jsonl or of metrics.jsonl, or a side of a record.
 Record = dict[str, Any]
@@ -164,3 +164,16 @@ def rate_of(side: Record) -> float:
     """Bits per pixel of a side's file; the estimate where no file was written."""
     estimate: float = side["bpp"]
     return side.get("file_bpp", estimate)
+
+
+def loss_name(record: Record, short: bool = False) -> str:
+    """What the loss of a record counts beside the rate: `mse`, `ms-ssim, weighted by auto`.
+
+    Args:
+        short: leave out by which maps.
+    """
+    objective: str = record.get("objective", "mse")  # records of older runs have none
+    weighted = record.get("weighted")
+    if not weighted:
+        return objective
+    return f"{objective}, weighted" + ("" if short else f" by {printable(weighted)}")

@@ -3,11 +3,13 @@
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from schemas.base import (
+    MS_SSIM_LAMBDAS,
     SAVE_NAME,
     Count,
     Index,
@@ -20,6 +22,8 @@ from schemas.base import (
     Switch,
     Tracker,
     UserPath,
+    channels_of_lambda,
+    check_lambda,
 )
 
 DATA_SETS = ("kodak", "tecnick", "pathology", "clic", "folder", "sample")
@@ -110,6 +114,27 @@ class TestPaths(Section):
     `--images PATH` on the command line sets it, and sets `dev_options.folder` to true."""
 
 
+class WeightPaths(Section):
+    """Maps that say where distortion counts more, for each data set. Only the one of the data set
+    that is true is read. A map is a grey picture: white counts most, black not at all. Give a
+    folder of maps that are named as the images, one map for all, or `auto`: faces, or else what
+    stands out. Weights are divided by their mean, so that lambda keeps its meaning. `--roi PATH` or
+    `--roi auto` on the command line sets the path of the data set. null: all pixels count alike."""
+
+    kodak: UserPath | None = None
+    """+ For the Kodak images."""
+    tecnick: UserPath | None = None
+    """+ For the Tecnick images."""
+    pathology: UserPath | None = None
+    """+ For pathology images; a map is cropped as its image is."""
+    clic: UserPath | None = None
+    """+ For CLIC; a map of tensorflow-datasets' image 7 is named clic_test_0007."""
+    folder: UserPath | None = None
+    """+ For your own photos."""
+    sample: UserPath | None = None
+    """+ For the sample photos."""
+
+
 class DevOptions(Section):
     """The data set, the rounding method and its hyper-parameters."""
 
@@ -126,6 +151,10 @@ class DevOptions(Section):
     sample: bool = False
     """+ Refine the four sample photos that come with scikit-image."""
     path_test: TestPaths = TestPaths()
+    path_weights: WeightPaths = WeightPaths()
+    region_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """+ How much of the maps in `path_weights` enters the weights: 1 - s + s * map / mean. 0: all
+    pixels count alike, and maps only measure the quality inside and outside."""
     improving_methods: dict[str, bool] = Field({})
     """The rounding methods by name; at most one is true. It wins over the `improving_methods` of
     the top level."""
@@ -170,6 +199,12 @@ class DevOptions(Section):
         return next(name for name in DATA_SETS if getattr(self, name))
 
     @property
+    def maps(self) -> str | None:
+        """Where the maps of the data set are: a path, `auto`, or None."""
+        path: str | None = getattr(self.path_weights, self.data_set)
+        return path
+
+    @property
     def published_hyper_parameters(self) -> dict[str, float]:
         """The published keys of hyper-parameters that have a value, by their JSON names."""
         values = {
@@ -197,9 +232,12 @@ class TrainPath(Section):
 
 
 class Target(NamedTuple):
-    """The wanted `bpp` of a file, within 2 %, or `psnr` of its picture, within 0.05 dB."""
+    """The wanted `bpp` of a file, within 2 %, or quality of its picture, within 0.05 dB.
 
-    kind: Literal["bpp", "psnr"]
+    The quality is `psnr` or `ms_ssim_db`, both in dB.
+    """
+
+    kind: Literal["bpp", "psnr", "ms_ssim_db"]
     wanted: float
 
     def miss(self, value: float) -> float:
@@ -210,7 +248,9 @@ class Target(NamedTuple):
 
     def in_words(self, value: float) -> str:
         """A value with its unit."""
-        return f"{value:.4f} bpp" if self.kind == "bpp" else f"{value:.2f} dB"
+        if self.kind == "bpp":
+            return f"{value:.4f} bpp"
+        return f"{'MS-SSIM ' if self.kind == 'ms_ssim_db' else ''}{value:.2f} dB"
 
 
 class RefineConfig(ModelOfLambda, ScriptConfig):
@@ -234,10 +274,10 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     """The run's folder below `output_dir`: a name, or names joined by /. Names have letters,
     digits, blanks, `.`, `_` and `-`."""
     pretrain: UserPath = Field(min_length=1)
-    """The trained model: a file of torch.save or safetensors, or a model of CompressAI's zoo,
-    `zoo:mbt2018-mean:1` to `zoo:mbt2018-mean:8`. The file must have CompressAI's names of weights,
-    old or new, below any keys and with any prefix. No code in it is run. Averaged weights (`ema`)
-    are used only if there are no others."""
+    """The trained model: a file of torch.save or safetensors, or a model of CompressAI's zoo, as
+    `zoo:mbt2018-mean:4`, or `zoo:mbt2018-mean:4:ms-ssim` for one trained for MS-SSIM. The file must
+    have CompressAI's names of weights, old or new, below any keys and with any prefix. No code in
+    it is run. Averaged weights (`ema`) are used only if there are no others."""
     path_train: TrainPath = TrainPath()
     tot_batches: Count = 24
     """The largest number of images is `tot_batches` * `batch_size`, unless `images` is set."""
@@ -285,10 +325,14 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     values."""
     target_bpp: Positive | None = None
     """+ The wanted size of each image's file in bits per pixel, within 2 %. The lambda is searched
-    for each image. It cannot be used with `target_psnr`. null: no such target."""
+    for each image. Only one target can be set. null: no such target."""
     target_psnr: Positive | None = None
     """+ The wanted PSNR of each image's decoded file in dB, within 0.05 dB. The lambda is searched
-    for each image. It cannot be used with `target_bpp`. null: no such target."""
+    for each image. Only one target can be set. null: no such target."""
+    target_ms_ssim_db: Positive | None = None
+    """+ The wanted MS-SSIM of each image's decoded file in dB, -10 log10(1 - MS-SSIM), within
+    0.05 dB. The lambda is searched for each image. Only one target can be set. null: no such
+    target."""
     max_memory_gb: Positive | None = None
     """+ The memory that the process may use, in GB. Pictures that need more are refined in tiles.
     null: 0.75 of the machine's memory, or 0.9 of the GPU's, divided by the number of processes
@@ -307,6 +351,10 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
             **{f"dev_options.{name}": name == "folder" for name in DATA_SETS},
             "dev_options.path_test.folder": path,
         }
+
+    def keys_for_regions(self, path: str) -> dict[str, Any]:
+        """The keys that `--roi PATH` sets: the maps of the data set that is true."""
+        return {f"dev_options.path_weights.{self.dev_options.data_set}": path}
 
     @property
     def takes_all_images(self) -> bool:
@@ -332,6 +380,12 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
         return self.dev_options.inference_lambda or self.train_lambda
 
     @property
+    def usual_lambda(self) -> float:
+        """A lambda around which a target is searched: the model's, if it is for the same loss."""
+        same = (self.train_lambda < MS_SSIM_LAMBDAS[0]) == (self.objective == "mse")
+        return self.train_lambda if same else self.lmbda
+
+    @property
     def method(self) -> str:
         """The rounding method that is true; one in `dev_options` wins."""
         return (_true_in(self.dev_options.improving_methods) or _true_in(self.improving_methods))[0]
@@ -346,9 +400,26 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     @property
     def target(self) -> Target | None:
         """The target of every image's file; None if the config sets none."""
-        if self.target_bpp is not None:
-            return Target("bpp", self.target_bpp)
-        return None if self.target_psnr is None else Target("psnr", self.target_psnr)
+        return next(iter(self._targets), None)
+
+    @property
+    def _targets(self) -> list[Target]:
+        """All targets that the config sets."""
+        wanted: dict[Literal["bpp", "psnr", "ms_ssim_db"], float | None] = {
+            "bpp": self.target_bpp,
+            "psnr": self.target_psnr,
+            "ms_ssim_db": self.target_ms_ssim_db,
+        }
+        return [Target(kind, value) for kind, value in wanted.items() if value is not None]
+
+    @property
+    def weighted(self) -> str | None:
+        """Which maps weight the distortion, in words; None: none do."""
+        maps, strength = self.dev_options.maps, self.dev_options.region_strength
+        if maps is None or strength == 0:
+            return None
+        name = PurePath(maps).name
+        return name if strength == 1 else f"{strength:g} of {name}"
 
     @property
     def writes_files(self) -> bool:
@@ -357,13 +428,26 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
 
     @model_validator(mode="after")
     def _one_target(self) -> "RefineConfig":
-        if self.target_bpp is not None and self.target_psnr is not None:
-            raise ValueError("target_bpp and target_psnr are both set: give only one")
+        if len(self._targets) > 1:
+            names = " and ".join(f"target_{target.kind}" for target in self._targets)
+            raise ValueError(f"{names} are set: give only one")
         if self.target is not None and self.max_seconds is not None:
             raise ValueError(
                 f"max_seconds and target_{self.target.kind} are both set: give only one, for a "
                 "target takes as many runs as it needs"
             )
+        return self
+
+    def _check_channel_rule(self) -> None:
+        """Refinement takes the channels from the weights, so the model may be for either loss."""
+        own = "ms-ssim" if self.train_lambda >= MS_SSIM_LAMBDAS[0] else "mse"
+        channels_of_lambda(self.train_lambda, own)
+
+    @model_validator(mode="after")
+    def _fits_the_objective(self) -> "RefineConfig":
+        check_lambda(self.objective, self.lmbda, "dev_options.inference_lambda")
+        if self.objective == "ms-ssim" and self.polish_passes:
+            raise ValueError(no_polish(self.polish_passes, self.objective))
         return self
 
     def lr_at(self, step: float) -> float:
@@ -392,6 +476,14 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
                 "improving_methods: none is true here or in dev_options: set one method true"
             )
         return self
+
+
+def no_polish(passes: int, objective: str) -> str:
+    """Why there is no polish for an objective."""
+    return (
+        f'polish_passes = {passes}: the polish is for the objective "mse"; with "{objective}" set '
+        "it to 0"
+    )
 
 
 def _true_in(flags: dict[str, bool]) -> list[str]:

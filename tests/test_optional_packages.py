@@ -20,7 +20,7 @@ from pretraining.tfrecord_index import INDEX_NAME, index_tfrecords
 
 OPTIONAL = (
     "tensorflow", "tensorflow_datasets", "google_crc32c", "pytorch_optimizer", "tensorboard",
-    "imagecodecs", "pillow_heif", "constriction",
+    "imagecodecs", "pillow_heif", "constriction", "cv2",
 )  # fmt: skip
 
 
@@ -145,3 +145,15 @@ def test_a_tracker_says_what_to_install(hide, tmp_path):
     with pytest.raises(InputError) as refused:
         open_tracker("tensorboard", "run", tmp_path, {})
     assert_names(str(refused.value), 'tracker = "tensorboard"', "tensorboard")
+
+
+def test_detected_regions_alone_need_their_package(config_values, write_config, photos, hide):
+    hide("cv2")
+    options = config_values["dev_options"]
+    options["path_weights"] = {"folder": "auto"}
+    with pytest.raises(InputError) as refused:
+        datasets.open_images(load_config(write_config(config_values), RefineConfig))
+    assert_names(str(refused.value), "--roi auto", "cv2", "refine")
+    options["path_weights"] = {"folder": str(photos)}
+    images = datasets.open_images(load_config(write_config(config_values), RefineConfig))
+    assert all(image.region is not None for image in images.load(images.names))

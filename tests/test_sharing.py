@@ -107,6 +107,7 @@ class Squares:
     """Images of given sides, by name."""
 
     passed_over = ""
+    maps, map_messages = None, ()
 
     def __init__(self, sides):
         self.sides = dict(zip("abcdefghij", sides, strict=False))
