@@ -42,22 +42,30 @@ from common.command_line import script_parser
 from common.device import is_out_of_memory, pick_device, pick_precision
 from common.files import label_of, printable, short_enough, user_path, write_whole
 from common.finding import Found, find_by_suffix, find_images
-from common.images import ImageFiles, LoadedImage, save_picture
+from common.images import ImageFiles, LoadedImage, Maps, save_picture
+from common.numbers import mean_of_known, rounded
 from common.progress import Progress
 from fast.pool import keep_pages
 from fast.tiles import coding_tile
 from models import load_checkpoint
 from objectives import Problem, RateDistortion
+from regions.maps import open_maps
 
 Measures = dict[str, Any]  # of one file, see `compress_picture`
 Compressor = Callable[[LoadedImage], tuple[bytes, Measures]]
 
 
 class Job(NamedTuple):
-    """An input file, and the name of its output file below the output folder."""
+    """An input file below `root`, and the name of its output file below the output folder."""
 
     source: Path
     target: str
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The input's path below `root`."""
+        return self.source.relative_to(self.root).as_posix()
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -82,11 +90,15 @@ def command_line() -> argparse.ArgumentParser:
         add("--overwrite", action="store_true", help="replace files that are there already")
     compress.add_argument(
         "--refine", type=user_path, metavar="RECIPE",
-        help="refine the latents first: fast, best, or a refinement config",
+        help="refine the latents first: fast, best, ms_ssim, or a refinement config",
     )  # fmt: skip
     compress.add_argument(
         "--lmbda", type=float, metavar="LAMBDA",
-        help="with --refine: the lambda that the model was trained for",
+        help="with --refine: the lambda of the loss; for MSE the one the model was trained for",
+    )  # fmt: skip
+    compress.add_argument(
+        "--roi", type=user_path, metavar="PATH",
+        help="with --refine: where distortion counts more: a folder of grey maps, one map, or auto",
     )  # fmt: skip
     return parser
 
@@ -111,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     act: Callable[[], int]
     with named_checkpoint():
         if arguments.command == "compress":
-            act = partial(compress_images, jobs, chosen_compressor(arguments), folder)
+            maps = chosen_maps(arguments, jobs)
+            act = partial(compress_images, jobs, chosen_compressor(arguments), folder, maps)
         else:
             coder = build_coder(_model_of(arguments))
             act = partial(for_each, jobs, partial(decompress_file, coder, folder))
@@ -166,7 +179,8 @@ def find_jobs(
             print(f"{printable(path)}: {found.passed_over}", file=sys.stderr)
         for source in found.files:
             name = source.relative_to(found.root).as_posix() if target_of else str(source)
-            job = jobs.setdefault(name, Job(source, target_of(name) if target_of else name))
+            target = target_of(name) if target_of else name
+            job = jobs.setdefault(name, Job(source, target, found.root))
             if job.source != source:
                 raise InputError(f"{job.source} and {source} would both become {job.target}")
     return list(jobs.values())
@@ -219,8 +233,29 @@ def _failure(job: Job, error: Exception) -> str:
     return f"{job.source}: no memory for a picture of this size"
 
 
-def compress_images(jobs: Sequence[Job], compressor: Compressor, folder: Path) -> int:
+def chosen_maps(arguments: argparse.Namespace, jobs: Sequence[Job]) -> Maps | None:
+    """The maps of --roi; None without it.
+
+    Raises:
+        InputError: it is given without --refine, or see `open_maps`.
+    """
+    if arguments.roi is None:
+        return None
+    if arguments.refine is None:
+        raise InputError("--roi: only refinement weighs distortion: add --refine fast")
+    maps = open_maps(arguments.roi, [job.name for job in jobs], "--roi")
+    for message in maps.messages:
+        print(message, file=sys.stderr)
+    return maps
+
+
+def compress_images(
+    jobs: Sequence[Job], compressor: Compressor, folder: Path, maps: Maps | None
+) -> int:
     """Write a file for each image into `folder`; print its rate and its estimated rate.
+
+    Args:
+        maps: where distortion counts more; None: everywhere alike.
 
     Returns:
         The exit code, see `for_each`.
@@ -228,31 +263,34 @@ def compress_images(jobs: Sequence[Job], compressor: Compressor, folder: Path) -
     width = max(4, *(len(label_of(job.target)) for job in jobs))
     rows: list[Measures] = []
 
-    def line(name: str, size: str, row: Measures) -> str:
-        return (
-            f"{name:{width}} {size:>11} {row['file_bytes']:9.0f} {row['file_bpp']:8.4f} "
-            f"{row['estimate']:8.4f} {100 * (row['file_bpp'] / row['estimate'] - 1):+6.2f}% "
-            f"{row['psnr']:5.2f} dB {row['coding']:6.2f} s {row['decoding']:6.2f} s"
-        )
-
     def compress(job: Job) -> None:
-        image = ImageFiles(find_images(job.source))[0]
+        image = ImageFiles(Found(job.root, [job.source], ""), maps=maps)[0]
         x = image.pixels()
         data, row = compressor(image)
         write_whole(folder / job.target, lambda file: file.write_bytes(data))
         rows.append(row)
-        print(line(label_of(job.target), f"{x.size(2)}x{x.size(1)}", row))
+        print(f"{label_of(job.target):{width}} {f'{x.size(2)}x{x.size(1)}':>11} {in_words(row)}")
         for note in image.notes:
             print(f"{printable(str(job.source))}: {note}", file=sys.stderr)
 
     print(f"{'file':{width}} {'size':>11} {'bytes':>9} {'bpp':>8} {'estimate':>8} {'over':>7} "
-          f"{'PSNR':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
+          f"{'PSNR':>8} {'MS-SSIM':>8} {'coding':>8} {'decoding':>8}")  # fmt: skip
     exit_code = for_each(jobs, compress)
     if len(rows) > 1:
-        shown = ("file_bytes", "file_bpp", "estimate", "psnr", "coding", "decoding")
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in shown}
-        print(line("mean", "", means))
+        shown = ("file_bytes", "file_bpp", "estimate", "psnr", "ms_ssim_db", "coding", "decoding")
+        means = {key: mean_of_known(row[key] for row in rows) for key in shown}
+        print(f"{'mean':{width}} {'':11} {in_words(means)}")
     return exit_code
+
+
+def in_words(row: Measures) -> str:
+    """The measures of a file, or their means, as the columns of the table of `compress_images`."""
+    return (
+        f"{row['file_bytes']:9.0f} {row['file_bpp']:8.4f} "
+        f"{row['estimate']:8.4f} {100 * (row['file_bpp'] / row['estimate'] - 1):+6.2f}% "
+        f"{row['psnr']:5.2f} dB {rounded(row['ms_ssim_db'], 2):>5} dB "
+        f"{row['coding']:6.2f} s {row['decoding']:6.2f} s"
+    )
 
 
 def chosen_compressor(arguments: argparse.Namespace) -> Compressor:
@@ -302,9 +340,10 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     """A compressor that refines an image's latents, as a recipe says, and codes them.
 
     Args:
-        arguments: `refine`: `fast` or `best` of example_files, or the path of a refinement config,
-            whose model and images are ignored. `lmbda`: what the model was trained for; None if it
-            is the recipe's own model. `checkpoint`, `architecture`: see `load_checkpoint`.
+        arguments: `refine`: `fast`, `best` or `ms_ssim` of example_files, or the path of a
+            refinement config, whose model and images are ignored. `lmbda`: of the loss, for MSE
+            what the model was trained for; None if it is the recipe's own model, or the recipe is
+            for MS-SSIM. `checkpoint`, `architecture`: see `load_checkpoint`.
 
     Raises:
         InputError: the recipe or the checkpoint is missing or wrong, or lmbda is not known.
@@ -320,10 +359,13 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     device = pick_device(config.device)
     config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
     print(
-        f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g}, "
-        f"{config.tot_inference_iterations} steps, {config.polish_passes} passes of polish, "
-        f"{device}, {config.precision}"
+        f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g} for "
+        f"{config.objective}, {config.tot_inference_iterations} steps, "
+        f"{config.polish_passes} passes of polish, {device}, {config.precision}"
+        + (f", weighted by {printable(arguments.roi)}" if arguments.roi else "")
     )
+    if config.dev_options.maps and not arguments.roi:
+        print("the maps of this recipe are for its own images: see --roi", file=sys.stderr)
     refiner = open_refiner(model, rounding, config, device)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
@@ -350,14 +392,16 @@ def recipe_config(
     shipped = Path(__file__).parent / "example_files" / f"{recipe}.json"
     path = shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
     if not path.is_file():
-        raise InputError(f"--refine {recipe}: no such recipe; fast, best, or a config's path")
+        raise InputError(
+            f"--refine {recipe}: no such recipe; fast, best, ms_ssim, or a config's path"
+        )
     config = load_config(path, RefineConfig, source=f"--refine {recipe}")
     roots, weights = (Path(), Path(__file__).parent), Path(checkpoint)
     recipe_weights = [root / config.pretrain for root in roots]
     same_weights = weights.is_file() and any(
         file.is_file() and file.samefile(weights) for file in recipe_weights
     )
-    if lmbda is None and not same_weights:
+    if lmbda is None and not same_weights and config.objective == "mse":
         raise InputError(
             f"--lmbda is missing: which lambda was {checkpoint} trained for? "
             f"--refine {recipe} has {config.train_lambda:g} for {config.pretrain}"
@@ -367,8 +411,10 @@ def recipe_config(
         "channels": resolved(channels),
         "save_bitstreams": True,
     }
-    if lmbda is not None:
+    if lmbda is not None and config.objective == "mse":
         values |= {"train_lambda": lmbda, "dev_options.inference_lambda": None}
+    elif lmbda is not None:
+        values["dev_options.inference_lambda"] = lmbda
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return load_config(path, RefineConfig, overrides, f"--refine {recipe} --lmbda {lmbda}")
 

@@ -4,8 +4,8 @@ python train.py --config example_files/train_demo.json
 python train.py --config example_files/train_demo.json --images PHOTOS --set save_name=mine
 torchrun --nproc_per_node=2 train.py --config example_files/pretrain.json
 
-The loss is bpp + lambda * 255^2 * MSE, with uniform noise in place of rounding (arXiv 1809.02736),
-or with rounded latents for h_s and g_s (`quantization`).
+The loss is rate + lambda * distortion (`objective`), with uniform noise in place of rounding (arXiv
+1809.02736), or with rounded latents for h_s and g_s (`quantization`).
 An auxiliary loss, with its own optimizer, trains the quantiles of the entropy bottleneck. The
 entropy coder's tables are made from them, and no other loss depends on them.
 """
@@ -30,7 +30,7 @@ from common.processes import Ranks, StopSignal, first_rank_does, join_ranks
 from datasets import open_folder, open_training_data
 from fast.pool import keep_pages
 from models import build_model, load_checkpoint, model_from_state_dict, prepare_for_training
-from objectives import RateDistortion
+from objectives import objective_of
 from pretraining.device_batches import on_device
 from pretraining.draws import Draws
 from pretraining.new_context import with_new_context
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_pages()
     ranks = join_ranks(config.device)
     device = pick_device(config.device, ranks.local)
+    objective = objective_of(config, config.train_lambda)
     test_images = open_test_images(config)
     refuse_faults(config)  # before a folder is made
     if config.test:
@@ -65,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = run.checkpoint_to_resume()
     torch.manual_seed(config.seed)
     model = prepare_for_training(start_model(config, checkpoint)).to(device)
-    objective = RateDistortion(config.train_lambda)
     training_pass = TrainingPass(model, objective, getattr(torch, precision), config.quantization)
     network = distribute(training_pass, ranks)
     state = TrainingState(*build_optimizers(model.network, config))
@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 save_due = False
                 with window.stopped_clock():
                     run.save(state.step, model, state.checkpoint(ranks))
-                    results = validate(model, test_images, config.train_lambda, ranks)
+                    results = validate(model, test_images, objective, ranks)
                     run.log_test(state.step, results)
         run.save(state.step, model, state.checkpoint(ranks))
     if state.step < config.tot_iterations:
         return run.end_stopped(state.step)
-    run.log_test(state.step, validate(model, test_images, config.train_lambda, ranks))
+    run.log_test(state.step, validate(model, test_images, objective, ranks))
     return run.finish(state.step, model)
 
 
@@ -116,7 +116,8 @@ def test(
     run = open_training_run(config, ranks)
     run.log_passed_over("path_test_data", left_out(images))
     model = run.model_to_test().to(device)
-    return run.report_test(validate(model, images, config.train_lambda, ranks))
+    objective = objective_of(config, config.train_lambda)
+    return run.report_test(validate(model, images, objective, ranks))
 
 
 def left_out(images: ImageFiles | None) -> str:

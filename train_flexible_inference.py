@@ -5,7 +5,7 @@ python train_flexible_inference.py --config example_files/fast.json --images PHO
 torchrun --nproc_per_node=2 train_flexible_inference.py --config example_files/two_class_ssl.json
 
 For every image: encode it to latents once, then move these by gradient descent on
-bpp + lambda * 255^2 * MSE, rounded by the chosen relaxation; keep what is best when truly rounded.
+rate + lambda * distortion, rounded by the chosen relaxation; keep what is best when truly rounded.
 Methods: Perugachi-Diaz, Gansekoele, Bhulai 2024 (arXiv 2401.17789); Yang, Bamler, Mandt 2020
 (arXiv 2006.04240).
 """
@@ -19,7 +19,7 @@ from itertools import chain, count, groupby, islice
 from typing import Any
 
 from common.errors import InputError, exits_with_one_line
-from config import RefineConfig, Target, parse_command_line
+from config import RefineConfig, Target, no_polish, parse_command_line
 
 # isort: split
 import torch
@@ -39,8 +39,9 @@ from experimental_inference_methods import Rounding, Tau, rounding_from_config
 from fast.freezing import release_memory
 from fast.memory import MemoryBound, memory_bound
 from fast.pool import keep_pages
+from metrics import MS_SSIM_MIN_SIDE
 from models import freeze, load_checkpoint
-from objectives import Problem, RateDistortion
+from objectives import Problem, objective_of
 from refinement.batch import ImageError, ImageNoise, Recorder, Trajectory
 from refinement.descent import (
     LBFGS_HISTORY,
@@ -52,6 +53,7 @@ from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run, precision_of
 from refinement.target import LambdaSearch, Start, refine_to_target
+from regions.weights import weights_of_images
 from reports.run_report import write_run_report
 
 
@@ -141,11 +143,13 @@ def refine_images(
     config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
         "method": rounding.name, "params": rounding.params, "overridden": rounding.overridden,
+        "objective": config.objective, "weighted": config.weighted,
         "lmbda": None if config.target else config.lmbda,
         "weights": model.weights_hash, "N": model.N, "M": model.M,
         "precision": precision, **machine_facts(device),
     })  # fmt: skip
     refiner = open_refiner(model, rounding, config, device)
+    run.announce_largest(refiner.bound.largest(), refiner.bound.limit)
 
     for batch in batches(images, run.todo, config.num_workers, refiner.most_at_once):
         waiting = [batch]
@@ -184,8 +188,12 @@ def refuse_impossible(
     """Refuse what the model or the device cannot do; returns whether to use CUDA graphs.
 
     Raises:
-        InputError: the model has no polish or no files, or `cuda_graphs` cannot be true.
+        InputError: the model has no polish or no files, there is no such objective, or
+            `cuda_graphs` cannot be true.
     """
+    distortion = objective_of(config, config.lmbda).distortion
+    if config.polish_passes and not distortion.is_mse:
+        raise InputError(no_polish(config.polish_passes, config.objective))
     if config.polish_passes and not model.polishes:
         raise InputError(f"polish_passes: must be 0 for {model.name}, refined by its own forward")
     if config.writes_files:
@@ -204,6 +212,8 @@ def open_refiner(
     graphs = refuse_impossible(model, rounding, config, device)
     extra_vectors = 2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0
     footprint = footprint_of(model).with_vectors(extra_vectors)
+    if not objective_of(config, config.lmbda).distortion.is_mse:
+        footprint = footprint.with_pictures()
     bound = memory_bound(footprint, config.max_memory_gb, device, ":" in config.device)
     config = config.model_copy(update={"cuda_graphs": graphs})
     if graphs:  # the graph keeps the memory of a step, and evaluations need their own
@@ -222,6 +232,12 @@ def refine_and_save(
     Raises:
         BatchTooLargeError, ImageError: see `Refiner.refine_batch`.
     """
+    failures = refiner.unfit(batch)
+    for name, failure in failures.items():
+        run.skip(name, str(failure))
+    batch = [image for image in batch if image.name not in failures]
+    if not batch:
+        return
     with run.begin(batch) as progress:
         watch = Stopwatch(refiner.model.device)
         results, failures = refiner.refine_batch(batch, progress)
@@ -289,7 +305,8 @@ class Refiner:
                 batch, problem.images(), outcomes, strict=True
             ):
                 try:
-                    results[image.name] = result_of(image_problem, *outcome, self.coder)
+                    result = result_of(image_problem, *outcome, self.coder, image.region)
+                    results[image.name] = result
                 except ImageError as error:
                     failures[image.name] = error
         return results, failures
@@ -300,20 +317,47 @@ class Refiner:
         Raises:
             ImageError: the image cannot be refined or coded; the message says why.
         """
+        for error in self.unfit([image]).values():
+            raise error
         results, failures = self.refine_batch([image], progress)
         for error in failures.values():
             raise error
         return results[image.name]
 
+    def unfit(self, batch: Sequence[LoadedImage]) -> dict[str, ImageError]:
+        """The images that the config's objective or target cannot be had with, and why."""
+        reasons = {image.name: self._misfit(image) for image in batch}
+        return {name: ImageError(reason) for name, reason in reasons.items() if reason}
+
+    def _misfit(self, image: LoadedImage) -> str:
+        """Why an image is not refined; "" if it is."""
+        if image.x is None:
+            return ""
+        config, (height, width) = self.config, image.x.shape[1:]
+        distortion = objective_of(config, config.lmbda).distortion
+        needs = {f"the objective {distortion.name}": distortion.least_side}
+        if config.target_ms_ssim_db is not None:
+            needs["target_ms_ssim_db"] = MS_SSIM_MIN_SIDE
+        for what, side in needs.items():
+            if min(height, width) < side:
+                return f"has {width}x{height} pixels; {what} needs {side} or more a side"
+        if distortion.weighs_nothing is not None:
+            weights = weights_of_images([image], config.dev_options.region_strength)
+            if weights is not None and distortion.weighs_nothing(weights):
+                return "its map is black except near the border, where MS-SSIM does not look"
+        return ""
+
     def _problem_of(self, batch: Sequence[LoadedImage]) -> Problem:
         x = torch.stack([image.pixels() for image in batch]).to(self.model.device)  # [B, 3, H, W]
+        weights = weights_of_images(batch, self.config.dev_options.region_strength)
         release_memory(self.model.network)
         return Problem(
             self.model,
             x.contiguous(memory_format=torch.channels_last),
-            RateDistortion(self.config.lmbda),
+            objective_of(self.config, self.config.lmbda),
             self.bound.tile((x.size(2), x.size(3))),
             self.precision,
+            None if weights is None else weights.to(self.model.device),
         )
 
     def _outcomes_of(
@@ -338,7 +382,7 @@ class Refiner:
             (trajectory,) = refine(problem_at, self.rounding, config, [name], progress, start)
             return trajectory
 
-        search = LambdaSearch(target, config.lmbda, config.train_lambda)
+        search = LambdaSearch(target, config.lmbda, config.usual_lambda)
         steps = config.tot_inference_iterations
         return refine_to_target(problem, self.file_coder, search, steps, refine_at, progress.note)
 

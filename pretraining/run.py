@@ -195,10 +195,12 @@ class TrainingRun:
         config = self.config
         start = f"from step {step}" if step else f"from {config.pretrain or 'scratch'}"
         log.info(
-            "N = %d, M = %d, lambda %g, %s, %s at %g, batches of %d%s, crops of %d, %d %s, %s",
-            model.N, model.M, config.train_lambda, start, config.optimizer, config.lr.base,
-            config.batch_size, f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1),
-            config.image_size, data.count, data.name, machine,
+            "N = %d, M = %d, lambda %g for %s, %s, %s at %g, batches of %d%s, crops of %d, "
+            "%d %s, %s",
+            model.N, model.M, config.train_lambda, config.objective, start, config.optimizer,
+            config.lr.base, config.batch_size,
+            f" on each of {self.ranks.world} ranks" * (self.ranks.world > 1), config.image_size,
+            data.count, data.name, machine,
         )  # fmt: skip
         self.log_passed_over("train_folder", data.passed_over)
         self._bar = progress_bar(config.tot_iterations, done=step, unit=" steps")
@@ -261,9 +263,10 @@ class TrainingRun:
         known = ((row["kind"], row["step"]) for row in read_metrics(path))
         if ("test", step) not in known:  # a finished run that is resumed tests again
             self._write({"kind": "test", "step": step, **means})
-        log.info("step %d, %d test images: loss %s, %s bpp, %s dB", step, means["images"],
-                 rounded(means["loss"], 4), rounded(means["bpp"], 4),
-                 rounded(means["psnr"], 2))  # fmt: skip
+        log.info("step %d, %d test images: loss for %s %s, %s bpp, %s dB, MS-SSIM %s dB", step,
+                 means["images"], self.config.objective, rounded(means["loss"], 4),
+                 rounded(means["bpp"], 4), rounded(means["psnr"], 2),
+                 rounded(means["ms_ssim_db"], 2))  # fmt: skip
         self._log_failed_tests(results)
 
     def _log_failed_tests(self, results: Sequence[Record]) -> None:
@@ -332,7 +335,8 @@ class TrainingRun:
             self._bar.close()
         rows = read_metrics(self.folder / "metrics.jsonl")
         if any(row["kind"] == "train" for row in rows):
-            write_whole(self.folder / "training.png", plot_training(rows).savefig)
+            plot = plot_training(rows, self.config.objective)
+            write_whole(self.folder / "training.png", plot.savefig)
 
     def report_test(self, results: Sequence[Record]) -> int:
         """Log the table of a test, write test.json; return the exit code, 1 if an image failed."""
@@ -341,7 +345,9 @@ class TrainingRun:
             self._log_failed_tests(results)
             if len(failed) < len(results):
                 means = means_of_tests(results)
-                write_json(self.folder / "test.json", {"mean": means, "images": list(results)})
-                log.info(f"\n{format_tests(results, means)}\n")
+                objective = self.config.objective
+                tests = {"objective": objective, "mean": means, "images": list(results)}
+                write_json(self.folder / "test.json", tests)
+                log.info(f"\n{format_tests(results, means, objective)}\n")
                 log.info("results:  %s", self.folder / "test.json")
         return 1 if failed else 0

@@ -35,7 +35,7 @@ class TrainingPass(nn.Module):
         self.roundings = ROUNDINGS[quantization]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The scalars loss, aux_loss, bpp, bpp_y, bpp_z and psnr (dB) of a batch.
+        """The scalars loss, aux_loss, bpp, bpp_y, bpp_z, distortion and psnr (dB) of a batch.
 
         The networks run in `precision`, the likelihoods and the distortion in float32. Only
         aux_loss has gradients to the quantiles, and it has no others.
@@ -52,6 +52,7 @@ class TrainingPass(nn.Module):
             "loss": terms.loss.mean(),
             "bpp": terms.bpp.mean(),
             **{f"bpp_{name}": rate.mean() for name, rate in sorted(terms.rates.items())},
+            "distortion": terms.distortion.detach().mean(),
             "psnr": psnr(terms.mse.detach()).mean(),
             "aux_loss": self.network.aux_loss(),
         }

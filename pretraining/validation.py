@@ -20,7 +20,7 @@ TESTED_LATENT = 40
 
 
 def validate(
-    model: Architecture, images: ImageFiles | None, lmbda: float, ranks: Ranks
+    model: Architecture, images: ImageFiles | None, objective: RateDistortion, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """The result of `measure` for every image, in order; an empty list without images.
 
@@ -31,9 +31,11 @@ def validate(
     was_training = model.network.training
     model.network.eval()
     footprint = footprint_of(model).without_optimizer(TESTED_LATENT)
+    if not objective.distortion.is_mse:
+        footprint = footprint.with_pictures()
     bound = memory_bound(footprint, None, model.device)
     own = images.names[ranks.rank :: ranks.world]
-    results = [measure(model, images, name, lmbda, bound) for name in own]
+    results = [measure(model, images, name, objective, bound) for name in own]
     model.network.train(was_training)
     by_name = {result["name"]: result for part in gather(ranks, results) for result in part}
     return [by_name[name] for name in images.names]
@@ -41,7 +43,11 @@ def validate(
 
 @torch.no_grad()
 def measure(
-    model: Architecture, images: ImageFiles, name: str, lmbda: float, bound: MemoryBound
+    model: Architecture,
+    images: ImageFiles,
+    name: str,
+    objective: RateDistortion,
+    bound: MemoryBound,
 ) -> dict[str, Any]:
     """Rate and quality of a whole image with truly rounded latents.
 
@@ -54,9 +60,13 @@ def measure(
         (image,) = images.load([name])
         if image.x is None:
             return {"name": name, "error": image.error}
+        least = objective.distortion.least_side
+        if min(image.x.shape[1:]) < least:
+            reason = f"the objective {objective.name} needs {least} pixels or more a side"
+            return {"name": name, "error": reason}
         tile = tested_tile((image.x.size(1), image.x.size(2)), bound)
         x = image.x[None].to(model.device)  # [1, 3, H, W]
-        terms = Problem(model, x, RateDistortion(lmbda), tile).true(model.analyze(x))
+        terms = Problem(model, x, objective, tile).true(model.analyze(x))
         rates = {f"bpp_{latent}": rate.item() for latent, rate in sorted(terms.rates.items())}
         values = {"loss": terms.loss.item(), "bpp": terms.bpp.item(), **rates}
         return {"name": name, **values, **picture_quality(terms.x_hat, x)}

@@ -61,9 +61,9 @@ class Window:
         """Read the window and start a new one; every rank must call this.
 
         Returns:
-            loss, psnr (dB), bpp, the bpp of each latent and aux_loss, means over steps and ranks;
-            None where no step was good. steps_per_second, images_per_second, and data_wait_share in
-            [0, 1].
+            loss, distortion, psnr (dB), bpp, the bpp of each latent and aux_loss, means over steps
+            and ranks; None where no step was good. steps_per_second, images_per_second, and
+            data_wait_share in [0, 1].
         """
         *sums, good = (0.0,) if self._sums is None else self._sums.tolist()
         own = {key: value / good for key, value in zip(self._keys, sums, strict=True) if good}
@@ -71,7 +71,7 @@ class Window:
         parts = gather(self.ranks, own)
         means = {
             key: mean_of_known(part.get(key) for part in parts)
-            for key in ("loss", "psnr", "bpp", *self._rate_keys, "aux_loss")
+            for key in ("loss", "distortion", "psnr", "bpp", *self._rate_keys, "aux_loss")
         }
         speed = self._steps / seconds
         values = {

@@ -104,11 +104,13 @@ def metrics_of(terms: Terms, x: Tensor) -> tuple[list[Metrics], Tensor]:
         x: [B, 3, H, W] in [0, 1].
 
     Returns:
-        For each image: loss; bpp, bpp_y and bpp_z; mse and psnr_raw (dB) of x_hat in floats; psnr
-        (dB), ms_ssim and ms_ssim_db (dB) of x_hat in 8-bit pixels, see `picture_quality`.
+        For each image: loss; bpp, bpp_y and bpp_z; distortion, as the loss counts it, mse and
+        psnr_raw (dB) of x_hat in floats; psnr (dB), ms_ssim and ms_ssim_db (dB) of x_hat in 8-bit
+        pixels, see `picture_quality`.
     """
     columns = {"loss": terms.loss.tolist(), "bpp": terms.bpp.tolist()}
     columns |= {f"bpp_{name}": terms.rates[name].tolist() for name in sorted(terms.rates)}
+    columns["distortion"] = terms.distortion.tolist()
     columns |= {"mse": terms.mse.tolist(), "psnr_raw": psnr(terms.mse).tolist()}
     x_hat = to_8_bit(terms.x_hat)
     rows = []

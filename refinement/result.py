@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from architectures import Latents
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, decode_picture, encode_latents, file_measures
 from metrics import to_8_bit
 from objectives import Problem
 from refinement.batch import ImageError, Trajectory
+from regions.measures import region_measures
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Refined:
 
     symbols: the best integers of each latent, y [1, M, h, w] and others. coded: the compressed
     file, if files are wanted. target: the target's part of the image's record, if there is one.
+    regions: `region_measures` by `base` and `refined`; empty without a map.
     """
 
     trajectory: Trajectory
     symbols: Latents
     coded: Coded | None = None
     target: dict[str, Any] | None = field(default=None)
+    regions: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def file(self) -> Coded:
@@ -53,19 +58,29 @@ def result_of(
     trajectory: Trajectory,
     target: dict[str, Any] | None = None,
     coder: Coder | None = None,
+    region: Tensor | None = None,
 ) -> Refined:
     """The result of one image's refinement, with its compressed files if there is a coder.
+
+    Args:
+        region: the image's map, [1, H, W], if it has one.
 
     Raises:
         ImageError: no loss was finite, or its latents cannot be coded.
     """
     symbols = problem.model.symbols(trajectory.finite_latents(), problem.size)
-    if coder is None:
-        return Refined(trajectory, symbols, None, target)
-    try:
-        return Refined(trajectory, symbols, write_files(problem, coder, trajectory), target)
-    except BitstreamError as error:
-        raise ImageError(f"cannot be coded: {error}") from None
+    coded, regions = None, {}
+    if coder is not None:
+        try:
+            coded = write_files(problem, coder, trajectory)
+        except BitstreamError as error:
+            raise ImageError(f"cannot be coded: {error}") from None
+    if region is not None:
+        sides = {"base": trajectory.base_latents, "refined": trajectory.latents}
+        regions = {
+            label: region_measures(problem, latents, region) for label, latents in sides.items()
+        }
+    return Refined(trajectory, symbols, coded, target, regions)
 
 
 def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded:

@@ -6,6 +6,7 @@ Each file is whole or absent. results/<save_name>/
                          has the time of each row of its trajectory, in seconds
     latents/*.npz        the refined integer latents
     bitstreams/*.olc     the refined images as compressed files, with `save_bitstreams`
+    regions/*.png        the maps of images that have one
     trajectories/*.csv   each metric at each evaluated step, per image
     reconstructions/     images as PNG, with `save_final`
     log.txt              all messages of the run; another machine's are in log.<machine>.txt
@@ -36,6 +37,7 @@ from common.progress import Progress
 from common.records import (
     Record,
     append_record,
+    loss_name,
     merge_records,
     rank_file,
     rate_of,
@@ -53,6 +55,7 @@ from common.resuming import (
 )
 from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
+from regions.measures import bits_moved
 
 # Keys that may differ when a run is resumed, because they change results by float rounding at most.
 # Another device changes more, so `_refuse_other_facts` compares the devices of the records.
@@ -63,7 +66,7 @@ FREE_KEYS = frozenset((
 RECORDS = "images*.jsonl"  # of one process or of each rank
 # The facts of a run that must be the same for all its images, and those that each record repeats.
 DECISIVE_FACTS = ("weights", "device")
-RECORDED_FACTS = ("method", "params", "precision", *DECISIVE_FACTS)
+RECORDED_FACTS = ("method", "params", "objective", "weighted", "precision", *DECISIVE_FACTS)
 
 
 def folder_of(config: RefineConfig) -> Path:
@@ -86,8 +89,8 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
 
     Args:
         images: the data set of the config.
-        facts: the settings of the whole run: method, params, overridden, lmbda, weights, N, M,
-            precision and `machine_facts`.
+        facts: the settings of the whole run: method, params, overridden, objective, weighted (by
+            maps), lmbda, weights, N, M, precision and `machine_facts`.
 
     Raises:
         InputError: the folder holds results and `resume` is off, or these were made with another
@@ -147,6 +150,11 @@ class Run:
         self._track = open_tracker(config.tracker, config.save_name, folder, resolved(config))
 
     # --- while it runs
+
+    def announce_largest(self, pixels: float, limit: float) -> None:
+        """Log the largest picture that fits into `limit` bytes."""
+        log.info("pictures of up to %.3g megapixels fit into %.3g GB", max(pixels, 0) / 1e6,
+                 limit / 1e9)  # fmt: skip
 
     def split(self, batch: Sequence[LoadedImage], reason: str) -> None:
         """Log that a batch cannot be refined together, so its images follow one by one."""
@@ -217,6 +225,8 @@ class Run:
                 self._file("bitstreams", name, SUFFIX),
                 lambda file: file.write_bytes(coded.bitstream),
             )
+        if image.region is not None:
+            save_picture(self._file("regions", name, ".png"), image.region.expand(3, -1, -1))
         if self.config.dev_options.save_final:
             images = {"original": image.pixels()}
             for label, x_hat in result.trajectory.reconstructions.items():
@@ -227,13 +237,16 @@ class Run:
     def _record(self, image: LoadedImage, result: Refined, cost: Cost) -> Record:
         trajectory, x = result.trajectory, image.pixels()
         files = result.coded.measures if result.coded else {}
+        base, refined = (files.get(label, {}) | result.regions.get(label, {})
+                         for label in ("base", "refined"))  # fmt: skip
+        moved = {"y_bits_moved": bits_moved(base, refined)} if result.regions else {}
         return {
             "name": image.name, "width": x.size(2), "height": x.size(1),
             "converted": image.notes,
             **{key: self.facts[key] for key in RECORDED_FACTS},
             "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
-            "base": _side(trajectory.base) | files.get("base", {}),
-            "refined": _side(trajectory.best) | files.get("refined", {}),
+            "base": _side(trajectory.base) | base, "refined": _side(trajectory.best) | refined,
+            **moved,
             "best_step": trajectory.best["step"], "steps": trajectory.rows[-1]["step"],
             "stopped": trajectory.stopped, "settled": trajectory.settled, **cost._asdict(),
             "clock": [round(seconds, 3) for seconds in trajectory.clock],
@@ -298,9 +311,9 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
     found, wanted = len(images.names), config.image_count
     target, passes = config.target, config.polish_passes
     goal = (
-        f"lambda {facts['lmbda']:g}"
+        f"lambda {facts['lmbda']:g} for {loss_name(facts)}"
         if target is None
-        else (f"files of {target.in_words(target.wanted)}")
+        else f"files of {target.in_words(target.wanted)}, loss for {loss_name(facts)}"
     )
     log.info(
         "%s (%s), %s, %d steps%s, N = %d, M = %d, %s, %s", facts["method"],
@@ -312,6 +325,10 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
         log.warning("improving_methods.%s has no effect: dev_options' method wins", name)
     if images.passed_over:
         log.info("%s", images.passed_over)
+    if config.dev_options.maps is None and config.dev_options.region_strength != 1:
+        log.warning("dev_options.region_strength has no effect: there are no maps")
+    for message in images.map_messages:
+        log.warning("%s", message)
     if found < wanted and not config.takes_all_images:
         log.info("the data set has %d images, fewer than the config's %d: each is used once",
                  found, wanted)  # fmt: skip
@@ -350,7 +367,7 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
         before = _stored_config(folder, config)
         refuse_another_config(folder, before, resolved(config), FREE_KEYS)
         _refuse_other_facts(folder, next(iter(records.values())), facts)
-    kinds = ("latents", "trajectories", "bitstreams", "reconstructions")
+    kinds = ("latents", "trajectories", "bitstreams", "reconstructions", "regions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
 
 
@@ -387,6 +404,9 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
             shapes = [array.shape for array in arrays.values()]
         if config.writes_files:
             read_bitstream(result_file(folder, "bitstreams", name, SUFFIX).read_bytes())
+        if "y_bits_moved" in record:
+            with Image.open(result_file(folder, "regions", name, ".png")) as region:
+                region.load()
         if config.dev_options.save_final:
             for label in ("original", "base", "refined"):
                 path = result_file(folder, "reconstructions", name) / f"{label}.png"
@@ -420,7 +440,10 @@ def _in_words(record: Record) -> str:
 
 
 def _db(side: Record) -> str:
-    return "inf dB" if side["psnr"] is None else f"{side['psnr']:.2f} dB"
+    """PSNR, and MS-SSIM where it is known, in dB."""
+    text = "inf dB" if side["psnr"] is None else f"{side['psnr']:.2f} dB"
+    similarity = side["ms_ssim_db"]
+    return text if similarity is None else f"{text} (MS-SSIM {similarity:.2f} dB)"
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from architectures import Latents
 from coding.coder import Coder, decode_picture, encode_latents
 from config import Target
-from metrics import mean_squared_error, psnr, to_8_bit
+from metrics import mean_squared_error, ms_ssim, ms_ssim_db, psnr, to_8_bit
 from objectives import Problem, RateDistortion
 from refinement.batch import Trajectory
 
@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """A refinement at one lambda, and the bpp or PSNR (dB) of its file."""
+    """A refinement at one lambda, and what the target measures of its file."""
 
     trajectory: Trajectory
     measured: float
@@ -56,16 +56,15 @@ def refine_to_target(
         BitstreamError: the latents of a trial cannot be coded.
         ImageError: the loss is not finite at the start.
     """
-    target = search.target
-    begin = Start(problem.model.analyze(problem.x))
+    target, begin = search.target, Start(problem.model.analyze(problem.x))
     unrefined = measure(problem, coder, begin.latents, target)
     search.begin(unrefined)
     trials: list[Trial] = []
     while search.goes_on:
         trajectory = refine_at(search.lmbda, begin)
         latents = trajectory.finite_latents()
-        trials.append(Trial(trajectory, measure(problem, coder, latents, target)))
-        measured = trials[-1].measured
+        measured = measure(problem, coder, latents, target)
+        trials.append(Trial(trajectory, measured))
         note(f"lambda {trajectory.lmbda:.4g}: {target.in_words(measured)}")
         if trajectory.stopped:
             break
@@ -79,20 +78,27 @@ def refine_to_target(
         "kind": target.kind, "wanted": target.wanted, "got": chosen.measured,
         "met": target.miss(chosen.measured) <= 1, "stretches": len(trials),
     }  # fmt: skip
-    return concatenate([trial.trajectory for trial in trials], chosen.trajectory), outcome
+    every = [trial.trajectory for trial in trials]
+    return concatenate(every, chosen.trajectory, problem.objective), outcome
 
 
 def measure(problem: Problem, coder: Coder, latents: Latents, target: Target) -> float:
-    """The bpp of the file of one image's latents, or the PSNR (dB) of the decoded image.
+    """The bpp of the file of one image's latents, or the quality (dB) of the decoded image.
 
     Raises:
         BitstreamError: see `encode_latents`.
+        ValueError: the picture is too small for MS-SSIM.
     """
     data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
     if target.kind == "bpp":
         return 8 * len(data) / problem.pixels
-    x_hat = to_8_bit(decode_picture(coder, data))
-    return psnr(mean_squared_error(x_hat, problem.x.cpu())).item()
+    x_hat, x = to_8_bit(decode_picture(coder, data)), problem.x.cpu()
+    if target.kind == "psnr":
+        return psnr(mean_squared_error(x_hat, x)).item()
+    similarity = ms_ssim(x_hat, x)
+    if similarity is None:
+        raise ValueError("the picture is too small for MS-SSIM: see Refiner.unfit")
+    return ms_ssim_db(similarity).item()
 
 
 class LambdaSearch:
@@ -101,18 +107,20 @@ class LambdaSearch:
     A larger lambda gives a larger file and a better image. The latents of a trial have not adapted
     to its lambda completely, which makes a secant too flat. So the steepest of the last three is
     used.
+
+    lmbda: the first lambda. usual_lambda: the search does not leave a wide range around it.
     """
 
-    # log bpp, or PSNR in dB, per unit of log lambda: the slopes of earlier small models, roughly.
-    SLOPES = MappingProxyType({"bpp": 0.17, "psnr": 0.8})
+    # log bpp, or dB, per unit of log lambda: the slopes of small models, roughly.
+    SLOPES = MappingProxyType({"bpp": 0.17, "psnr": 0.8, "ms_ssim_db": 1.2})
     TRIALS, LONGEST_MOVE, REACH = 10, math.log(4), math.log(1024)
 
-    def __init__(self, target: Target, lmbda: float, train_lambda: float):
+    def __init__(self, target: Target, lmbda: float, usual_lambda: float):
         self.target = target
         self.goes_on, self.trials = True, 0
         self.last: tuple[float, float] | None = None  # log lambda, and the error of its file
         self.secants: list[float] = []
-        self.log_lmbda, centre = math.log(lmbda), math.log(train_lambda)
+        self.log_lmbda, centre = math.log(lmbda), math.log(usual_lambda)
         self.bounds = (
             min(centre - self.REACH, self.log_lmbda),
             max(centre + self.REACH, self.log_lmbda),
@@ -124,12 +132,12 @@ class LambdaSearch:
         return math.exp(self.log_lmbda)
 
     def begin(self, unrefined: float) -> None:
-        """Set the first lambda from the bpp or PSNR (dB) of the unrefined file."""
+        """Set the first lambda from the bpp or quality (dB) of the unrefined file."""
         slope = self.SLOPES[self.target.kind]
         self.log_lmbda = self._move(self.log_lmbda, self._error(unrefined), slope)
 
     def add(self, measured: float) -> None:
-        """Add the bpp or PSNR at this lambda; set the next one, or set `goes_on` to False."""
+        """Add the bpp or quality at this lambda; set the next one, or set `goes_on` to False."""
         error, slope = self._error(measured), self.SLOPES[self.target.kind]
         if self.last is not None and self.last[0] != self.log_lmbda:
             last_log_lmbda, last_error = self.last
@@ -154,7 +162,9 @@ class LambdaSearch:
         return min(max(log_lmbda + move, self.bounds[0]), self.bounds[1])
 
 
-def concatenate(trajectories: Sequence[Trajectory], chosen: Trajectory) -> Trajectory:
+def concatenate(
+    trajectories: Sequence[Trajectory], chosen: Trajectory, objective: RateDistortion
+) -> Trajectory:
     """One trajectory with the rows of all, the base of the first, and the result of `chosen`.
 
     Steps and seconds go on from one trajectory to the next. The base's loss is computed again, at
@@ -172,9 +182,9 @@ def concatenate(trajectories: Sequence[Trajectory], chosen: Trajectory) -> Traje
         rows += trajectory.rows[new]
         clock += [seconds + time for time in trajectory.clock[new]]
     first = trajectories[0]
-    base, objective = dict(first.base), RateDistortion(chosen.lmbda)
+    base, objective = dict(first.base), objective.at(chosen.lmbda)
     for kind in ("relaxed", "true"):
-        base[f"{kind}_loss"] = objective(base[f"{kind}_bpp"], base[f"{kind}_mse"])
+        base[f"{kind}_loss"] = objective(base[f"{kind}_bpp"], base[f"{kind}_distortion"])
     kept = {
         "base": first.reconstructions.get("base"),
         "refined": chosen.reconstructions.get("refined"),

@@ -15,9 +15,9 @@ import pandas as pd
 
 from common.files import write_whole
 from common.logs import log
-from common.records import Record, result_file, write_json
+from common.records import Record, loss_name, result_file, write_json
 from reports.run_plots import plot_comparison, plot_rate_distortion, plot_trajectory
-from reports.run_tables import format_table, mean_trajectory, summarize
+from reports.run_tables import format_regions, format_table, mean_trajectory, summarize
 
 MOST_SHOWN = 4  # images in comparison.png
 
@@ -49,8 +49,11 @@ def write_run_report(
     summary = summarize(records, failed) | facts
     write_json(folder / "summary.json", summary)
     log.info(f"\n{format_table(records, summary)}\n")
+    if regions := format_regions(records, summary):
+        log.info(f"{regions}\n")
+    loss = f"loss, {loss_name(records[0])}"
     plots = [
-        write_whole(folder / "trajectory.png", plot_trajectory(trajectory).savefig),
+        write_whole(folder / "trajectory.png", plot_trajectory(trajectory, loss).savefig),
         write_whole(folder / "before_after.png", plot_rate_distortion(records).savefig),
     ]
     pictured = [name for name in names if result_file(folder, "reconstructions", name).is_dir()]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import (
+    MS_SSIM_MIN_SIDE,
     SAVE_NAME,
     Channels,
     Count,
@@ -20,6 +21,7 @@ from schemas.base import (
     Tracker,
     UserPath,
     channels_of_lambda,
+    check_lambda,
 )
 
 
@@ -145,11 +147,19 @@ class PretrainConfig(ModelOfLambda, ScriptConfig):
     @property
     def network_channels(self) -> Channels:
         """`channels`; if that is null, the published rule's for `train_lambda`."""
-        return self.channels or channels_of_lambda(self.train_lambda)
+        return self.channels or channels_of_lambda(
+            self.train_lambda, self.objective, self.architecture
+        )
 
     @model_validator(mode="after")
     def _has_data(self) -> "PretrainConfig":
         self._check_new_layers()
+        check_lambda(self.objective, self.train_lambda, "train_lambda")
+        if self.objective == "ms-ssim" and self.image_size < MS_SSIM_MIN_SIDE and not self.test:
+            raise ValueError(
+                f'image_size = {self.image_size}: objective = "ms-ssim" needs crops of '
+                f"{MS_SSIM_MIN_SIDE} pixels a side or more, so 192 or more"
+            )
         if self.test and not self.path_test_data:
             raise ValueError("test is true, but path_test_data names no images to test on")
         if not self.test and not (self.train_folder or self.path_train.train_imagenet):

@@ -39,8 +39,8 @@ def test_a_run_leaves_everything_behind(config_values, write_config, model, phot
     assert sum(gain > 0 for gain in gains) >= 2  # eight steps are few
     for record in records:
         assert set(record["base"]) == set(record["refined"]) == {
-            "bpp", "bpp_y", "bpp_z", "mse", "psnr", "psnr_raw", "ms_ssim", "ms_ssim_db",
-            "true_loss", "relaxed_loss",
+            "bpp", "bpp_y", "bpp_z", "distortion", "mse", "psnr", "psnr_raw", "ms_ssim",
+            "ms_ssim_db", "true_loss", "relaxed_loss",
         }  # fmt: skip
         assert record["peak_memory_mb"] > 10
         assert record["name"] in printed

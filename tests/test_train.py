@@ -112,10 +112,10 @@ def test_large_test_images_are_measured_in_tiles_and_small_ones_whole(
     decoded = []
     squared_error = MeanScale.squared_error
 
-    def noted(model, y_hat, x, corner=(0, 0)):
+    def noted(model, y_hat, x, corner=(0, 0), weights=None):
         if not torch.is_grad_enabled():
             decoded.append(tuple(y_hat.shape[2:]))
-        return squared_error(model, y_hat, x, corner)
+        return squared_error(model, y_hat, x, corner, weights)
 
     monkeypatch.setattr(MeanScale, "squared_error", noted)
     assert train_on(train_values, save_model_freq=100) == 0
