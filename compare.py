@@ -22,11 +22,13 @@ from common.errors import InputError, exits_with_one_line
 from config import (
     DATA_SETS,
     CompareConfig,
+    ComparedMethod,
     ComparedModel,
     RefineConfig,
     folder_name,
     load_config,
     parse_command_line,
+    read_json_object,
 )
 
 # isort: split
@@ -35,16 +37,18 @@ import torch
 from common.device import pick_device, pick_precision
 from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks, ranks_from_environment
-from common.records import read_records
+from common.records import loss_name, read_records
 from common.resuming import stored_precision
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from models import load_checkpoint
+from objectives import objective_of
 from refinement.descent import cost_in_steps
 from refinement.run import RECORDS, folder_of
 from reports.compared_run import ComparedRun
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
+from schemas.base import MS_SSIM_LAMBDAS
 from train_flexible_inference import refine_images, report
 
 
@@ -61,6 +65,12 @@ class PlannedRun(NamedTuple):
         """The folder of its results."""
         return folder_of(self.config)
 
+    @property
+    def loss(self) -> str | None:
+        """What its loss counts beside the rate; None: a target has losses of several lambdas."""
+        facts = {"objective": self.config.objective, "weighted": self.config.weighted}
+        return None if self.config.target else loss_name(facts)
+
     def in_precision(self, precision: str) -> Self:
         """The same run; `auto` becomes this precision."""
         if self.config.precision != "auto":
@@ -74,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {"quick": "a few sample photos and short schedules"}
     config = parse_command_line(CompareConfig, __doc__, argv, flags)
     runs = plan_runs(config)
+    if any(model.ms_ssim_lambda for model in config.models) and not any(
+        run.config.objective == "ms-ssim" for run in runs
+    ):
+        print("models: ms_ssim_lambda has no effect: no method has the objective ms-ssim")
     device = check_inputs(config)
     ranks = join_ranks()
     precision = first_rank_does(ranks, lambda: precision_of_auto(runs, device))
@@ -88,8 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n[{number} of {len(runs)}] {run.folder}", flush=True)
         on_image = partial(forecast.print_time_left, run) if ranks.rank == 0 else lambda cost: None
         exit_code = max(exit_code, report(refine_images(run.config, on_image)))
-    compared = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
-    first = runs[0].config
+    compared = [
+        ComparedRun(run.method, run.model.label, run.seed, run.folder, run.loss) for run in runs
+    ]
+    # Of the first model; if a method has maps, the report shows them.
+    of_model = [run.config for run in runs if run.model == runs[0].model]
+    first = next((one for one in of_model if one.dev_options.maps), of_model[0])
     page = first_rank_does(ranks, lambda: write_report(config, compared, first, open_images(first)))
     return exit_code if page else 1
 
@@ -151,11 +169,12 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     """The runs of the comparison: each method with each model and seed.
 
     Raises:
-        InputError: a method's config is missing or wrong, or it has a target.
+        InputError: a method's config is missing or wrong, or methods have different targets.
     """
     runs = []
     combinations = product(config.methods.items(), config.models, config.used_seeds)
     for (name, method), model, seed in combinations:
+        objective = _objective_of(config, method)
         label = folder_name(model.label) + (f" seed {seed}" if seed else "")
         values = {
             "batch_size": 1,
@@ -164,29 +183,55 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
             **({f"dev_options.path_test.{config.data_set}": config.path} if config.path else {}),
             **config.set,
             **method.set,
+            **_maps(config, method),
             "save_name": f"{config.name}/runs/{folder_name(name)}/{label}",
             "output_dir": config.output_dir,
             "train_lambda": model.train_lambda,
             "pretrain": model.pretrain,
             "architecture": model.architecture,
-            "dev_options.inference_lambda": model.inference_lambda,
+            "dev_options.inference_lambda": model.lambda_for(objective),
             "seed": seed,
             "device": config.device,
             "resume": True,
         }  # fmt: skip
         source = f"methods.{name}, {method.config} and its changes"
+        no_lambda = values["dev_options.inference_lambda"] is None
+        if objective == "ms-ssim" and no_lambda and model.train_lambda < MS_SSIM_LAMBDAS[0]:
+            raise InputError(
+                f"models, {model.label}: methods.{name} has the objective ms-ssim, so give the "
+                "model an ms_ssim_lambda"
+            )
         refine_config = load_config(method.config, RefineConfig, _as_overrides(values), source)
         if config.quick:
             values |= quick_values(config, refine_config)
             refine_config = load_config(method.config, RefineConfig, _as_overrides(values), source)
         try:
             rounding_from_config(refine_config)
+            objective_of(refine_config, refine_config.lmbda)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-        if refine_config.target is not None:
-            raise InputError(f"{source}: a target has a lambda for each image; losses say nothing")
         runs.append(PlannedRun(name, model, seed, refine_config))
+    targets = {run.method: run.config.target for run in runs}
+    if len({*targets.values()}) > 1:
+        with_target = next(name for name, target in targets.items() if target)
+        raise InputError(
+            f"methods.{with_target}: a target must be the same for all methods: put it into set"
+        )
     return runs
+
+
+def _maps(config: CompareConfig, method: ComparedMethod) -> dict[str, str]:
+    """The maps of a method, by dotted key; `quick` has other images, so its maps are `auto`."""
+    if method.roi is None:
+        return {}
+    roi = "auto" if config.quick else method.roi
+    return {f"dev_options.path_weights.{config.image_set}": roi}
+
+
+def _objective_of(config: CompareConfig, method: ComparedMethod) -> str:
+    """The objective that a method's config and its changes ask for."""
+    changes = {**read_json_object(method.config), **config.set, **method.set}
+    return str(changes.get("objective", "mse"))
 
 
 def quick_values(config: CompareConfig, full: RefineConfig) -> dict[str, Any]:

@@ -6,12 +6,17 @@ from typing import NamedTuple
 
 
 class ComparedRun(NamedTuple):
-    """One run of a comparison: a method with a model and a seed, and the folder of its results."""
+    """One run of a comparison: a method with a model and a seed, and the folder of its results.
+
+    loss: what its loss counts, see `common.records.loss_name`; None: its losses have several
+    lambdas, and cannot be compared.
+    """
 
     method: str
     model: str
     seed: int
     folder: Path
+    loss: str | None = "mse"
 
 
 def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:

@@ -158,11 +158,10 @@ def all_plots(
     own = names.get(model, [])
     colors = colors_of([*config.methods, *curves.loc[~curves["dashed"].astype(bool), "curve"]])
     of_model = first_seeds(runs, model)
-    plots = {
-        "rate_distortion": plot_curves(curves, colors),
-        "loss": plot_loss(runs, names, colors),
-        "trajectories": plot_trajectories(runs, model, own, colors),
-    }
+    plots = {"rate_distortion": plot_curves(curves, colors)}
+    if (loss := plot_loss(runs, names, colors)) is not None:
+        plots["loss"] = loss
+    plots["trajectories"] = plot_trajectories(runs, model, own, colors)
     for number, name in enumerate(own[: config.shown], start=1):
         details = details_of(of_model, refine_config, images, name)
         if details is not None:
@@ -173,8 +172,8 @@ def all_plots(
 
 def _write_plots(folder: Path, plots: dict[str, Figure]) -> dict[str, bytes]:
     """Write each plot as PNG and SVG; return the PNGs' bytes by name."""
-    for plot in [*folder.glob("detail_*"), *folder.glob("bits_*")]:
-        plot.unlink()  # an earlier comparison may have shown more images
+    for plot in (file for kind in ("detail_*", "bits_*", "loss.*") for file in folder.glob(kind)):
+        plot.unlink()  # an earlier comparison may have shown more
     pictures = {}
     for key, figure in plots.items():
         for suffix in ("png", "svg"):

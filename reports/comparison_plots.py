@@ -18,6 +18,7 @@ from torch import Tensor
 from common.files import printable
 from common.images import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
+from regions.measures import inside_of
 from reports.compared_run import ComparedRun, first_seeds
 from reports.comparison_tables import mean_curve
 from reports.details import Detail
@@ -39,12 +40,16 @@ def plot_text(text: str) -> str:
 def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
     """PSNR and MS-SSIM (dB) over bits per pixel; up and to the left is better.
 
+    With maps there is also PSNR inside them.
     The axes show the range of the methods' curves, which are solid. All others are dashed.
     """
-    figure = Figure(figsize=(12, 4.8), dpi=130, layout="constrained")
-    panels = (("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)"))
-    for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        others = zip(cycle("sv^Dd<>"), cycle(f"C{index}" for index in range(10)))
+    panels = [("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)")]
+    if "psnr_inside" in curves and curves["psnr_inside"].notna().any():
+        panels.append(("psnr_inside", "PSNR inside the maps (dB)"))
+    figure = Figure(figsize=(6 * len(panels), 4.8), dpi=130, layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        free = [one for one in (f"C{index}" for index in range(10)) if one not in colors.values()]
+        others = zip(cycle("sv^Dd<>"), cycle(free or ["black"]))
         known = curves.dropna(subset=["bpp", key])
         for name, points in known.groupby("curve", sort=False):
             style = {"marker": "o", "ms": 4, "lw": 1.6, "color": colors.get(name)}
@@ -68,17 +73,22 @@ def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
 
 def plot_loss(
     runs: Sequence[ComparedRun], names: dict[str, Sequence[str]], colors: dict[str, str]
-) -> Figure:
-    """The true loss of each method over steps and over seconds; one row of panels for each model.
+) -> Figure | None:
+    """The true loss of each method over steps and over seconds; None if no losses are comparable.
+
+    There is one row of panels for each model and objective.
 
     Args:
         names: the compared images of each model.
     """
-    models = list(dict.fromkeys(run.model for run in runs))
-    figure = Figure(figsize=(12, 4.4 * len(models)), dpi=130, layout="constrained")
-    for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
+    rows = list(dict.fromkeys((run.model, run.loss) for run in runs if run.loss is not None))
+    if not rows:
+        return None
+    figure = Figure(figsize=(12, 4.4 * len(rows)), dpi=130, layout="constrained")
+    all_axes = figure.subplots(len(rows), 2, squeeze=False)
+    for (model, loss), axes in zip(rows, all_axes, strict=True):
         base = None
-        for run in first_seeds(runs, model):
+        for run in (run for run in first_seeds(runs, model) if run.loss == loss):
             curve = mean_curve(run, names.get(model, ()))
             if curve.empty:
                 continue
@@ -88,8 +98,8 @@ def plot_loss(
                 axis.plot(curve[key].iloc[-1], curve["true_loss"].iloc[-1], "o", color=color, ms=5)
         labels = ("step, or pass of the polish", "seconds per image")
         for axis, label in zip(axes, labels, strict=True):
-            axis.set(xlabel=label, ylabel="true R-D loss, mean over images", xscale="log",
-                     title=plot_text(model))  # fmt: skip
+            axis.set(xlabel=label, ylabel=plot_text(f"true loss, {loss}, mean over images"),
+                     xscale="log", title=plot_text(model))  # fmt: skip
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -108,31 +118,36 @@ def plot_trajectories(
 ) -> Figure:
     """Losses, their gap, rate, quality and temperature of each method over the steps.
 
-    It is like the second figure of arXiv 2401.17789.
+    It is like the second figure of arXiv 2401.17789. Losses are shown of the first objective.
     """
-    figure = Figure(figsize=(14, 7.4), dpi=120, layout="constrained")
+    curves = {run: curve for run in first_seeds(runs, model)
+              if not (curve := mean_curve(run, names)).empty}  # fmt: skip
+    loss = next((run.loss for run in curves), None)
+    panels = {"bpp": "bits per pixel", "psnr_raw": "PSNR (dB, raw floats)",
+              "ms_ssim_db": "MS-SSIM (dB)", "temperature": "temperature"}  # fmt: skip
+    if loss is not None:
+        panels = {"loss": plot_text(f"loss, {loss}"), "gap": "true less relaxed loss", **panels}
+    columns = -(-(len(panels) + 1) // 2)
+    figure = Figure(figsize=(4.4 * columns, 7.4), dpi=110, layout="constrained")
     figure.suptitle(f"{plot_text(model)}: true (solid) and relaxed (dashed)", fontsize=10)
-    axes = figure.subplots(2, 3).ravel()
-    panels = ("loss", "gap", "bpp", "psnr_raw", "temperature")
-    labels = ("R-D loss", "true less relaxed loss", "bits per pixel", "PSNR (dB, raw floats)",
-              "temperature")  # fmt: skip
-    for run in first_seeds(runs, model):
-        curve, color = mean_curve(run, names), colors[run.method]
-        if curve.empty:
-            continue
+    *axes, legend = figure.subplots(2, columns).ravel()[: len(panels) + 1]
+    for run, curve in curves.items():
+        style = {"color": colors[run.method], "label": plot_text(run.method)}
         curve["gap"] = curve["true_loss"] - curve["relaxed_loss"]
-        for axis, key in zip(axes, panels, strict=False):
-            if key in curve:
-                axis.plot(curve["step"], curve[key], color=color, label=plot_text(run.method))
+        for axis, key in zip(axes, panels, strict=True):
+            if key in ("loss", "gap") and run.loss != loss:
                 continue
-            axis.plot(curve["step"], curve[f"true_{key}"], color=color)
-            axis.plot(curve["step"], curve[f"relaxed_{key}"], color=color, ls="--", lw=0.9)
-    for axis, label in zip(axes, labels, strict=False):
+            known = key if key in curve else f"true_{key}"
+            axis.plot(curve["step"], curve[known], **style)
+            if key not in curve:
+                axis.plot(curve["step"], curve[f"relaxed_{key}"], color=style["color"], ls="--",
+                          lw=0.9)  # fmt: skip
+    for axis, label in zip(axes, panels.values(), strict=True):
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
-    axes[5].axis("off")
-    handles, names = axes[4].get_legend_handles_labels()
-    axes[5].legend(handles, names, loc="center", fontsize=9)
+    for axis in figure.axes[len(panels) :]:
+        axis.axis("off")
+    legend.legend(*axes[-1].get_legend_handles_labels(), loc="center", fontsize=9)
     return figure
 
 
@@ -172,33 +187,56 @@ def candidate_probabilities(
 
 
 def plot_details(name: str, details: Sequence[Detail]) -> Figure:
-    """A detail of an image: the original, the base, and the result of each method."""
+    """A detail of an image: the original, the base, and the result of each method.
+
+    It is where the last method improved the base most. With a map there are two details: inside,
+    where the last method improved the first one most, and outside, where it fell behind most.
+    """
     pixels = [to_pixels(detail.x) for detail in details]
-    window = most_improved(pixels[0], pixels[1], pixels[-1])
+    region = details[0].region
+    if region is None:
+        windows = {"": most_improved(pixels[0], pixels[1], pixels[-1])}
+    else:
+        first = pixels[2] if len(pixels) > 3 else pixels[1]
+        inside = inside_of(region)[0].numpy()
+        windows = {
+            "inside the map: ": most_improved(pixels[0], first, pixels[-1], inside),
+            "outside: ": most_improved(pixels[0], pixels[-1], first, 1 - inside),
+        }
     columns = min(len(details), 4)
     rows = -(-len(details) // columns)
-    figure = Figure(figsize=(3.3 * columns, 3.6 * rows + 0.3), dpi=120, layout="constrained")
-    figure.suptitle(plot_text(f"{name}: a detail; bpp and PSNR are of the whole image"), fontsize=9)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, detail, picture in zip(axes, details, pixels, strict=False):
-        axis.imshow(picture[window], interpolation="nearest")
-        title = plot_text(detail.label)
-        if detail.bpp is not None:
-            title += f"\n{detail.bpp:.4f} bpp, {detail.psnr:.2f} dB"
-        axis.set_title(title, fontsize=9)
+    size = (3.3 * columns, (3.7 * rows) * len(windows) + 0.3)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    words = f"{name}: details; all numbers are of the whole image"
+    figure.suptitle(plot_text(words), fontsize=9)
+    axes = figure.subplots(rows * len(windows), columns, squeeze=False)
+    for index, (place, window) in enumerate(windows.items()):
+        own = axes[index * rows : (index + 1) * rows].flat
+        for axis, detail, picture in zip(own, details, pixels, strict=False):
+            axis.imshow(picture[window], interpolation="nearest")
+            title = f"{plot_text(place + detail.label)}\n{detail.in_words}"
+            axis.set_title(title.strip(), fontsize=8)
     for axis in figure.axes:
         axis.axis("off")
     return figure
 
 
 def plot_bits(name: str, details: Sequence[Detail]) -> Figure:
-    """Maps of the bits of y: of the base, of each method, and the last method's change."""
+    """Maps of the bits of y: of the base, of each method, and the last method's change.
+
+    With a map of where distortion counts, it comes first.
+    """
     coded = [(detail.label, detail.bits / 256) for detail in details if detail.bits is not None]
     maps: list[tuple[str, Tensor, dict[str, Any]]] = []
     highest = max(bits.max().item() for _, bits in coded)
+    if details[0].region is not None:
+        where = {"vmin": 0, "vmax": 1, "cmap": "gray"}
+        maps.append(("where distortion counts", details[0].region[0], where))
     for label, bits in coded:
         maps.append((label, bits, {"vmin": 0, "vmax": highest}))
-    (base, base_bits), (last, last_bits) = coded[0], coded[-1]
+    # Beside a map, what counts is where another method put its bits.
+    other = 1 if details[0].region is not None and len(coded) > 2 else 0
+    (base, base_bits), (last, last_bits) = coded[other], coded[-1]
     change = last_bits - base_bits
     limit = change.abs().max().item() or 1.0
     maps.append((f"{last} less {base}", change,

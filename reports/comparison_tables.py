@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from common.errors import InputError
-from common.records import Record, read_records, result_file
+from common.records import Record, loss_name, read_records, result_file
 from config import CompareConfig
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.compared_run import ComparedRun
@@ -19,13 +19,16 @@ from reports.run_tables import mean_trajectory
 
 CONFIDENCE = 0.95
 QUALITIES = ("bpp", "psnr", "ms_ssim_db")
+REGION_KEYS = ("psnr_inside", "psnr_outside")  # dB; only of runs with maps
 
 
 def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFrame:
     """One row for each image and run; unrefined images are the method `base`.
 
     The column `rate` is "file" if all refined images were written as files; bpp is then that of the
-    files. Otherwise it is "estimate".
+    files. Otherwise it is "estimate". `objective` is what the loss counts; the base has a row for
+    each, where losses are known. `true_loss` is not known with a target, for its lambda differs
+    from image to image.
 
     Args:
         names: the images to take.
@@ -36,13 +39,19 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     rows = []
     for run, records in found.items():
         for record in records:
-            common = {"model": run.model, "image": record["name"], "lmbda": record["lmbda"]}
+            common = {"model": run.model, "objective": loss_name(record), "image": record["name"],
+                      "lmbda": record["lmbda"]}  # fmt: skip
             for method, side in ((run.method, "refined"), ("base", "base")):
                 values = record[side]
                 row = {"method": method, "seed": run.seed, **common}
                 row["bpp"] = values["file_bpp" if files else "bpp"]
                 row["rate"] = "file" if files else "estimate"
                 row |= {key: values[key] for key in ("psnr", "ms_ssim_db", "true_loss")}
+                if record.get("target"):
+                    row["true_loss"] = math.nan
+                    if side == "base":
+                        row["lmbda"] = math.nan
+                row |= {key: values[key] for key in REGION_KEYS if key in values}
                 if side == "refined":
                     row |= {key: record[key] for key in ("steps", "best_step", "seconds")}
                 rows.append(row)
@@ -50,9 +59,13 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     if table.empty:
         return table
     # Unknown values are None, such as MS-SSIM of small pictures.
-    table[list(QUALITIES)] = table[list(QUALITIES)].astype(float)
+    numbers = [key for key in (*QUALITIES, *REGION_KEYS) if key in table]
+    table[numbers] = table[numbers].astype(float)
     is_base = table["method"] == "base"
-    base = table[is_base].drop_duplicates(["model", "image"])
+    of_objective = ["objective"] if table["true_loss"].notna().any() else []
+    if not of_objective:
+        table.loc[is_base, "objective"] = ""
+    base = table[is_base].drop_duplicates(["model", *of_objective, "image"])
     return pd.concat([base, table[~is_base]], ignore_index=True)
 
 
@@ -73,8 +86,9 @@ def rows_of_shared_images(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
-    """One row for each model and method: means over the images, and changes against the anchor.
+    """One row for each model, objective and method: means, and changes against the anchor.
 
+    Changes are only known where the anchor has the same objective; base has one row for each.
     The seeds of an image are averaged first. Columns beside the means:
     seed_spread_percent: the standard deviation of the loss over the seeds, mean over images.
     change_percent: the mean over images of loss / anchor's loss - 1.
@@ -87,7 +101,7 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
         images: the table of `rows_of_shared_images`.
     """
     rows = []
-    for model, of_model in images.groupby("model", sort=False):
+    for (model, objective), of_model in images.groupby(["model", "objective"], sort=False):
         keys = ["method", "image"]
         means = of_model.groupby(keys, sort=False).mean(numeric_only=True)
         spread = of_model.groupby(keys, sort=False)["true_loss"].std()
@@ -95,7 +109,8 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
         anchor = losses.get(config.anchor, pd.Series(dtype=float))
         for name in of_model["method"].unique():
             side = means.loc[name].drop(columns=["seed"])
-            row = {"model": model, "method": name, "images": len(side)} | dict(side.mean())
+            row = {"model": model, "method": name, "objective": objective, "images": len(side)}
+            row |= dict(side.mean())
             if name != "base":
                 row["seeds"] = of_model.loc[of_model["method"] == name, "seed"].nunique()
                 row["seed_spread_percent"] = 100 * (spread.loc[name] / side["true_loss"]).mean()
@@ -105,6 +120,7 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 
 def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) -> dict[str, float]:
     """The changes of losses by image against the anchor's, by the names of `method_table`."""
+    members = {name: own.index.isin(part).sum() for name, part in groups.items()}
     own, anchor = own.align(anchor, join="inner")
     change = 100 * (own / anchor - 1)
     return {
@@ -114,9 +130,7 @@ def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) ->
         "least_change": change.min(),
         "most_change": change.max(),
         **{
-            f"group: {name} ({change.index.isin(part).sum()})": change[
-                change.index.isin(part)
-            ].mean()
+            f"group: {name} ({members[name]})": change[change.index.isin(part)].mean()
             for name, part in groups.items()
         },
     }
@@ -148,7 +162,12 @@ def curve_points(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
         # The unrefined image does not know the lambda of a refinement.
         points.loc[~refined, "model"] = of[~refined]
     keys = ["curve", "method", "checkpoint", "model", "image"]
-    return points.groupby(keys, sort=False)[list(QUALITIES)].mean().reset_index()
+    return points.groupby(keys, sort=False)[_qualities_of(points)].mean().reset_index()
+
+
+def _qualities_of(points: pd.DataFrame) -> list[str]:
+    """The columns of rate and quality, with those of regions if there are any."""
+    return [*QUALITIES, *(key for key in REGION_KEYS if key in points)]
 
 
 def mean_points(points: pd.DataFrame) -> pd.DataFrame:
@@ -156,40 +175,42 @@ def mean_points(points: pd.DataFrame) -> pd.DataFrame:
     of_image = points.groupby("image").size()
     shared = points[points["image"].map(of_image) == len(points.groupby(["curve", "model"]))]
     keys = ["curve", "method", "checkpoint", "model"]
-    means = shared.groupby(keys, sort=False)[list(QUALITIES)].mean().reset_index()
+    means = shared.groupby(keys, sort=False)[_qualities_of(shared)].mean().reset_index()
     return means.assign(images=shared["image"].nunique(), dashed=False)
 
 
 def bd_table(points: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
     """Bjontegaard deltas against the anchor's curve, for each image and for the mean curve.
 
-    BD-rates are in percent, BD-PSNRs in dB. `overlap`, in [0, 1], is the common part of the two
-    ranges of PSNR. If the curves cannot be compared, `reason` says why.
+    There is a row for each `quality`, psnr and ms_ssim_db. BD-rates are in percent, BD-PSNRs and
+    their likes for MS-SSIM in dB. `overlap`, in [0, 1], is the common part of the two ranges of
+    quality. If the curves cannot be compared, `reason` says why.
     """
-    means = mean_points(points).assign(image="(mean curve)")
-    every = pd.concat([points, means], ignore_index=True)
     rows = []
-    for (curve, method, checkpoint, image), own in every.groupby(
-        ["curve", "method", "checkpoint", "image"], sort=False
-    ):
-        if method == config.anchor:
-            continue
-        of_anchor = every[(every["method"] == config.anchor) & (every["image"] == image)]
-        other = of_anchor[of_anchor["checkpoint"].isin(["", checkpoint])]
-        row = {"curve": curve, "anchor": config.anchor, "image": image}
-        rows.append(row | _deltas(other, own))
+    for quality in ("psnr", "ms_ssim_db"):
+        known = points.dropna(subset=[quality])  # means of both sides are over the same images
+        means = mean_points(known).assign(image="(mean curve)")
+        every = pd.concat([known, means], ignore_index=True)
+        keys = ["curve", "method", "checkpoint", "image"]
+        for (curve, method, checkpoint, image), own in every.groupby(keys, sort=False):
+            if method == config.anchor:
+                continue
+            of_anchor = every[(every["method"] == config.anchor) & (every["image"] == image)]
+            other = of_anchor[of_anchor["checkpoint"].isin(["", checkpoint])]
+            row = {"curve": curve, "quality": quality, "anchor": config.anchor, "image": image}
+            rows.append(row | _deltas(other, own, quality))
     return pd.DataFrame(rows)
 
 
-def _deltas(anchor: pd.DataFrame, test: pd.DataFrame) -> Record:
-    known, tested = (Curve(list(side["bpp"]), list(side["psnr"])) for side in (anchor, test))
+def _deltas(anchor: pd.DataFrame, test: pd.DataFrame, quality: str) -> Record:
+    known, tested = (Curve(list(side["bpp"]), list(side[quality])) for side in (anchor, test))
     row: Record = {"points": f"{len(anchor)} and {len(test)}"}
     if len(anchor) and len(test):
         row["overlap"] = overlap(known.db, tested.db) if len(anchor) + len(test) > 2 else 0.0
     try:
         for method in ("akima", "pchip"):
             row[f"bd_rate_{method}"] = bd_rate(known, tested, method)
-            row[f"bd_psnr_{method}"] = bd_psnr(known, tested, method)
+            row[f"bd_db_{method}"] = bd_psnr(known, tested, method)
     except CurvesDoNotCompareError as error:
         row["reason"] = str(error)
     return row

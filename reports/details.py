@@ -21,14 +21,30 @@ LARGEST_SHOWN = 4_000_000  # pixels; larger images are only in the tables
 class Detail(NamedTuple):
     """A version of an image: x [3, H, W] in [0, 1], and the bits of y at each position [h, w].
 
-    bpp and psnr (dB) are those of the whole image. They and the bits are None for the original.
+    side: what a record says of it, for the whole image. It and the bits are None for the original.
+    region: the image's map [1, H, W], if there is one; the original has it.
     """
 
     label: str
     x: Tensor
-    bpp: float | None
-    psnr: float | None
-    bits: Tensor | None
+    side: Record | None = None
+    bits: Tensor | None = None
+    region: Tensor | None = None
+
+    @property
+    def in_words(self) -> str:
+        """Rate and quality of the whole image; "" for the original."""
+        if self.side is None:
+            return ""
+        words = [f"{rate_of(self.side):.4f} bpp"]
+        for key, name in (("psnr", ""), ("ms_ssim_db", "MS-SSIM ")):
+            if self.side[key] is not None:
+                words.append(f"{name}{self.side[key]:.2f} dB")
+        lines = [", ".join(words)]
+        inside, outside = (self.side.get(f"psnr_{place}") for place in ("inside", "outside"))
+        if inside is not None and outside is not None:
+            lines.append(f"inside {inside:.2f} dB, outside {outside:.2f} dB")
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -56,7 +72,7 @@ def details_of(
     model = load_checkpoint(config.pretrain, architecture=config.architecture)
     freeze(model, config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
-    details = [Detail("original", image.x, None, None, None)]
+    details = [Detail("original", image.x, region=image.region)]
     base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
     for run, record in zip(runs, records, strict=True):
@@ -73,4 +89,4 @@ def _detail(model: Architecture, label: str, symbols: Latents, side: Record, x: 
     x_hat = model.synthesize(walk.y_hat, size).clamp(0, 1)[0]
     likelihoods = walk.likelihoods[walk.groups[-1].name]
     bits = -likelihoods.log2().sum(1)[0]  # [h, w]
-    return Detail(label, x_hat, rate_of(side), side["psnr"], bits)
+    return Detail(label, x_hat, side, bits)

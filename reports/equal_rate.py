@@ -1,18 +1,21 @@
 """What classical codecs and published curves reach at the rates of a comparison's points."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 LEAD = "lead over "
+QUALITY_NAMES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
 
 
 def equal_rate_table(
     points: pd.DataFrame, codecs: pd.DataFrame, published: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row for each point of each curve: its mean PSNR, and its lead over others.
+    """One row for each quality and point of each curve: its mean, and its lead over others.
 
-    A codec is compared at each image's own rate. Its PSNR there is interpolated between its quality
+    A codec is compared at each image's own rate. Its quality there is interpolated between its
     settings, over the logarithm of the rate. Images whose rate its files do not reach are left out
     for this codec. A published curve is compared at the mean rate, for its images are not known.
 
@@ -22,73 +25,86 @@ def equal_rate_table(
         published: the table of `comparison_tables.published_curves`.
 
     Returns:
-        The columns model, curve, images, bpp and psnr (dB). For each other, by its name: `psnr of`
-        and `lead over`, in dB, and `images of`, the number of images with both. Empty if there are
-        no others.
+        The columns model, curve, quality (psnr or ms_ssim_db), images, bpp and dB. For each other,
+        by its name: `dB of` and `lead over`, in dB, and `images of`, the number of images with
+        both. Empty if there are no others.
     """
     if codecs.empty and published.empty:
         return pd.DataFrame()
     rows = []
-    for (model, curve), own in points.groupby(["model", "curve"], sort=False):
-        row = {"model": model, "curve": curve, "images": len(own)}
-        row |= {"bpp": own["bpp"].mean(), "psnr": own["psnr"].mean()}
-        for codec, files in codecs.groupby("method", sort=False) if len(codecs) else ():
-            of_image = dict(list(files.groupby("image")))
-            there = [
-                psnr_at(of_image.get(image), bpp)
-                for image, bpp in zip(own["image"], own["bpp"], strict=True)
-            ]
-            row |= _lead(codec, own["psnr"].to_numpy(), np.array(there))
-        for name, known in published.groupby("curve", sort=False) if len(published) else ():
-            row |= _lead(name, np.array([row["psnr"]]), np.array([psnr_at(known, row["bpp"])]))
-            row[f"images of {name}"] *= len(own)
-        rows.append(row)
+    for quality in ("psnr", "ms_ssim_db"):
+        for (model, curve), own in points.groupby(["model", "curve"], sort=False):
+            own = own.dropna(subset=[quality])  # rate and quality are of the same images
+            row = {"model": model, "curve": curve, "quality": quality, "images": len(own)}
+            row |= {"bpp": own["bpp"].mean(), "dB": own[quality].mean()}
+            rows.append(row | _leads(own, row, codecs, published))
     return pd.DataFrame(rows)
 
 
+def _leads(
+    own: pd.DataFrame, row: dict[str, Any], codecs: pd.DataFrame, published: pd.DataFrame
+) -> dict[str, float]:
+    """The columns of all others, for the images `own` of one row; see `equal_rate_table`."""
+    quality: str = row["quality"]
+    leads: dict[str, float] = {}
+    for codec, files in codecs.groupby("method", sort=False) if len(codecs) else ():
+        of_image = dict(list(files.groupby("image")))
+        there = [
+            quality_at(of_image.get(image), bpp, quality)
+            for image, bpp in zip(own["image"], own["bpp"], strict=True)
+        ]
+        leads |= _lead(codec, own[quality].to_numpy(float), np.array(there))
+    for name, known in published.groupby("curve", sort=False) if len(published) else ():
+        at_rate = np.array([quality_at(known, row["bpp"], quality)])
+        leads |= _lead(name, np.array([row["dB"]]), at_rate)
+        leads[f"images of {name}"] *= row["images"]
+    return leads
+
+
 def _lead(name: str, own: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """The columns of one other; own, other: PSNRs (dB) of the same images, NaN if unknown."""
+    """The columns of one other; own, other: dB of the same images, NaN if unknown."""
     both = np.isfinite(own) & np.isfinite(other)
     if not both.any():
-        return {f"psnr of {name}": np.nan, LEAD + name: np.nan, f"images of {name}": 0}
+        return {f"dB of {name}": np.nan, LEAD + name: np.nan, f"images of {name}": 0}
     own, other = own[both], other[both]
     return {
-        f"psnr of {name}": other.mean(),
+        f"dB of {name}": other.mean(),
         LEAD + name: (own - other).mean(),
         f"images of {name}": int(both.sum()),
     }
 
 
-def psnr_at(curve: pd.DataFrame | None, bpp: float) -> float:
-    """The PSNR (dB) of a curve at a rate; NaN if the curve does not reach the rate.
+def quality_at(curve: pd.DataFrame | None, bpp: float, quality: str = "psnr") -> float:
+    """The quality (dB) of a curve at a rate; NaN if the curve does not reach the rate.
 
     Args:
-        curve: the columns bpp and psnr; None: there is none.
+        curve: the columns bpp and, perhaps, that of the quality; None: there is none.
+        quality: psnr or ms_ssim_db.
     """
-    if curve is None:
+    if curve is None or quality not in curve:
         return np.nan
-    curve = curve.dropna(subset=["psnr"]).sort_values("bpp").drop_duplicates("bpp")
+    curve = curve.dropna(subset=[quality]).sort_values("bpp").drop_duplicates("bpp")
     if len(curve) < 2 or not curve["bpp"].iloc[0] <= bpp <= curve["bpp"].iloc[-1]:
         return np.nan
-    return float(PchipInterpolator(np.log(curve["bpp"]), curve["psnr"])(np.log(bpp)))
+    return float(PchipInterpolator(np.log(curve["bpp"]), curve[quality])(np.log(bpp)))
 
 
 def equal_rate_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """The heads and the rows of an `equal_rate_table` as texts, with the leads in brackets."""
     others = [key.removeprefix(LEAD) for key in table if key.startswith(LEAD)]
-    heads = ["model", "method", "images", "bpp", "PSNR (dB)", *others]
+    heads = ["model", "method", "quality", "images", "bpp", "dB", *others]
     rows = [
-        [row["model"], row["curve"], str(row["images"]), f"{row['bpp']:.4f}", f"{row['psnr']:.2f}",
-         *(_cell(row, other) for other in others)]
-        for _, row in table.iterrows()
+        [row["model"], row["curve"], QUALITY_NAMES[row["quality"]], str(row["images"]),
+         f"{row['bpp']:.4f}", f"{row['dB']:.2f}", *(_cell(row, other) for other in others)]
+        for _, row in table.iterrows() if any(row[f"images of {other}"] for other in others)
     ]  # fmt: skip
     return heads, rows
 
 
 def _cell(row: pd.Series, other: str) -> str:
-    """PSNR and lead; with the number of images if some have none; empty if all have none."""
+    """dB and lead; with the number of images if some have none; empty if all have none."""
     images = row[f"images of {other}"]
     if not images:
         return ""
-    text = f"{row[f'psnr of {other}']:.2f} ({row[LEAD + other]:+.2f})"
+    text = f"{row[f'dB of {other}']:.2f} ({row[LEAD + other]:+.2f})"
     return text if images == row["images"] else f"{text}, {images:.0f} of {row['images']} images"

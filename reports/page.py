@@ -11,8 +11,8 @@ import pandas as pd
 
 from common.files import write_whole
 from config import CompareConfig
-from reports.comparison_tables import half_interval
-from reports.equal_rate import equal_rate_cells
+from reports.comparison_tables import REGION_KEYS, half_interval
+from reports.equal_rate import QUALITY_NAMES, equal_rate_cells
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -34,29 +34,38 @@ def table_cells(table: pd.DataFrame, bold: str = "**{}**") -> tuple[list[str], l
     Args:
         bold: the format of the lowest loss of each model; {} stands for the loss.
     """
-    groups = [key for key in table if key.startswith("group: ")]
-    heads = ["model", "method", "images", "bpp", "PSNR (dB)", "MS-SSIM (dB)", "loss",
-             "change of mean loss", "change per image",
-             *(key.removeprefix("group: ") for key in groups), "seeds", "steps",
-             "s per image"]  # fmt: skip
+    losses = table["true_loss"].notna().any()  # none with a target
+    mixed = not losses or table["objective"].nunique() > 1
+    regions = [key for key in REGION_KEYS if key in table and table[key].notna().any()]
+    groups = [key for key in table if key.startswith("group: ")] if losses else []
+    of_loss = ["loss" if mixed else f"loss, {table['objective'].iloc[0]}", "change of mean loss",
+               "change per image"]  # fmt: skip
+    heads = ["model", "method", *(["objective"] if mixed else []), "images", "bpp", "PSNR (dB)",
+             *(key.replace("psnr_", "PSNR ") for key in regions), "MS-SSIM (dB)",
+             *(of_loss if losses else []), *(key.removeprefix("group: ") for key in groups),
+             "seeds", "steps", "s per image"]  # fmt: skip
     best = _lowest_losses(table)
     rows = []
     for index, row in table.iterrows():
-        loss = f"{row['true_loss']:.4f}"
-        rows.append([
-            row["model"], row["method"], f"{row['images']:.0f}", f"{row['bpp']:.4f}",
-            f"{row['psnr']:.2f}", _digits(row["ms_ssim_db"], 2),
+        loss = _digits(row["true_loss"], 4)
+        cells_of_loss = [
             bold.format(loss) if index in best else loss, _percent(row["change_of_mean_percent"]),
             _percent(row["change_percent"], row["half_interval"]),
-            *(_percent(row[key]) for key in groups), _seeds(row), _digits(row["steps"]),
-            _digits(row["seconds"]),
+        ]  # fmt: skip
+        rows.append([
+            row["model"], row["method"], *([row["objective"]] if mixed else []),
+            f"{row['images']:.0f}", f"{row['bpp']:.4f}", f"{row['psnr']:.2f}",
+            *(_digits(row[key], 2) for key in regions), _digits(row["ms_ssim_db"], 2),
+            *(cells_of_loss if losses else []), *(_percent(row[key]) for key in groups),
+            _seeds(row), _digits(row["steps"]), _digits(row["seconds"]),
         ])  # fmt: skip
     return heads, rows
 
 
 def _lowest_losses(table: pd.DataFrame) -> set[int]:
-    """The index of the row with the lowest loss of each model."""
-    return set(table.groupby("model")["true_loss"].idxmin())
+    """The index of the row with the lowest loss of each model and objective."""
+    known = table.dropna(subset=["true_loss"])
+    return set(known.groupby(["model", "objective"])["true_loss"].idxmin())
 
 
 def _percent(value: float, half: float = math.nan) -> str:
@@ -158,8 +167,9 @@ def write_page(
         "<h2>Methods</h2>", _html_table(heads, rows, _lowest_losses(tables["table"])),
         '<p class="note">Changes of the true R-D loss are to ' + html.escape(config.anchor)
         + ": of the mean loss, and the mean over images of each image's change with its 95 % "
-        "confidence interval over images. The lowest loss of each model is bold. A click on a "
-        "head sorts.</p>",
+        "confidence interval over images. The lowest loss of each model and objective is bold. "
+        "Losses of different objectives, or of files of a wanted size, are not compared. Inside "
+        "is where a map is above its mean. A click on a head sorts.</p>",
     ]  # fmt: skip
     for key, png in pictures.items():
         title = TITLES[key.partition("_")[0] if key not in TITLES else key]
@@ -188,7 +198,7 @@ def _equal_rate_section(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     return (
-        "<h2>PSNR of others at equal rates</h2>" + _html_table(*equal_rate_cells(table), set())
+        "<h2>Quality of others at equal rates</h2>" + _html_table(*equal_rate_cells(table), set())
         + '<p class="note">Our lead is in brackets. Codecs are compared at the rate of each image, '
         "on the images that they reach; published curves at the mean rate, perhaps of other "
         "images.</p>"
@@ -197,19 +207,20 @@ def _equal_rate_section(table: pd.DataFrame) -> str:
 
 def _bd_section(bd: pd.DataFrame, anchor: str) -> str:
     """The table of Bjontegaard deltas, one row for each curve; "" if there are none."""
-    heads = ["curve", "anchor", "images", "BD-rate, mean curve (Akima)", "(PCHIP)",
-             "BD-PSNR, mean curve (Akima)", "points", "overlap", "BD-rate, mean over images",
+    heads = ["curve", "quality", "anchor", "images", "BD-rate, mean curve (Akima)", "(PCHIP)",
+             "BD-dB, mean curve (Akima)", "points", "overlap", "BD-rate, mean over images",
              "no number, for"]  # fmt: skip
     rows = []
-    for curve, own in bd.groupby("curve", sort=False) if len(bd) else ():
-        bd_of = own.reindex(columns=["bd_rate_akima", "bd_rate_pchip", "bd_psnr_akima", "reason",
+    curves = bd.groupby(["curve", "quality"], sort=False) if len(bd) else ()
+    for (curve, quality), own in curves:
+        bd_of = own.reindex(columns=["bd_rate_akima", "bd_rate_pchip", "bd_db_akima", "reason",
                                      "points", "overlap", "image", "anchor"])  # fmt: skip
         mean = bd_of[bd_of["image"] == "(mean curve)"].iloc[0]
         each = bd_of.loc[bd_of["image"] != "(mean curve)", "bd_rate_akima"].dropna()
         rows.append([
-            curve, mean["anchor"], str(len(each)), _percent(mean["bd_rate_akima"]),
-            _percent(mean["bd_rate_pchip"]),
-            "" if pd.isna(mean["bd_psnr_akima"]) else f"{mean['bd_psnr_akima']:+.3f} dB",
+            curve, QUALITY_NAMES[quality], mean["anchor"], str(len(each)),
+            _percent(mean["bd_rate_akima"]), _percent(mean["bd_rate_pchip"]),
+            "" if pd.isna(mean["bd_db_akima"]) else f"{mean['bd_db_akima']:+.3f} dB",
             mean["points"], "" if pd.isna(mean["overlap"]) else f"{100 * mean['overlap']:.0f} %",
             _percent(each.mean(), half_interval(each)) if len(each) else "",
             "" if pd.isna(mean["reason"]) else mean["reason"],

@@ -42,6 +42,9 @@ class ComparedMethod(Section):
     """A config of `train_flexible_inference.py`."""
     set: Changes = Field({})
     """Changes to that config, by dotted key: {"optimizer.lr": 0.01}."""
+    roi: UserPath | None = None
+    """Maps that weight the distortion: a folder, a file or `auto`; see `dev_options.path_weights`
+    of a refinement. With `quick` it is `auto`."""
 
 
 class ComparedModel(Section):
@@ -53,11 +56,18 @@ class ComparedModel(Section):
     """The lambda that it is trained for."""
     inference_lambda: Positive | None = None
     """The lambda of the refinement's loss. null: `train_lambda`."""
+    ms_ssim_lambda: Positive | None = None
+    """The lambda of the methods whose `objective` is `ms-ssim`. null: `inference_lambda`."""
     architecture: str | None = Field(None, min_length=1)
     """The model's architecture; see the key `architecture` of a refinement."""
     name: ShortName | None = None
     """The name in tables and plots, at most 62 letters. null: `lambda` and the value of
     `train_lambda`."""
+
+    def lambda_for(self, objective: str) -> float | None:
+        """The inference lambda of a method with this objective; None: `train_lambda`."""
+        of_ms_ssim = self.ms_ssim_lambda if objective == "ms-ssim" else None
+        return of_ms_ssim or self.inference_lambda
 
     @property
     def checkpoint(self) -> str:

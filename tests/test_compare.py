@@ -166,8 +166,9 @@ WRONG = {
         "seed is for the comparison to say: seeds",
     ),
     "target": (
-        {"methods": {"slow": {"config": "method.json", "set": {"target_bpp": 0.3}}}},
-        "a target has a lambda for each image",
+        {"methods": {"slow": {"config": "method.json", "set": {"target_bpp": 0.3}},
+                     "free": {"config": "method.json"}}},
+        "methods.slow: a target must be the same for all methods: put it into set",
     ),
     "no published curve": (
         {"published": {"a": "none.csv"}, "methods": {"slow": {"config": "method.json"}}},

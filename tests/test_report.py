@@ -35,7 +35,7 @@ from reports.comparison_tables import (
     published_curves,
 )
 from reports.details import Detail, details_of
-from reports.equal_rate import equal_rate_cells, equal_rate_table, psnr_at
+from reports.equal_rate import equal_rate_cells, equal_rate_table, quality_at
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -147,22 +147,25 @@ def test_deltas_are_those_of_the_images_curves(compared):
     bd, images = pd.read_csv(folder / "bd.csv"), pd.read_csv(folder / "images.csv")
     assert set(bd["image"]) == {"cat.png", "cup.png", "(mean curve)"}
 
-    def curve(method, name):
+    def curve(method, name, quality):
         own = images[images["method"] == method]
         own = own[own["image"] == name] if name != "(mean curve)" else own
-        means = own.groupby("model")[["bpp", "psnr"]].mean()
-        return Curve(list(means["bpp"]), list(means["psnr"]))
+        means = own.groupby("model")[["bpp", quality]].mean()
+        return Curve(list(means["bpp"]), list(means[quality]))
 
     for _, row in bd.iterrows():
-        ours = bd_rate(curve("base", row["image"]), curve(row["curve"], row["image"]))
-        assert row["bd_rate_akima"] == pytest.approx(ours)
+        ends = [curve(end, row["image"], row["quality"]) for end in ("base", row["curve"])]
+        assert row["bd_rate_akima"] == pytest.approx(bd_rate(*ends))
+        assert row["bd_db_akima"] == pytest.approx(bd_psnr(*ends))
         assert row["points"] == "3 and 3"
-    assert (bd["bd_rate_akima"] <= 0).all()
-    assert (bd.loc[bd["curve"] == "polished", "bd_rate_akima"] < 0).all()
+    of_psnr = bd[bd["quality"] == "psnr"]
+    assert len(of_psnr) == len(bd) / 2
+    assert (of_psnr["bd_rate_akima"] <= 0).all()
+    assert (of_psnr.loc[of_psnr["curve"] == "polished", "bd_rate_akima"] < 0).all()
     # One model is no curve, and is said to be none.
     one = images[images["model"] == "lambda 0.01"]
     reasons = bd_table(curve_points(one, config), config)["reason"]
-    assert len(reasons) == 6 and reasons.str.contains("1 points: at least 3").all()
+    assert len(reasons) == 12 and reasons.str.contains("1 points: at least 3").all()
 
 
 def test_codecs_at_equal_rates_are_as_good_as_files_of_such_a_rate():
@@ -175,28 +178,29 @@ def test_codecs_at_equal_rates_are_as_good_as_files_of_such_a_rate():
         decoded = np.asarray(Image.open(file).convert("RGB"), dtype=float)
         mse = ((decoded - np.asarray(picture, dtype=float)) ** 2).mean()
         bpp = 8 * len(file.getvalue()) / (picture.width * picture.height)
-        assert psnr_at(curve, bpp) == pytest.approx(10 * math.log10(255**2 / mse), abs=0.06)
-    assert math.isnan(psnr_at(curve, 2 * curve["bpp"].max()))
-    assert math.isnan(psnr_at(curve, curve["bpp"].min() / 2))
-    assert math.isnan(psnr_at(None, 0.5))
+        assert quality_at(curve, bpp) == pytest.approx(10 * math.log10(255**2 / mse), abs=0.06)
+    assert math.isnan(quality_at(curve, 2 * curve["bpp"].max()))
+    assert math.isnan(quality_at(curve, curve["bpp"].min() / 2))
+    assert math.isnan(quality_at(None, 0.5))
 
 
 def test_leads_are_those_at_each_image_s_rate(compared):
     """By hand, from the CSV files of the same report."""
     _, folder = compared
     images, codecs = pd.read_csv(folder / "images.csv"), pd.read_csv(folder / "codecs.csv")
-    beside = pd.read_csv(folder / "equal_rate.csv").set_index(["model", "curve"])
+    beside = pd.read_csv(folder / "equal_rate.csv").set_index(["model", "curve", "quality"])
     sga = pd.read_csv(PUBLISHED / "yang2020_sga_kodak.csv", comment="#").sort_values("bpp")
     page = (folder / "report.html").read_text()
-    assert "PSNR of others at equal rates" in page
-    assert len(beside) == 9
-    for (model, curve), row in beside.iterrows():
+    assert "Quality of others at equal rates" in page
+    assert len(beside) == 18
+    for (model, curve, quality), row in beside.iterrows():
         own = images[(images["model"] == model) & (images["method"] == curve)]
-        assert (row["images"], row["psnr"]) == (len(own), pytest.approx(own["psnr"].mean()))
+        assert (row["images"], row["dB"]) == (len(own), pytest.approx(own[quality].mean()))
         for codec in ("JPEG", "AVIF"):
             files = codecs[codecs["method"] == codec]
             leads = [
-                image["psnr"] - psnr_at(files[files["image"] == image["image"]], image["bpp"])
+                image[quality]
+                - quality_at(files[files["image"] == image["image"]], image["bpp"], quality)
                 for _, image in own.iterrows()
             ]
             known = [lead for lead in leads if math.isfinite(lead)]
@@ -204,28 +208,33 @@ def test_leads_are_those_at_each_image_s_rate(compared):
             if known:
                 assert row[f"lead over {codec}"] == pytest.approx(np.mean(known))
                 assert f"({np.mean(known):+.2f})" in page
-        at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
-        assert row["lead over SGA, Kodak"] == pytest.approx(row["psnr"] - at, abs=0.1)
+        if quality == "psnr":  # the published curve has no other
+            at = np.interp(math.log(row["bpp"]), np.log(sga["bpp"]), sga["psnr"])
+            assert row["lead over SGA, Kodak"] == pytest.approx(row["dB"] - at, abs=0.1)
+        else:
+            assert row["images of SGA, Kodak"] == 0 and math.isnan(row["lead over SGA, Kodak"])
     assert (beside["images of AVIF"] == 2).any()
 
 
 def test_a_codec_that_reaches_no_rate_hides_no_other():
     """Neither does a curve with a column's name, nor an image that was decoded exactly."""
     points = pd.DataFrame({
-        "model": "m", "curve": "c", "image": ["a", "b"], "bpp": [0.2, 0.4], "psnr": [31.0, 33.0]
+        "model": "m", "curve": "c", "image": ["a", "b"], "bpp": [0.2, 0.4], "psnr": [31.0, 33.0],
+        "ms_ssim_db": [None, None],
     })  # fmt: skip
     files = [("WebP", "a", 0.1, 29.0), ("WebP", "a", 0.4, 33.0), ("AVIF", "a", 1.0, 40.0),
              ("AVIF", "a", 2.0, None), ("AVIF", "b", 1.0, 40.0)]  # fmt: skip
     codecs = pd.DataFrame(files, columns=["method", "image", "bpp", "psnr"])
     published = pd.DataFrame({"curve": "bpp", "bpp": [0.1, 0.9], "psnr": [30.0, 30.0]})
     table = equal_rate_table(points, codecs, published)
-    (row,) = table.to_dict("records")
-    assert (row["images"], row["bpp"], row["psnr"]) == (2, pytest.approx(0.3), 32)
+    row, unknown = table.to_dict("records")
+    assert unknown["quality"] == "ms_ssim_db" and math.isnan(unknown["lead over bpp"])
+    assert (row["images"], row["bpp"], row["dB"]) == (2, pytest.approx(0.3), 32)
     assert (row["images of WebP"], row["lead over WebP"]) == (1, pytest.approx(0))
     assert row["images of AVIF"] == 0
     assert (row["images of bpp"], row["lead over bpp"]) == (2, pytest.approx(2))
     heads, (cells,) = equal_rate_cells(table)
-    shown = dict(zip(heads[5:], cells[5:], strict=True))
+    shown = dict(zip(heads[6:], cells[6:], strict=True))
     assert shown == {"WebP": "31.00 (+0.00), 1 of 2 images", "AVIF": "", "bpp": "30.00 (+2.00)"}
     assert equal_rate_table(points, codecs.iloc[:0], pd.DataFrame()).empty
 
@@ -357,7 +366,8 @@ def _schedules(runs):
 
 def test_titles_of_details_have_two_lines():
     x = torch.rand(3, 20, 30)
-    details = [Detail(label, x, 0.5, 30.0, None) for label in ("original", "base", "a\nb $c$")]
+    side = {"bpp": 0.5, "psnr": 30.0, "ms_ssim_db": None}
+    details = [Detail(label, x, side) for label in ("original", "base", "a\nb $c$")]
     figure = plot_details("日\n.png", details)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[1:3] == ["base\n0.5000 bpp, 30.00 dB", "a\\nb \\$c\\$\n0.5000 bpp, 30.00 dB"]
@@ -430,7 +440,7 @@ def test_the_page_works_in_a_browser(compared, browser):
     first, *others = browser.find_elements("tag name", "table")
     assert len(others) == 2
     heads = [head.text for head in first.find_elements("tag name", "th")]
-    column = heads.index("loss")
+    column = heads.index("loss, mse")
 
     def losses():
         rows = first.find_elements("css selector", "tbody tr")
