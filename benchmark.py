@@ -5,6 +5,7 @@ python benchmark.py refine             # the plain published loop, ours, the con
 python benchmark.py training           # pre-training beside a plain CompressAI loop
 python benchmark.py loader             # beside a plain PIL loop; your tfrecords: --records FOLDER
 python benchmark.py codec              # coding and decoding of a picture; yours: --image FILE
+python benchmark.py objectives         # a step with each objective, and with a map
 python benchmark.py architectures      # each architecture: a step, and a file's coding and decoding
 python benchmark.py gpu                # checks and speed of a GPU, docs/gpu.md; make bench-gpu
 
@@ -35,6 +36,7 @@ from torch import Tensor
 from benchmarks.architectures import ARCHITECTURE_STEPS, CHANNELS, time_files, untrained
 from benchmarks.gpu import check_gpu
 from benchmarks.loaders import time_loaders
+from benchmarks.objectives import OBJECTIVE_STEPS
 from benchmarks.refinement_loops import REFINEMENTS
 from benchmarks.training_loops import TRAININGS
 from benchmarks.variant import Variant
@@ -50,8 +52,10 @@ from fast.pool import keep_pages
 from models import build_model, load_checkpoint
 
 BUNDLED_WEIGHTS = "example_files/weights/mean_scale_n64_lambda0.01.pth.tar"
-LOOPS = {"refine": REFINEMENTS, "training": TRAININGS, "architectures": ARCHITECTURE_STEPS}
+LOOPS = {"refine": REFINEMENTS, "training": TRAININGS, "objectives": OBJECTIVE_STEPS,
+         "architectures": ARCHITECTURE_STEPS}  # fmt: skip
 DEFAULT = ("refine", "training", "loader", "codec")  # `architectures` takes half an hour
+COMMANDS = (*DEFAULT, "objectives", "architectures", "gpu")
 
 
 @exits_with_one_line
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "gpu":
         return check_gpu(arguments.device, arguments.checkpoint, Path(arguments.json))
     parts = {"refine": time_refinement, "training": time_training, "loader": time_loaders,
-             "codec": time_codec, "architectures": time_architectures}  # fmt: skip
+             "codec": time_codec, "objectives": time_objectives,
+             "architectures": time_architectures}  # fmt: skip
     wanted = DEFAULT if arguments.command == "all" else (arguments.command,)
     chosen = {name: parts[name] for name in wanted}
     results: dict[str, Any] = {
@@ -87,8 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", default="all",
-        choices=("all", "refine", "training", "loader", "codec", "architectures", "gpu", "measure"),
-        metavar="{all,refine,training,loader,codec,architectures,gpu}")  # fmt: skip
+        choices=("all", *COMMANDS, "measure"), metavar=f"{{all,{','.join(COMMANDS)}}}")  # fmt: skip
     add("--rounds", type=int, default=3, help="how often each variant has its turn")
     add("--json", type=user_path,
         help="where figures go (none: results/benchmark.json, or results/gpu.json)")  # fmt: skip
@@ -137,6 +141,19 @@ def time_refinement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                   f"{arguments.rounds} rounds")  # fmt: skip
             print_figures(REFINEMENTS, figures, ("plain, pages kept", "floor", "floor, bfloat16"))
             rows.append({"images": images, "variants": figures})
+    return rows
+
+
+def time_objectives(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time a step with each objective in two settings; the figures, printed and returned."""
+    rows = []
+    for channels in (192, None):
+        figures = in_turns("objectives", list(OBJECTIVE_STEPS), channels, 1, arguments)
+        size = "x".join(map(str, figures["mse"]["size"]))
+        print(f"a step, {size}, N = {figures['mse']['N']}, {torch.get_num_threads()} threads "
+              f"({platform.machine()}), median of {arguments.rounds} rounds")  # fmt: skip
+        print_figures(OBJECTIVE_STEPS, figures, ("mse", "plain, ms-ssim"))
+        rows.append({"images": 1, "variants": figures})
     return rows
 
 

@@ -25,7 +25,8 @@ from benchmarks.gpu_bench import (
     relative_error,
 )
 from benchmarks.gpu_setting import AfterStep, Skipped, backend, photos, quietly
-from benchmarks.refinement_loops import plain_loss
+from benchmarks.objectives import MS_SSIM, with_ms_ssim
+from benchmarks.refinement_loops import plain_loss, weighted_mse
 from benchmarks.variant import LMBDA
 from coding.bitstream import read_bitstream
 from coding.coder import build_coder, decode_latents
@@ -53,6 +54,7 @@ class Finding(NamedTuple):
 
 # --- the checks -----------------------------------------------------------------------------------
 
+MSE = RateDistortion(LMBDA)
 Check = Callable[[Bench], Finding]
 CHECKS: dict[str, Check] = {}
 
@@ -99,21 +101,26 @@ def leaves(latents: Latents, like: Tensor) -> Latents:
 @check("gradients of the frozen layers, in tiles", tile=TILE, bound=1e-4)
 @check("gradients of the frozen layers, TF32 on", tf32="on", bound=0.03)
 @check("gradients of the frozen layers, TF32 off", bound=1e-4)
+@check("gradients of the frozen layers for MS-SSIM", bound=1e-3, objective=MS_SSIM)
 def frozen_gradients(
     bench: Bench,
     bound: float,
     tile: int | None = None,
     precision: torch.dtype = torch.float32,
+    objective: RateDistortion = MSE,
 ) -> Finding:
     """The gradient to the latents, beside CompressAI's layers by autograd in float64."""
-    x = bench.x.to(bench.device).contiguous(memory_format=torch.channels_last)
+    height, width = bench.scale.size
+    pictures = bench.x if objective is MSE else photos(1, max(height, 192), max(width, 192))
+    x = pictures.to(bench.device).contiguous(memory_format=torch.channels_last)
     model = bench.short(bench.device).model
     latents = leaves(model.analyze(x), x)
-    problem = Problem(model, x, RateDistortion(LMBDA), tile, precision)
+    problem = Problem(model, x, objective, tile, precision)
     ours = torch.autograd.grad(problem.relaxed(latents, shifted).loss.mean(), [*latents.values()])
-    exact_x = bench.x.double()
+    exact_x = pictures.double()
     exact = leaves(latents, exact_x)
-    loss = plain_loss(bench.exact.network, exact_x, exact, shifted, shifted)
+    plain = weighted_mse if objective is MSE else with_ms_ssim
+    loss = plain_loss(bench.exact.network, exact_x, exact, shifted, shifted, plain)
     expected = torch.autograd.grad(loss, [*exact.values()])
     worst = max(map(relative_error, ours, expected))
     return Finding(worst, bound, "of the gradient's norm")

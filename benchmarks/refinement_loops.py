@@ -18,17 +18,23 @@ from objectives import Problem, RateDistortion
 from refinement.batch import ImageNoise
 
 
+def weighted_mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    """lambda * 255^2 * MSE (arXiv 2401.17789).
+
+    This repeats the formula on purpose: a benchmark must not share code with `objectives`.
+    """
+    return MSE_WEIGHT * F.mse_loss(x_hat, x)
+
+
 def plain_loss(
     network: CompressionModel,
     x: Tensor,
     latents: Latents,
     round_y: Callable[[Tensor], Tensor],
     round_z: Callable[[Tensor], Tensor],
+    weighted_distortion: Callable[[Tensor, Tensor], Tensor] = weighted_mse,
 ) -> Tensor:
-    """bpp + lambda * 255^2 * MSE (arXiv 2401.17789), averaged over images, by CompressAI's modules.
-
-    This repeats the formula on purpose: a benchmark must not share code with `objectives`.
-    """
+    """bpp + a weighted distortion of x_hat and x, averaged over images, by CompressAI's modules."""
     medians = network.entropy_bottleneck.quantiles[:, 0, 1].detach().view(1, -1, 1, 1)
     z_hat = round_z(latents["z"] - medians) + medians
     scales, means = network.h_s(z_hat).chunk(2, 1)
@@ -38,8 +44,7 @@ def plain_loss(
     p_z = bottleneck.likelihood_lower_bound(bottleneck._likelihood(z_by_channel)[0])
     p_y = conditional.likelihood_lower_bound(conditional._likelihood(y_hat, scales, means))
     bits = -p_z.log2().sum() - p_y.log2().sum()
-    mse = F.mse_loss(network.g_s(y_hat), x)
-    return bits / (x.numel() / 3) + MSE_WEIGHT * mse
+    return bits / (x.numel() / 3) + weighted_distortion(network.g_s(y_hat), x)
 
 
 def plain_round(v: Tensor, tau: float) -> Tensor:
@@ -56,7 +61,11 @@ def plain_round(v: Tensor, tau: float) -> Tensor:
     return (sampler.rsample() * candidates).sum(dim=-1)
 
 
-def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
+def plain_step(
+    model: Architecture,
+    x: Tensor,
+    weighted_distortion: Callable[[Tensor, Tensor], Tensor] = weighted_mse,
+) -> Callable[[], Any]:
     """The published loop, written simply.
 
     The decoder's weights get gradients that are never used. Each step ends with an evaluation.
@@ -71,22 +80,28 @@ def plain_step(model: Architecture, x: Tensor) -> Callable[[], Any]:
     def step() -> tuple[float, float]:
         optimizer.zero_grad()
         relaxed = partial(plain_round, tau=SCHEDULE(100))
-        loss = plain_loss(network, x, latents, relaxed, relaxed)
+        loss = plain_loss(network, x, latents, relaxed, relaxed, weighted_distortion)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            true_loss = plain_loss(network, x, latents, torch.round, torch.round)
+            rounds = torch.round, torch.round
+            true_loss = plain_loss(network, x, latents, *rounds, weighted_distortion)
         return loss.item(), true_loss.item()
 
     return step
 
 
 def our_step(
-    model: Architecture, x: Tensor, precision: torch.dtype = torch.float32
+    model: Architecture,
+    x: Tensor,
+    precision: torch.dtype = torch.float32,
+    objective: RateDistortion | None = None,
+    weights: Tensor | None = None,
 ) -> Callable[[], Any]:
     """The step of `train_flexible_inference.refine`, without its evaluations every 50 steps."""
     x = x.contiguous(memory_format=torch.channels_last)
-    problem = Problem(freeze(model), x, RateDistortion(LMBDA), precision=precision)
+    objective = objective or RateDistortion(LMBDA)
+    problem = Problem(freeze(model), x, objective, precision=precision, weights=weights)
     latents = {name: v.clone().requires_grad_() for name, v in problem.model.analyze(x).items()}
     optimizer = torch.optim.Adam(latents.values(), lr=0.005, fused=True)
     rounding = build_rounding(*METHOD, temperature=SCHEDULE)

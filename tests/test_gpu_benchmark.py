@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 def without_plots(monkeypatch):
     """No test here reads the plot of a training."""
     plot = SimpleNamespace(savefig=lambda path: path.touch())
-    monkeypatch.setattr("pretraining.run.plot_training", lambda rows: plot)
+    monkeypatch.setattr("pretraining.run.plot_training", lambda rows, objective: plot)
 
 
 @pytest.fixture
@@ -126,6 +126,10 @@ def _wrong_bfloat16(monkeypatch):
     monkeypatch.setattr(UpsamplingKernel, "forward", forward)
 
 
+def _wider_windows(monkeypatch):
+    monkeypatch.setattr("fast.structural.SIGMA", 1.6)
+
+
 def _tiles_that_see_too_little(monkeypatch):
     monkeypatch.setattr("architectures.MeanScale.halo", 1)
 
@@ -181,6 +185,7 @@ def _a_value_is_read(monkeypatch):
 FAULTS = {
     "refinement of two photos, beside the CPU, TF32 off": _wrong_gdn,
     "gradients of the frozen layers, TF32 off": _wrong_gradient,
+    "gradients of the frozen layers for MS-SSIM": _wider_windows,
     "gradients of the frozen layers, in tiles": _tiles_that_see_too_little,
     "gradients of the frozen layers, in bfloat16": _wrong_bfloat16,
     "gradients of the training layers": _wrong_gdn,
