@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from objectives import RateDistortion
+from config import RefineConfig, Target
+from objectives import DISTORTIONS, Problem, RateDistortion
 from passes import problem_of, to_optimise, true_terms
 
 
@@ -63,3 +64,37 @@ def test_a_problem_at_another_lambda_and_of_each_image(small):
         alone = own.true({name: v[index : index + 1] for name, v in latents.items()})
         assert (own.size, own.pixels, own.tile) == ((64, 64), 4096, 2)
         torch.testing.assert_close(alone.loss[0], terms.loss[index], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mse_that_is_registered_is_that_of_the_fused_path(small, weighted):
+    x = torch.rand(2, 3, 70, 40)
+    weights = torch.rand(2, 1, 70, 40) if weighted else None
+    walk = small.round(small.analyze(x), torch.round, (70, 40))
+    with torch.no_grad():
+        problem = Problem(small, x, RateDistortion(0.01), weights=weights)
+        fused, x_hat = problem.distortion(walk.y_hat)
+    squares = (x_hat - x).double().square() * (1 if weights is None else weights)
+    expected = squares.mean((1, 2, 3))
+    torch.testing.assert_close(fused.double(), expected, rtol=1e-5, atol=0)
+    registered = DISTORTIONS["mse"].of(x_hat, x, weights).double()
+    torch.testing.assert_close(registered, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("train_lambda", "objective", "usual"), [
+    (0.02, "mse", 0.02), (8.73, "ms-ssim", 8.73), (0.02, "ms-ssim", 13.0), (8.73, "mse", 0.01),
+])  # fmt: skip
+def test_a_target_is_searched_about_a_lambda_of_the_same_loss(
+    config_values, train_lambda, objective, usual
+):
+    config_values["dev_options"]["inference_lambda"] = 13.0 if objective == "ms-ssim" else 0.01
+    config = RefineConfig.model_validate(
+        config_values | {"train_lambda": train_lambda, "objective": objective, "target_psnr": 30.0}
+    )
+    assert config.usual_lambda == usual
+    assert config.target.in_words(30) == "30.00 dB"
+
+
+def test_a_target_says_what_it_is():
+    assert Target("ms_ssim_db", 15).in_words(15.002) == "MS-SSIM 15.00 dB"
+    assert Target("bpp", 0.3).in_words(0.31) == "0.3100 bpp"

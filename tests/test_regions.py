@@ -1,6 +1,7 @@
 """Maps that say where distortion counts more: found by name, resampled, cropped, detected."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -431,3 +432,13 @@ def test_workers_detect_as_the_main_process_does(photos):
     here = {image.name: image.region for image in files.load(files.names)}
     for image in files.load(files.names, num_workers=2):
         assert torch.equal(image.region, here[image.name])
+
+
+@pytest.mark.parametrize("part", ["saliency", "data"])
+def test_another_opencv_is_refused_before_a_run(monkeypatch, part):
+    """As opencv-python has no saliency, and packages of distributions have no cascades."""
+    lacking = types.SimpleNamespace(saliency=1, data=1, setNumThreads=lambda number: None)
+    delattr(lacking, part)
+    monkeypatch.setattr(detector, "import_package", lambda *_: lacking)
+    with pytest.raises(InputError, match=f"--roi auto: this cv2 has no {part}: install opencv-con"):
+        open_maps("auto", ["a.png"], "key")

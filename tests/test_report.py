@@ -453,3 +453,26 @@ def test_the_page_works_in_a_browser(compared, browser):
     browser.execute_script("arguments[0].click()", button)
     assert losses() == sorted(unsorted, reverse=True)
     assert browser.get_log("browser") == []
+
+
+def test_a_picture_without_ms_ssim_is_in_no_mean_of_it(compared):
+    """Rates and qualities of a curve are of the same images, for each quality."""
+    config, _ = compared
+    rows = [
+        {"method": method, "model": model.label, "image": image, "seed": 0, "true_loss": 1.0,
+         "bpp": scale * (0.1 * number + (image == "small")), "psnr": 30.0 + number,
+         "ms_ssim_db": math.nan if image == "small" else 12.0 + number}
+        for method, scale in (("base", 1.0), ("polished", 0.5))
+        for number, model in enumerate(config.models, start=1) for image in ("large", "small")
+    ]  # fmt: skip
+    points = curve_points(pd.DataFrame(rows), config)
+    bd = bd_table(points, config).set_index(["quality", "image"])
+    assert set(bd.loc["ms_ssim_db"].index) == {"large", "(mean curve)"}
+    assert bd.loc["ms_ssim_db", "bd_rate_akima"].tolist() == pytest.approx([-50, -50])
+    published = pd.DataFrame({"curve": "others", "bpp": [0.01, 2.0], "psnr": [20.0, 40.0],
+                              "ms_ssim_db": [10.0, 20.0]})  # fmt: skip
+    beside = equal_rate_table(points, pd.DataFrame(), published)
+    own = beside[(beside["quality"] == "ms_ssim_db") & (beside["curve"] == "base")]
+    assert list(own["images"]) == [1] * len(own)
+    assert list(own["bpp"]) == pytest.approx([0.1 * n for n in range(1, len(own) + 1)])
+    assert list(own["dB"]) == pytest.approx([12.0 + n for n in range(1, len(own) + 1)])
