@@ -206,12 +206,14 @@ def _equal_rate_section(table: pd.DataFrame) -> str:
 
 
 def _bd_section(bd: pd.DataFrame, anchor: str) -> str:
-    """The table of Bjontegaard deltas, one row for each curve; "" if there are none."""
+    """The table of Bjontegaard deltas, one row for each curve and quality; "" if none is known."""
+    if "bd_rate_akima" not in bd or bd["bd_rate_akima"].isna().all():
+        return ""
     heads = ["curve", "quality", "anchor", "images", "BD-rate, mean curve (Akima)", "(PCHIP)",
              "BD-dB, mean curve (Akima)", "points", "overlap", "BD-rate, mean over images",
              "no number, for"]  # fmt: skip
     rows = []
-    curves = bd.groupby(["curve", "quality"], sort=False) if len(bd) else ()
+    curves = bd.groupby(["curve", "quality"], sort=False)
     for (curve, quality), own in curves:
         bd_of = own.reindex(columns=["bd_rate_akima", "bd_rate_pchip", "bd_db_akima", "reason",
                                      "points", "overlap", "image", "anchor"])  # fmt: skip
