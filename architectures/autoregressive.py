@@ -40,13 +40,14 @@ class ContextGaussians(NamedTuple):
     """One Gaussian for each symbol, which depends on the symbols around that come before it.
 
     params: what h_s predicts, [B, C, h, w]. context_prediction: a masked 5x5 convolution.
-    entropy_parameters: layers that work on each position alone.
+    entropy_parameters: layers that work on each position alone. step: that of the lattice.
     """
 
     conditional: GaussianConditional
     params: Tensor
     context_prediction: nn.Module
     entropy_parameters: nn.Module
+    step: float = 1.0
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
         """p(v_hat), [B, M, h, w] in [1e-9, 1], of all symbols at once."""
@@ -60,7 +61,7 @@ class ContextGaussians(NamedTuple):
     def _gaussians(self, v_hat: Tensor) -> Gaussians:
         context = self.context_prediction(v_hat)
         scales, means = self.entropy_parameters(torch.cat((self.params, context), 1)).chunk(2, 1)
-        return Gaussians(self.conditional, scales, means)
+        return Gaussians(self.conditional, scales, means, self.step)
 
     @torch.no_grad()
     def in_turn(self, shape: Shape, symbols_at: SymbolsAt) -> Tensor:
@@ -70,6 +71,7 @@ class ContextGaussians(NamedTuple):
         """
         _, channels, height, width = shape
         kernel, bias = _context_matrix(self.context_prediction)  # [12 M, C], [C]
+        kernel = self.step * kernel  # the context is that of y_hat, which is step times the symbols
         params = self.params[0].permute(1, 2, 0)  # [h, w, C]
         rows_around = height + REACH, width + 2 * REACH
         known = params.new_zeros(*rows_around, channels)  # with zeros around the picture
@@ -86,8 +88,8 @@ class ContextGaussians(NamedTuple):
             context = table[places[:, None] + steps].flatten(1) @ kernel + bias  # [n, C]
             both = torch.cat((params[rows, columns], context), 1).t()[None, :, :, None]
             scales, means = self.entropy_parameters(both)[0, :, :, 0].t().chunk(2, 1)  # [n, M]
-            scales = self.conditional.lower_bound_scale(scales)
-            symbols = symbols_at(rows * width + columns, scales, means)
+            scales = self.conditional.lower_bound_scale(scales / self.step)
+            symbols = symbols_at(rows * width + columns, scales, means / self.step)
             table[places] = symbols.to(table.dtype)
         return known[REACH:, REACH:-REACH].permute(2, 0, 1)[None].int()
 
@@ -133,9 +135,9 @@ class Autoregressive(Hyperprior):
         params = self.hyper_params(size, value_of)
         gaussians = ContextGaussians(
             network.gaussian_conditional, params, network.context_prediction,
-            network.entropy_parameters,
+            network.entropy_parameters, self.lattice,
         )  # fmt: skip
-        return value_of(Group("y", params.new_zeros(1), gaussians))
+        return value_of(Group("y", params.new_zeros(1), gaussians, step=self.lattice))
 
 
 @architecture("cheng2020-anchor")

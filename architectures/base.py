@@ -7,6 +7,7 @@ refinement, coding and training need. x is [B, 3, H, W] in [0, 1]. Latents are a
 
 import copy
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -38,6 +39,7 @@ from common.compressai import (
 )
 from common.errors import InputError
 from fast.freezing import has_fused_end
+from fast.last_layer import LastLayer, last_layer_of, with_last_layer
 from fast.tiles import ENCODER_TILE, STRIDE, in_tiles, tiled_picture
 from metrics import squared_error
 
@@ -68,6 +70,13 @@ class Architecture(ABC):
     whether several images can be refined together. polishes: whether polish can move its symbols.
     one_width: whether M is N, and the constructor takes N alone. given_as: how a config names a
     class of the user's, `path/to/file.py:Class`; "" for a registered family.
+
+    scales_lattice: whether y's lattice can have another step than 1. A class of the user's sets it
+    to True if its walk gives `self.lattice` to each `Group` of the last latent, as its `step`, and
+    to that group's distribution, as in `Gaussians(conditional, scales, means, self.lattice)`.
+    keeps_lattice: why it cannot, as messages say it. lattice: the step of y's lattice, the distance
+    of its points; `with_lattice` changes it. find_directions: gives the `Directions` of the last
+    layer that belong to these weights; None: there are none.
     """
 
     name: ClassVar[str]
@@ -79,6 +88,10 @@ class Architecture(ABC):
     batches: ClassVar[bool] = True
     polishes: ClassVar[bool] = True
     one_width: ClassVar[bool] = False
+    scales_lattice: ClassVar[bool] = False
+    keeps_lattice: ClassVar[str] = "does not set scales_lattice (architectures/base.py)"
+    lattice: float = 1.0
+    find_directions: Callable[[], Any] | None = None
 
     def __init__(self, network: CompressionModel):
         self.network = network
@@ -179,11 +192,7 @@ class Architecture(ABC):
         Raises:
             InputError: they cannot; the message says why.
         """
-        if not self.given_as:
-            return
-        shapes = self.latent_shapes(SMALL_SIZE)
-        zeros = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for group in self.place(zeros, SMALL_SIZE).groups:
+        for group in self._own_groups():
             if not isinstance(group.distribution, TableDistribution | TurnDistribution):
                 raise InputError(
                     f"architecture {self.given_as}: its latent {group.name} has the distribution "
@@ -192,8 +201,10 @@ class Architecture(ABC):
                 )
 
     def copy_of(self, network: Any) -> Self:
-        """The same model around a changed copy of its network."""
-        return type(self)(network)
+        """The same model around a changed copy of its network; its lattice stays as it is."""
+        copied = type(self)(network)
+        copied.lattice, copied.find_directions = self.lattice, self.find_directions
+        return copied
 
     # --- derived from the methods above -----------------------------------------------------------
 
@@ -229,6 +240,61 @@ class Architecture(ABC):
         """Compute the coding tables that the checkpoint does not hold, as CompressAI does."""
         tables = (getattr(part, "scale_table", ()) for part in self.table_models)
         self.network.update(next((table for table in tables if len(table)), None))
+
+    def with_lattice(self, step: float) -> Self:
+        """The same model and network, where the points of y's lattice are `step` apart.
+
+        y_hat = centre + step * integers. A larger step than 1 costs fewer bits, and gives a worse
+        picture. A file decodes only with exactly the step that it was written with.
+
+        Raises:
+            InputError: the step is no positive number, or the family has no other lattice.
+        """
+        if not 0 < step < math.inf:
+            raise InputError(f"lattice: the step must be a number above 0, not {step}")
+        model = copy.copy(self)
+        model.lattice = float(step)
+        if step != 1:
+            model._check_lattice()
+        return model
+
+    def _check_lattice(self) -> None:
+        """Refuse a family without another lattice, and a user's class whose walk ignores it."""
+        label = label_of(type(self))
+        if not self.scales_lattice:
+            raise InputError(
+                f"lattice: {label} {self.keeps_lattice}, so its lattice cannot be coarser"
+            )
+        groups = self._own_groups()
+        for group in groups:
+            step = self.lattice if group.name == groups[-1].name else 1.0
+            if not group.step == getattr(group.distribution, "step", 1.0) == step:
+                raise InputError(
+                    f"lattice: {label} has scales_lattice, so its walk must give step=self.lattice "
+                    f"to the groups of {groups[-1].name} and to their distributions, and to no "
+                    "others"
+                )
+
+    @torch.no_grad()
+    def _own_groups(self) -> tuple[Group, ...]:
+        """The groups of a small picture, if the class is the user's; else ()."""
+        if not self.given_as:
+            return ()
+        shapes = self.latent_shapes(SMALL_SIZE)
+        zeros = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+        return self.place(zeros, SMALL_SIZE).groups
+
+    def with_last_layer(self, last: LastLayer) -> Self:
+        """The same model with another last layer of g_s; they share all else.
+
+        Raises:
+            ValueError: g_s does not end with a transposed convolution.
+        """
+        if last_layer_of(getattr(self.network, "g_s", None)) is None:
+            raise ValueError("g_s does not end with a transposed convolution")
+        network = copy.copy(self.network)
+        network._modules = {**self.network._modules, "g_s": with_last_layer(network.g_s, last)}
+        return self.copy_of(network)
 
     @torch.no_grad()
     def analyze(self, x: Tensor, tile: int = ENCODER_TILE) -> Latents:
@@ -272,10 +338,13 @@ class Architecture(ABC):
 
     @torch.no_grad()
     def symbols(self, latents: Latents, size: tuple[int, int]) -> Latents:
-        """The integers that an entropy coder codes, int32: round(latent - centre of its group)."""
+        """The integers that an entropy coder codes, int32: those next to the latents.
+
+        They are round((latent - centre) / step), with centre and step of the symbol's group.
+        """
         walk = self.round(latents, torch.round, size)
         symbols = walk.whole(tuple(
-            (group.part.of(latents[group.name]) - group.centre).round().int()
+            group.in_steps(group.part.of(latents[group.name])).round().int()
             for group in walk.groups
         ))  # fmt: skip
         return {name: symbols[name] for name in latents}

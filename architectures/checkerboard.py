@@ -57,7 +57,7 @@ class Checkerboard(Hyperprior):
             self.groups, self.codecs(params, known), strict=True
         ):
             part = slice(start, start + channels)
-            known.append(two_passes(codec, group_params, part, value_of))
+            known.append(two_passes(codec, group_params, part, value_of, self.lattice))
             start += channels
         return torch.cat(known, dim=1)
 
@@ -72,29 +72,34 @@ class Checkerboard(Hyperprior):
 
 
 def two_passes(
-    codec: CheckerboardLatentCodec, params: Tensor, channels: slice, value_of: ValueOf
+    codec: CheckerboardLatentCodec,
+    params: Tensor,
+    channels: slice,
+    value_of: ValueOf,
+    step: float = 1.0,
 ) -> Tensor:
     """The values [B, c, h, w] of a group of channels: first the anchors, then the others.
 
     `entropy_parameters` works on each position alone, so it only sees the positions of a pass.
+    `step` is that of the lattice.
     """
     height, width = params.shape[2:]
     positions = checkerboard(height, width, params.device)
     shape = (len(params), channels.stop - channels.start, height, width)
     values: list[Tensor] = []
-    for step, chosen in enumerate(positions):
+    for index, chosen in enumerate(positions):
         if not len(chosen):  # a y of one position has anchors only
             continue
         here = Part(positions=chosen).of(params)  # [B, C, 1, n]
-        if step == 0:
+        if index == 0:
             context = here.new_zeros(1).expand(len(here), 2 * shape[1], *here.shape[2:])
         else:
             blank = values[0].new_zeros(*values[0].shape[:3], len(chosen))
             anchors = merged((values[0], blank), positions, shape)
             context = Part(positions=chosen).of(codec.context_prediction(anchors))
         scales, means = codec.y._chunk(codec.entropy_parameters(codec.merge(context, here)))
-        gaussians = Gaussians(codec.y.gaussian_conditional, scales, means)
-        values.append(value_of(Group("y", means, gaussians, Part(channels, chosen))))
+        gaussians = Gaussians(codec.y.gaussian_conditional, scales, means, step)
+        values.append(value_of(Group("y", means, gaussians, Part(channels, chosen), step)))
     return merged(tuple(values), positions[: len(values)], shape)
 
 

@@ -50,19 +50,26 @@ class FactorizedPrior(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """One Gaussian for each symbol, convolved with a unit box (arXiv 1802.01436).
+    """One Gaussian for each symbol, convolved with a box of width `step` (arXiv 1802.01436).
 
-    scales, means: [B, M, h, w]. Scales below the model's bound, 0.11, are raised to it.
+    In units of steps this is a Gaussian of scale `scales` / `step`, convolved with a unit box.
+
+    scales, means: [B, M, h, w]. step: that of the lattice. Scales below the model's bound, 0.11
+    steps, are raised to it.
     """
 
     coder: GaussianConditional
     scales: Tensor
     means: Tensor
+    step: float = 1.0
 
     def likelihood(self, v_hat: Tensor) -> Tensor:
         """p(v_hat), [B, M, h, w] in [1e-9, 1]. Half precision is raised to float32."""
         v_hat, scales, means = map(at_least_float32, (v_hat, self.scales, self.means))
-        p = self.coder._likelihood(v_hat, scales, means)
+        if self.step == 1:
+            p = self.coder._likelihood(v_hat, scales, means)
+        else:
+            p = self.coder._likelihood((v_hat - means) / self.step, scales / self.step)
         return self.coder.likelihood_lower_bound(p)
 
     def fixed_at(self, v_hat: Tensor) -> Self:
@@ -71,7 +78,8 @@ class Gaussians(NamedTuple):
 
     def indexes(self, shape: Shape) -> Tensor:
         """The table of each symbol, int32 [B, M, h, w]: that of the next larger scale."""
-        return self.coder.build_indexes(self.scales)
+        scales = self.scales if self.step == 1 else at_least_float32(self.scales) / self.step
+        return self.coder.build_indexes(scales)
 
 
 class CoderScales(nn.Module):

@@ -28,6 +28,7 @@ class Factorized(Architecture):
     zoo = MappingProxyType({"bmshj2018-factorized": (bmshj2018_factorized, 8)})
     exact_parts = ()
     halo = 2
+    keeps_lattice = "has no scales"
 
     def latent_shapes(self, size: tuple[int, int]) -> dict[str, Shape]:
         """See `Architecture`."""

@@ -117,6 +117,7 @@ class Forwarded(Architecture):
 
     batches: ClassVar[bool] = False
     polishes: ClassVar[bool] = False
+    keeps_lattice: ClassVar[str] = "is refined by its own forward"
 
     def __init__(self, network: CompressionModel):
         super().__init__(network.eval())

@@ -29,6 +29,8 @@ class Hyperprior(Architecture):
     networks are those of CompressAI's hyperpriors; a family with other names replaces `hyper`.
     """
 
+    scales_lattice = True
+
     @property
     def hyper(self) -> Any:
         """What has the networks h_a and h_s and the entropy bottleneck."""
@@ -81,8 +83,8 @@ class MeanScale(Hyperprior):
     def walk(self, size: tuple[int, int], value_of: ValueOf) -> Tensor:
         """See `Architecture`."""
         scales, means = self.hyper_params(size, value_of).chunk(2, dim=1)  # [B, M, h, w]
-        gaussians = Gaussians(self.network.gaussian_conditional, scales, means)
-        return value_of(Group("y", means, gaussians))
+        gaussians = Gaussians(self.network.gaussian_conditional, scales, means, self.lattice)
+        return value_of(Group("y", means, gaussians, step=self.lattice))
 
 
 @architecture("bmshj2018-hyperprior")
@@ -111,8 +113,8 @@ class Scale(Hyperprior):
         """See `Architecture`."""
         scales = self.hyper_params(size, value_of)  # [B, M, h, w]
         zeros = torch.zeros_like(scales)
-        gaussians = Gaussians(self.network.gaussian_conditional, scales, zeros)
-        return value_of(Group("y", zeros, gaussians))
+        gaussians = Gaussians(self.network.gaussian_conditional, scales, zeros, self.lattice)
+        return value_of(Group("y", zeros, gaussians, step=self.lattice))
 
 
 def _has_one_scale(weights: Mapping[str, Tensor]) -> bool:

@@ -4,6 +4,7 @@ The model of a small picture is encoded, walked and decoded as refinement and fi
 class that breaks a rule of `Architecture`, or whose code fails, is refused with one line.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -252,6 +253,8 @@ def _check_group(group: Group, shapes: Mapping[str, Shape]) -> None:
         raise Fault(f"the part of {group.name} must be a Part, not {_kind(group.part)}")
     if not isinstance(group.centre, Tensor):
         raise Fault(f"the centre of {group.name} must be a Tensor, not {_kind(group.centre)}")
+    if not (isinstance(group.step, int | float) and 0 < group.step < math.inf):
+        raise Fault(f"the step of {group.name} must be a number above 0, not {group.step!r}")
     shape = group.part.shape_in(shapes[group.name])
     try:
         fits = torch.broadcast_shapes(group.centre.shape, shape) == shape

@@ -101,14 +101,30 @@ WHOLE = Part()
 class Group(NamedTuple):
     """Symbols that are coded together.
 
-    name: the name of the latent. centre: the offset of the lattice, which is the integers plus
-    `centre`; its shape broadcasts to the part's values. part: which symbols of the latent.
+    name: the name of the latent. centre: the offset of the lattice, which is `step` times the
+    integers plus `centre`; its shape broadcasts to the part's values. distribution: of the values;
+    it has an attribute `step` too if that is not 1. part: which symbols of the latent. step: the
+    distance of two points of the lattice.
     """
 
     name: str
     centre: Tensor
     distribution: Distribution
     part: Part = WHOLE
+    step: float = 1.0
+
+    def in_steps(self, v: Tensor) -> Tensor:
+        """The part's values in steps from the centre, shaped as v, not rounded."""
+        centred = v - self.centre
+        return centred if self.step == 1 else centred / self.step
+
+    def on_lattice(self, symbols: Tensor) -> Tensor:
+        """The part's values of integers, or of their relaxation; inverts `in_steps`."""
+        if self.step == 1:
+            return symbols + self.centre
+        # float32 is too coarse for the integers of a float64 centre
+        exact = symbols.to(torch.result_type(symbols, self.centre))
+        return exact * self.step + self.centre
 
 
 ValueOf = Callable[[Group], Tensor]
@@ -169,12 +185,12 @@ def rounded(latents: Latents, rounding: Rounding) -> ValueOf:
     Args:
         rounding: rounds a centred latent, whose lattice is the integers, and keeps its shape.
     """
-    return lambda g: rounding(g.part.of(latents[g.name]) - g.centre) + g.centre
+    return lambda g: g.on_lattice(rounding(g.in_steps(g.part.of(latents[g.name]))))
 
 
 def placed(symbols: Mapping[str, Tensor]) -> ValueOf:
-    """A `value_of` that puts known integers on each group's lattice: symbols + centre."""
-    return lambda group: group.part.of(symbols[group.name]) + group.centre
+    """A `value_of` that puts known integers on each group's lattice: step * symbols + centre."""
+    return lambda group: group.on_lattice(group.part.of(symbols[group.name]))
 
 
 def checkerboard(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

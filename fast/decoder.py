@@ -6,7 +6,7 @@ Nothing is approximated: results differ from CompressAI's by float rounding only
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,18 @@ class ToPicture(nn.Module):
             [B, C', H, W], which has no gradient.
         """
         return _SquaredError.apply(v, target, corner, weights, self)
+
+    def input_of_last_layer(self, v: Tensor) -> Tensor:
+        """What the last layer gets for v [B, C, h, w]: [B, C, 2 h, 2 w], without a gradient."""
+        x = self.upsampling(v).contiguous(memory_format=torch.channels_last)
+        normal = torch.empty_like(x)
+        normalise(rows_in(x), self.beta, self.gamma, True, None, rows_in(normal))
+        return normal
+
+    def with_last_layer(self, weight: Tensor, bias: Tensor) -> Self:
+        """The same layers, but for the last one: weight [C, C', 5, 5], bias [C']."""
+        stage = type(self)(self.upsampling, self.beta, self.gamma, weight, bias)
+        return stage.to(memory_format=torch.channels_last)
 
     def _begin(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer's result [B, C, 2 h, 2 w] and an empty picture, both channels-last."""

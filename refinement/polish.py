@@ -97,7 +97,7 @@ def first_integers(walk: Walk, latents: Latents) -> Tensor:
     """The integers of the walk's last latent, [B, M, h, w] as floats."""
     name = walk.groups[-1].name
     return walk.whole(tuple(
-        torch.round(group.part.of(latents[name]) - group.centre) if group.name == name else value
+        torch.round(group.in_steps(group.part.of(latents[name]))) if group.name == name else value
         for group, value in zip(walk.groups, walk.group_values, strict=True)
     ))[name]  # fmt: skip
 
@@ -108,9 +108,15 @@ def _walk_with(problem: Problem, walk: Walk, y: Tensor) -> Walk:
 
     def value_of(group: Group) -> Tensor:
         value = next(kept)
-        return group.part.of(y) + group.centre if group.name == name else value
+        return group.on_lattice(group.part.of(y)) if group.name == name else value
 
     return problem.model.visit(problem.size, value_of)
+
+
+def _values_of(moved: Sequence[tuple[Group, Tensor]], y: Tensor) -> list[Tensor]:
+    """The values of the groups of integers y, on lattices that y does not move."""
+    fixed = [group._replace(centre=group.centre.detach()) for group, _ in moved]
+    return [group.on_lattice(group.part.of(y)) for group in fixed]
 
 
 def _point_of(problem: Problem, rounded_walk: Walk, y: Tensor) -> Point:
@@ -127,8 +133,8 @@ def _point_of(problem: Problem, rounded_walk: Walk, y: Tensor) -> Point:
 
     def rate_of(y: Tensor) -> Tensor:
         rates = iter([
-            -distribution.likelihood(group.part.of(y) + group.centre.detach()).log2()
-            for (group, _), distribution in zip(moved, fixed, strict=True)
+            -distribution.likelihood(value).log2()
+            for value, distribution in zip(_values_of(moved, y), fixed, strict=True)
         ])  # fmt: skip
         name = walk.groups[-1].name
         return walk.whole(tuple(
@@ -140,7 +146,9 @@ def _point_of(problem: Problem, rounded_walk: Walk, y: Tensor) -> Point:
     error, x_hat, gradient = _error_and_gradient(problem, walk.y_hat)
     gradient = weight * gradient
     alone = len(moved) == 1 and fixed[0] is moved[0][0].distribution
-    if not alone:
+    if alone:
+        gradient = moved[0][0].step * gradient
+    else:
         gradient = _gradient_through(walk, moved, fixed, y, gradient)
     y = y.detach()
     rate = rate_of(y)
@@ -167,7 +175,7 @@ def _gradient_through(
             [walk.y_hat, *bits], y, [to_y_hat, *map(torch.ones_like, bits)]
         )
         own = y.detach().requires_grad_()
-        values = [group.part.of(own) + group.centre.detach() for group, _ in moved]
+        values = _values_of(moved, own)
         own_bits = [-distribution.likelihood(value).log2().sum()
                     for distribution, value in zip(fixed, values, strict=True)]  # fmt: skip
         return through - torch.autograd.grad(own_bits, own)[0]
@@ -204,21 +212,22 @@ def _error_and_gradient(
 
 
 def _curvature(problem: Problem, point: Point, generator: Generator | None) -> Tensor:
-    """Half the second derivative of the squared error to each element of y, shaped as y.
+    """Half the second derivative of the squared error to each integer of y, shaped as y.
 
     We ignore the curvature of g_s itself, and that a symbol may move the lattices of others. Then
-    it is the squared norm of J, the derivative of x_hat to the element. This norm is the mean of
+    it is the squared norm of J, the derivative of x_hat to the integer. This norm is the mean of
     (J^T r)^2 over noise r of unit variance. J^T r is half the gradient for the target x_hat - r.
     With weights of pixels, they are the variance of r, and the error is without them. Few draws
     give a noisy mean, so it is shrunk towards the product of its channel's and its position's mean.
     """
     total, unweighted = torch.zeros_like(point.y), replace(problem, weights=None)
+    step = point.walk.groups[-1].step
     for _ in range(PROBES):
         noise = torch.empty_like(point.x_hat).normal_(generator=generator)
         if problem.weights is not None:
             noise *= problem.weights.sqrt()
         gradient = _error_and_gradient(unweighted, point.walk.y_hat, point.x_hat - noise)[2]
-        total += (gradient / 2).square()
+        total += (step * gradient / 2).square()
     drawn = total / PROBES
     of_channel, of_position = drawn.mean((2, 3), keepdim=True), drawn.mean(1, keepdim=True)
     mean = drawn.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
@@ -229,7 +238,7 @@ def _curvature(problem: Problem, point: Point, generator: Generator | None) -> T
 
 
 def polish_batch(
-    problem: Problem,
+    problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
     config: RefineConfig,
     noise: ImageNoise,
@@ -242,10 +251,10 @@ def polish_batch(
     is not polished.
 
     Args:
+        problems: one for each image.
         pace: the pace of the descent before.
         progress: called after each pass with two mean true losses, both the same.
     """
-    problems = list(problem.images())
     remaining = [index for index, one in enumerate(trajectories) if not one.stopped]
     for polished, index in enumerate(remaining):
         image_problem, trajectory = problems[index], trajectories[index]
@@ -259,7 +268,7 @@ def polish_batch(
         mean_loss = fmean(trajectories[index].lowest_loss for index in remaining)
 
         def on_pass(gain: Tensor, mean_loss: float = mean_loss) -> None:
-            loss = mean_loss - gain.mean() / problem.pixels / len(remaining)
+            loss = mean_loss - gain.mean() / problems[0].pixels / len(remaining)
             progress(loss, loss)  # polish has no relaxed loss
 
         latents = polish(image_problem, trajectory.finite_latents(), passes, generator, on_pass)
@@ -267,7 +276,8 @@ def polish_batch(
         step = trajectory.rows[-1]["step"] + passes.steps_taken
         at = {"step": step, "temperature": 0.0, "lmbda": trajectory.lmbda}
         row = row_of(at, metrics, metrics)
-        trajectory.add(row, latents, x_hat, trajectory.clock[-1] + passes.elapsed)
+        clock = trajectory.clock[-1] + passes.elapsed
+        trajectory.add(row, latents, x_hat, clock, trajectory.told)
 
 
 def _share_of_time(

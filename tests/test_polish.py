@@ -257,7 +257,7 @@ def _gaussians_of(model, symbols):
         both = torch.cat((params, network.context_prediction(y)), 1)
         return network.entropy_parameters(both).chunk(2, 1)
     empty = torch.empty_like(symbols["z"], dtype=torch.double)
-    fields = [group.distribution[1:] for group in walk.groups[1:]]
+    fields = [group.distribution[1:3] for group in walk.groups[1:]]
     return [walk.whole((empty, *field))["y"] for field in zip(*fields, strict=True)]
 
 
