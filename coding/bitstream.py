@@ -1,5 +1,8 @@
 """The layout of a file: a header, then for each group of symbols its string and its exceptions.
 
+A file may also tell the decoder more than the latents; these bytes, its adaptation, are the last.
+The package `adaptation` writes and reads them.
+
 Version 1, which can still be read, is for the mean-scale hyperprior alone.
 """
 
@@ -13,13 +16,14 @@ from common.limits import MAX_PIXELS
 
 MAGIC, VERSION, SUFFIX = b"OLC", 2, ".olc"
 # A file has the number of its model's family in this list, so the order must never change. Another
-# family has number 255 and its name.
+# family has number 255 and its name. A file with an adaptation has 128 more, or 254 for another
+# family, so code that knows no adaptations refuses it. There is room for 126 families.
 FAMILIES = (
     "mbt2018-mean", "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior",
     "mbt2018", "cheng2020-anchor", "cheng2020-attn", "cheng2020-anchor-checkerboard",
     "elic2022-official", "elic2022-chandelier",
 )  # fmt: skip
-UNLISTED = 255
+UNLISTED, ADAPTED, ADAPTED_UNLISTED = 255, 128, 254
 MOST_GROUPS = 255
 
 
@@ -34,8 +38,11 @@ class Fixed(NamedTuple):
     tables: Annotated[int, "I"]  # CRC-32 of the coders' tables, see `build_coder`
     symbols: Annotated[int, "I"]  # CRC-32 of height, width and all symbols, see `coding.coder`
     file: Annotated[int, "I"]  # CRC-32 of the whole file, with zeros for this field
-    family: Annotated[int, "B"]  # number in FAMILIES; 255: the name follows, its length first
-    groups: Annotated[int, "B"]  # number of groups; two lengths for each follow
+    # Number in FAMILIES, plus 128 if there is an adaptation. 255, or 254 if there is an adaptation:
+    # the name follows, its length first.
+    family: Annotated[int, "B"]
+    # Number of groups. Two lengths for each follow, then the adaptation's length if there is one.
+    groups: Annotated[int, "B"]
 
 
 class FixedOfVersion1(NamedTuple):
@@ -78,7 +85,8 @@ class Bitstream(NamedTuple):
     """A file: its picture's size in pixels, what it was made with, and its groups in coding order.
 
     family: the name of the model's family. weights, tables, symbols: see `Fixed`. version: of the
-    layout.
+    layout. adaptation: bytes of `coding.payload`, which are not checked here; none in most
+    files.
     """
 
     height: int
@@ -89,6 +97,7 @@ class Bitstream(NamedTuple):
     symbols: int
     groups: tuple[CodedGroup, ...]
     version: int = VERSION
+    adaptation: bytes = b""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -139,18 +148,25 @@ def _read_version_2(fields: tuple, body: bytes) -> Bitstream:
     fixed = Fixed(*fields)
     _check_file(LAYOUT.pack(*fixed._replace(file=0)), body, fixed.file)
     reader = _Bytes(body)
-    if fixed.family == UNLISTED:
-        family = reader.take(reader.number()).decode("utf-8", "replace")
-    elif fixed.family < len(FAMILIES):
-        family = FAMILIES[fixed.family]
-    else:
-        raise BitstreamError(f"of family {fixed.family}, which this code does not know")
+    adapted = ADAPTED <= fixed.family < UNLISTED
+    family = _read_family(reader, fixed.family)
     lengths = [(reader.number(), reader.number()) for _ in range(fixed.groups)]
+    adaptation_bytes = reader.number() if adapted else 0
     groups = tuple(CodedGroup(*map(reader.take, pair)) for pair in lengths)
+    adaptation = reader.take(adaptation_bytes)
     if reader.left:
         raise BitstreamError(f"damaged: {reader.left} bytes more than its strings have")
     return Bitstream(fixed.height, fixed.width, family, fixed.weights, fixed.tables,
-                     fixed.symbols, groups)  # fmt: skip
+                     fixed.symbols, groups, adaptation=adaptation)  # fmt: skip
+
+
+def _read_family(reader: "_Bytes", number: int) -> str:
+    """The family's name; see `Fixed.family`."""
+    if number in (UNLISTED, ADAPTED_UNLISTED):
+        return reader.take(reader.number()).decode("utf-8", "replace")
+    if number % ADAPTED < len(FAMILIES):
+        return FAMILIES[number % ADAPTED]
+    raise BitstreamError(f"of family {number}, which this code does not know")
 
 
 class _Bytes:
@@ -226,19 +242,27 @@ def write_bitstream(bitstream: Bitstream) -> bytes:
     """
     if len(bitstream.groups) > MOST_GROUPS:
         raise BitstreamError(f"{len(bitstream.groups)} groups: a file has {MOST_GROUPS} at most")
-    listed = bitstream.family in FAMILIES
-    name = b"" if listed else bitstream.family.encode()
-    body = b"" if listed else _number(len(name)) + name
+    family, body = _write_family(bitstream.family, adapted=bitstream.adaptation != b"")
     for part in bitstream.groups:
         body += _number(len(part.string)) + _number(len(part.exceptions))
+    if bitstream.adaptation:
+        body += _number(len(bitstream.adaptation))
     body += b"".join(part.string + part.exceptions for part in bitstream.groups)
+    body += bitstream.adaptation
     fixed = Fixed(
         MAGIC, VERSION, bitstream.height, bitstream.width, bitstream.weights, bitstream.tables,
-        bitstream.symbols, 0, FAMILIES.index(bitstream.family) if listed else UNLISTED,
-        len(bitstream.groups),
+        bitstream.symbols, 0, family, len(bitstream.groups),
     )  # fmt: skip
     checksum = zlib.crc32(body, zlib.crc32(LAYOUT.pack(*fixed)))
     return LAYOUT.pack(*fixed._replace(file=checksum)) + body
+
+
+def _write_family(family: str, adapted: bool) -> tuple[int, bytes]:
+    """The family's number, and its name with the length first if no number of FAMILIES tells it."""
+    if family in FAMILIES:
+        return FAMILIES.index(family) + ADAPTED * adapted, b""
+    name = family.encode()
+    return ADAPTED_UNLISTED if adapted else UNLISTED, _number(len(name)) + name
 
 
 def _number(value: int) -> bytes:

@@ -19,7 +19,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from architectures import Architecture, Group, Latents
 from architectures.distributions import FactorizedPrior
 from architectures.walk import Shape, TableDistribution, TurnDistribution
+from coding.adapted import adapted
 from coding.bitstream import (
     Bitstream,
     BitstreamError,
@@ -36,6 +37,7 @@ from coding.bitstream import (
     write_bitstream,
 )
 from coding.gaussians import decode_in_turn, encode_in_turn
+from coding.payload import NOTHING, Adaptation, from_bytes, to_bytes
 from coding.strings import apply_exceptions, decode, encode, list_exceptions
 from common.compressai import EntropyBottleneck, EntropyModel, GaussianConditional
 from common.device import is_out_of_memory
@@ -61,6 +63,16 @@ class Coder:
     exact: Architecture
     weights: bytes
     tables: int
+
+    def adapted(self, told: Adaptation) -> "Coder":
+        """The same coder of an adapted model.
+
+        Raises:
+            BitstreamError, InputError: see `adapted`.
+        """
+        if told == NOTHING:
+            return self
+        return replace(self, model=adapted(self.model, told), exact=adapted(self.exact, told))
 
 
 def build_coder(model: Architecture) -> Coder:
@@ -140,7 +152,7 @@ def _encoded(coder: Coder, symbols: Latents, size: tuple[int, int]) -> tuple[Cod
         exact_group = exact_groups[len(coded)]
         if isinstance(exact_group.distribution, TurnDistribution):
             coded.append(CodedGroup(encode_in_turn(exact_group.distribution, here)))
-            return here + group.centre
+            return group.on_lattice(here)
         shape = group.part.shape_in(coder.model.latent_shapes(size)[group.name])
         distribution = _with_tables(group)
         indexes = distribution.indexes(shape)
@@ -148,7 +160,7 @@ def _encoded(coder: Coder, symbols: Latents, size: tuple[int, int]) -> tuple[Cod
         if len(exceptions) > 0xFFFF:
             raise BitstreamError("float32 and float64 disagree on too many scales: odd weights")
         coded.append(CodedGroup(encode(distribution.coder, here, indexes), exceptions))
-        return here + group.centre
+        return group.on_lattice(here)
 
     coder.model.walk(size, written)
     return tuple(coded)
@@ -185,7 +197,7 @@ class _Reader:
         if group.name not in self.symbols:
             self.symbols[group.name] = here.new_zeros(self.shapes[group.name])
         group.part.write(self.symbols[group.name], here)
-        return here + group.centre
+        return group.on_lattice(here)
 
     def _by_tables(self, group: Group, string: bytes, exceptions: bytes, shape: Shape) -> Tensor:
         distribution = _with_tables(group)
@@ -203,13 +215,16 @@ class _Reader:
 
 
 @torch.no_grad()
-def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> bytes:
+def encode_latents(
+    coder: Coder, symbols: Latents, size: tuple[int, int], told: Adaptation = NOTHING
+) -> bytes:
     """The file of one image's integer latents. It is decoded again as a check.
 
     Args:
         symbols: integers as `Architecture.symbols` returns them, on any device, with the shapes of
             `Architecture.latent_shapes`.
         size: H, W of the image.
+        told: what the decoder is told beside the latents.
 
     Raises:
         BitstreamError: the image or a symbol is too large for the format, or the file does not
@@ -217,10 +232,10 @@ def encode_latents(coder: Coder, symbols: Latents, size: tuple[int, int]) -> byt
         ValueError: the latents are no integers, or not those of an image of this size.
     """
     symbols = _checked_symbols(coder.model, symbols, size)
-    groups = _encoded(coder, symbols, size)
+    groups = _encoded(coder.adapted(told), symbols, size)
     data = write_bitstream(Bitstream(
         *size, coder.model.name_in_files, coder.weights, coder.tables, _checksum(symbols, size),
-        groups,
+        groups, adaptation=to_bytes(told),
     ))  # fmt: skip
     decoded, _ = decode_latents(coder, data)
     if not all(torch.equal(decoded[name], v) for name, v in symbols.items()):
@@ -255,8 +270,15 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
         BitstreamError: the file is truncated or damaged, has another version or other weights, or
             does not decode to the symbols that were coded.
     """
+    _, symbols, size = _decoded(coder, data)
+    return symbols, size
+
+
+def _decoded(coder: Coder, data: bytes) -> tuple[Coder, Latents, tuple[int, int]]:
+    """The coder as a file adapts it, and `decode_latents` of the file."""
     bitstream = read_bitstream(data)
     _check_fits(coder, bitstream)
+    coder = coder.adapted(from_bytes(bitstream.adaptation))
     size = bitstream.size
     shapes = coder.model.latent_shapes(size)
     reader = _Reader(bitstream.groups, shapes)
@@ -269,16 +291,17 @@ def decode_latents(coder: Coder, data: bytes) -> tuple[Latents, tuple[int, int]]
             "does not decode to the symbols that were coded: it was made to deceive, "
             "or this machine computes otherwise than the encoder's"
         )
-    return {name: reader.symbols[name] for name in shapes}, size
+    return coder, {name: reader.symbols[name] for name in shapes}, size
 
 
+@torch.no_grad()
 def decode_picture(coder: Coder, data: bytes) -> Tensor:
     """The reconstruction x_hat [1, 3, H, W] in [0, 1] of a file, on the CPU.
 
     Raises:
         BitstreamError: see `decode_latents`.
     """
-    symbols, size = decode_latents(coder, data)
+    coder, symbols, size = _decoded(coder, data)
     with _memory_for(size):
         x_hat = coder.model.reconstruct(symbols, size, coding_tile(size))
     if not x_hat.isfinite().all():

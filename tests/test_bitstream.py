@@ -54,9 +54,10 @@ def varint(value):
     return bytes([low | 128]) + varint(high) if high else bytes([low])
 
 
-def body_of(strings, name=None):
-    """The body of version 2: a name if there is one, all lengths, all strings."""
+def body_of(strings, name=None, adaptation=b""):
+    """The body of version 2: a name if there is one, all lengths, all strings, an adaptation."""
     start = b"" if name is None else varint(len(name)) + name
+    strings = [*strings, adaptation] if adaptation else strings
     return start + b"".join(map(varint, map(len, strings))) + b"".join(strings)
 
 
@@ -119,20 +120,26 @@ FAMILIES = {
     family=st.sampled_from([*FAMILIES.values(), "own", "ä" * 70]),
     numbers=st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
     size=st.tuples(st.integers(1, 9000), st.integers(1, 9000)),
+    adaptation=st.just(b"") | st.binary(max_size=300),
 )
-def test_what_is_written_is_read_by_both(strings, family, numbers, size):
+def test_what_is_written_is_read_by_both(strings, family, numbers, size, adaptation):
+    """A file without an adaptation is as it was before there were any."""
     groups = tuple(itertools.starmap(CodedGroup, zip(strings[::2], strings[1::2], strict=False)))
-    bitstream = Bitstream(*size, family, b"abcd", *numbers, groups)
+    bitstream = Bitstream(*size, family, b"abcd", *numbers, groups, adaptation=adaptation)
     data = write_bitstream(bitstream)
     assert read_bitstream(data) == bitstream
     known = {name: number for number, name in FAMILIES.items()}
+    number = known.get(family, 255)
+    if adaptation:
+        number = known[family] + 128 if family in known else 254
     values = {
         "magic": b"OLC", "version": 2, "height": size[0], "width": size[1], "weights": b"abcd",
-        "tables": numbers[0], "symbols": numbers[1], "family": known.get(family, 255),
+        "tables": numbers[0], "symbols": numbers[1], "family": number,
         "groups": len(groups),
     }  # fmt: skip
     name = None if family in known else family.encode()
-    assert data == pack(VERSION_2, values, body_of([*itertools.chain(*groups)], name))
+    body = body_of([*itertools.chain(*groups)], name, adaptation)
+    assert data == pack(VERSION_2, values, body)
 
 
 def test_more_groups_than_a_byte_counts_are_not_written():
@@ -156,7 +163,10 @@ def test_more_groups_than_a_byte_counts_are_not_written():
         ("symbols", 7, "does not decode to the symbols"),
         ("family", 4, "made with a model of mbt2018; these weights are of mbt2018-mean"),
         ("family", 10, "of family 10, which this code does not know"),
-        ("family", 254, "of family 254, which this code does not know"),
+        ("family", 127, "of family 127, which this code does not know"),
+        ("family", 138, "of family 138, which this code does not know"),
+        ("family", 253, "of family 253, which this code does not know"),
+        ("family", 128, "strings of|make no sense"),  # a byte of a string as a length
         ("groups", 1, "bytes more than its strings have|strings of"),
         ("groups", 255, "strings of|make no sense"),
     ],
@@ -208,6 +218,19 @@ def test_bytes_behind_the_strings_are_refused(coder, parts):
     for tail in (b"\0", b"a" * 3000):
         with pytest.raises(BitstreamError, match=f"damaged: {len(tail)} bytes more than its"):
             decode_latents(coder, pack(VERSION_2, values, body_of(strings) + tail))
+
+
+@pytest.mark.parametrize(("family", "name"), [(128, None), (254, b"my family")])
+def test_an_adaptation_of_another_length_is_refused(parts, family, name):
+    values, strings = parts
+    values = {**values, "family": family}
+    body = body_of(strings, name, b"adapted")
+    assert read_bitstream(pack(VERSION_2, values, body)).adaptation == b"adapted"
+    assert read_bitstream(pack(VERSION_2, values, body_of([*strings, b""], name))).adaptation == b""
+    with pytest.raises(BitstreamError, match="strings of 7 bytes in 6"):
+        read_bitstream(pack(VERSION_2, values, body[:-1]))
+    with pytest.raises(BitstreamError, match="damaged: 1 bytes more"):
+        read_bitstream(pack(VERSION_2, values, body + b"a"))
 
 
 @pytest.mark.parametrize("name", [b"my family", b"\xff\xfe", b"", b"a\nb", b"x" * 3000])
