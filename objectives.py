@@ -129,8 +129,9 @@ class Terms(NamedTuple):
 
     loss, bpp, distortion, mse: [B]; of pixels that are not clamped to [0, 1]. distortion: what the
     loss counts. mse: always the plain MSE, with a gradient only if it is the distortion. rates: the
-    bpp [B] of each latent. walk: the groups and their values after rounding, relaxed or true.
-    x_hat: [B, 3, H, W], without a gradient if the decoder is fused with the error.
+    bpp [B] of each latent, and of `told` if the problem has `told_bits`. walk: the groups and their
+    values after rounding, relaxed or true. x_hat: [B, 3, H, W], without a gradient if the decoder
+    is fused with the error.
     """
 
     loss: Tensor
@@ -150,7 +151,8 @@ class Problem:
     by one; None decodes the whole image at once, as does a model without a halo. precision: of the
     networks in relaxed passes and within `in_precision`; another one than float32 goes through
     autocast. weights: [B, 1, H, W], with mean 1 in each image: how much each pixel's distortion
-    counts; None: all count alike.
+    counts; None: all count alike. told_bits: of what a file tells the decoder beside the latents;
+    None: files tell nothing.
     """
 
     model: Architecture
@@ -159,6 +161,7 @@ class Problem:
     tile: int | None = None
     precision: torch.dtype = torch.float32
     weights: Tensor | None = None
+    told_bits: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -246,6 +249,8 @@ class Problem:
         for group, p in zip(walk.groups, walk.group_likelihoods, strict=True):
             bpp = bits_per_pixel(p, self.pixels)
             rates[group.name] = rates[group.name] + bpp if group.name in rates else bpp
+        if self.told_bits is not None:
+            rates["told"] = torch.full_like(distortion, self.told_bits / self.pixels)
         bpp, mse = reduce(add, rates.values()), distortion
         if self.weights is not None or not self.objective.distortion.is_mse:
             mse = mean_squared_error(x_hat.detach(), self.x)
