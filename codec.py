@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from architectures import Architecture
+from architectures.directions import directions_beside, use_directions
 from coding.bitstream import SUFFIX, read_bitstream, read_file
 from coding.coder import (
     Coder,
@@ -38,6 +39,8 @@ from coding.coder import (
     encode_latents,
     file_measures,
 )
+from coding.payload import from_bytes
+from coding.payload import in_words as told_in_words
 from common.command_line import script_parser
 from common.device import is_out_of_memory, pick_device, pick_precision
 from common.files import label_of, printable, short_enough, user_path, write_whole
@@ -51,6 +54,7 @@ from models import load_checkpoint
 from objectives import Problem, RateDistortion
 from regions.maps import open_maps
 
+RECIPES = "fast", "best", "adapt", "ms_ssim"  # of example_files
 Measures = dict[str, Any]  # of one file, see `compress_picture`
 Compressor = Callable[[LoadedImage], tuple[bytes, Measures]]
 
@@ -86,11 +90,15 @@ def command_line() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--checkpoint", required=True, type=user_path, metavar="WEIGHTS", help="of the model")
         add("--architecture", metavar="NAME", help="of WEIGHTS, if they do not tell: FILE.py:CLASS")
+        add(
+            "--directions", type=user_path, metavar="FILE",
+            help="that adapted files need; without it the file beside WEIGHTS",
+        )  # fmt: skip
         add("-o", "--output", required=True, type=user_path, metavar="FOLDER", help="made if new")
         add("--overwrite", action="store_true", help="replace files that are there already")
     compress.add_argument(
         "--refine", type=user_path, metavar="RECIPE",
-        help="refine the latents first: fast, best, ms_ssim, or a refinement config",
+        help=f"refine the latents first: {', '.join(RECIPES)}, or a refinement config",
     )  # fmt: skip
     compress.add_argument(
         "--lmbda", type=float, metavar="LAMBDA",
@@ -301,11 +309,15 @@ def chosen_compressor(arguments: argparse.Namespace) -> Compressor:
     """
     if arguments.refine is not None:
         return refining_compressor(arguments)
+    if arguments.directions is not None:
+        raise InputError("--directions: only refinement adapts the decoder: add --refine adapt")
     return partial(compress_image, build_coder(_model_of(arguments)))
 
 
 def _model_of(arguments: argparse.Namespace) -> Architecture:
-    return load_checkpoint(arguments.checkpoint, architecture=arguments.architecture)
+    model = load_checkpoint(arguments.checkpoint, architecture=arguments.architecture)
+    use_directions(model, Path(arguments.directions or directions_beside(arguments.checkpoint)))
+    return model
 
 
 def compress_image(coder: Coder, image: LoadedImage) -> tuple[bytes, Measures]:
@@ -340,33 +352,37 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     """A compressor that refines an image's latents, as a recipe says, and codes them.
 
     Args:
-        arguments: `refine`: `fast`, `best` or `ms_ssim` of example_files, or the path of a
-            refinement config, whose model and images are ignored. `lmbda`: of the loss, for MSE
-            what the model was trained for; None if it is the recipe's own model, or the recipe is
-            for MS-SSIM. `checkpoint`, `architecture`: see `load_checkpoint`.
+        arguments: `refine`: one of RECIPES, or the path of a refinement config, whose model and
+            images are ignored. `lmbda`: of the loss, for MSE what the model was trained for; None
+            if it is the recipe's own model, or the recipe is for MS-SSIM. `directions`: their file,
+            in place of the recipe's. `checkpoint`, `architecture`: see `load_checkpoint`.
 
     Raises:
-        InputError: the recipe or the checkpoint is missing or wrong, or lmbda is not known.
+        InputError: the recipe, the checkpoint or the directions are missing or wrong, or lmbda is
+            not known.
     """
     # Imported here, because plain coding does not need refinement.
     from experimental_inference_methods import rounding_from_config
+    from refinement.told import adapt_facts
     from train_flexible_inference import open_refiner
 
     model, recipe = _model_of(arguments), arguments.refine
     channels = Channels(N=model.N, M=model.M)
-    config = recipe_config(recipe, arguments.checkpoint, arguments.lmbda, channels)
+    config = recipe_config(arguments, channels)
     rounding = rounding_from_config(config)
     device = pick_device(config.device)
     config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
+    refiner = open_refiner(model, rounding, config, device)
+    facts = adapt_facts(config, model)
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g} for "
         f"{config.objective}, {config.tot_inference_iterations} steps, "
         f"{config.polish_passes} passes of polish, {device}, {config.precision}"
         + (f", weighted by {printable(arguments.roi)}" if arguments.roi else "")
+        + (f", {facts['adapt']}" if facts else "")
     )
     if config.dev_options.maps and not arguments.roi:
         print("the maps of this recipe are for its own images: see --roi", file=sys.stderr)
-    refiner = open_refiner(model, rounding, config, device)
 
     def compress(image: LoadedImage) -> tuple[bytes, Measures]:
         start, steps = time.perf_counter(), config.tot_inference_iterations
@@ -381,19 +397,18 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     return compress
 
 
-def recipe_config(
-    recipe: str, checkpoint: str, lmbda: float | None, channels: Channels
-) -> RefineConfig:
+def recipe_config(arguments: argparse.Namespace, channels: Channels) -> RefineConfig:
     """The refinement config of a recipe for this checkpoint; see `refining_compressor`.
 
     Args:
         channels: those of the checkpoint.
     """
+    recipe, checkpoint, lmbda = arguments.refine, arguments.checkpoint, arguments.lmbda
     shipped = Path(__file__).parent / "example_files" / f"{recipe}.json"
     path = shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
     if not path.is_file():
         raise InputError(
-            f"--refine {recipe}: no such recipe; fast, best, ms_ssim, or a config's path"
+            f"--refine {recipe}: no such recipe; {', '.join(RECIPES)}, or a config's path"
         )
     config = load_config(path, RefineConfig, source=f"--refine {recipe}")
     roots, weights = (Path(), Path(__file__).parent), Path(checkpoint)
@@ -415,6 +430,12 @@ def recipe_config(
         values |= {"train_lambda": lmbda, "dev_options.inference_lambda": None}
     elif lmbda is not None:
         values["dev_options.inference_lambda"] = lmbda
+    if arguments.directions is not None:
+        if config.adapt is None:
+            raise InputError(
+                f"--directions: --refine {recipe} does not adapt the decoder; try --refine adapt"
+            )
+        values["adapt.directions"] = arguments.directions
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return load_config(path, RefineConfig, overrides, f"--refine {recipe} --lmbda {lmbda}")
 
@@ -432,14 +453,18 @@ def print_header(job: Job) -> None:
     height, width = bitstream.size
     strings = [len(group.string) for group in bitstream.groups]
     exceptions = sum(len(group.exceptions) for group in bitstream.groups)
+    told = len(bitstream.adaptation)
     print(
         f"{printable(str(job.source))}: version {bitstream.version}, {width}x{height} pixels, "
         f"{8 * len(data) / (height * width):.4f} bpp\n"
         f"  {printable(bitstream.family)}, weights {bitstream.weights.hex()}, "
         f"tables {bitstream.tables:08x}, symbols {bitstream.symbols:08x}\n"
-        f"  {len(data)} bytes: header {len(data) - sum(strings) - exceptions}, "
+        f"  {len(data)} bytes: header {len(data) - sum(strings) - exceptions - told}, "
         f"groups {' + '.join(map(str, strings))}, index exceptions {exceptions}"
+        + (f", adaptation {told}" if told else "")
     )
+    if told:
+        print(f"  adaptation: {told_in_words(from_bytes(bitstream.adaptation))}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from config import (
 # isort: split
 import torch
 
+from architectures import Architecture
 from common.device import pick_device, pick_precision
 from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks, ranks_from_environment
@@ -45,6 +46,7 @@ from models import load_checkpoint
 from objectives import objective_of
 from refinement.descent import cost_in_steps
 from refinement.run import RECORDS, folder_of
+from refinement.told import check_adapt, use_directions_of
 from reports.compared_run import ComparedRun
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.config.objective == "ms-ssim" for run in runs
     ):
         print("models: ms_ssim_lambda has no effect: no method has the objective ms-ssim")
-    device = check_inputs(config)
+    device = check_inputs(config, runs)
     ranks = join_ranks()
     precision = first_rank_does(ranks, lambda: precision_of_auto(runs, device))
     runs = [run.in_precision(precision) for run in runs]
@@ -112,17 +114,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code if page else 1
 
 
-def check_inputs(config: CompareConfig) -> torch.device:
+def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.device:
     """Check now what the comparison will need only hours later; return the device.
 
     Raises:
-        InputError: a checkpoint, a published curve or the device is missing or wrong.
+        InputError: a checkpoint, a published curve or the device is missing or wrong, or a
+            method's `adapt` is not for a model.
     """
     published_curves(config.published)
     device = pick_device(config.device, ranks_from_environment().local)
     for pretrain, architecture in {(model.pretrain, model.architecture) for model in config.models}:
-        load_checkpoint(pretrain, architecture=architecture)
+        model = load_checkpoint(pretrain, architecture=architecture)
+        for run in runs:
+            if (run.config.pretrain, run.config.architecture) == (pretrain, architecture):
+                _check_adapt(run, model)
     return device
+
+
+def _check_adapt(run: PlannedRun, model: Architecture) -> None:
+    try:
+        check_adapt(run.config, model)
+        use_directions_of(run.config, model)
+    except InputError as error:
+        raise InputError(f"methods.{run.method} with {run.model.label}: {error}") from None
 
 
 def precision_of_auto(runs: Sequence[PlannedRun], device: torch.device) -> str:

@@ -42,6 +42,7 @@ from fast.pool import keep_pages
 from metrics import MS_SSIM_MIN_SIDE
 from models import freeze, load_checkpoint
 from objectives import Problem, objective_of
+from refinement.adapting import AdaptedProblem
 from refinement.batch import ImageError, ImageNoise, Recorder, Trajectory
 from refinement.descent import (
     LBFGS_HISTORY,
@@ -53,6 +54,7 @@ from refinement.polish import polish_batch
 from refinement.result import Refined, result_of
 from refinement.run import Run, open_run, precision_of
 from refinement.target import LambdaSearch, Start, refine_to_target
+from refinement.told import adapt_facts, bytes_of_fits, check_adapt, use_directions_of
 from regions.weights import weights_of_images
 from reports.run_report import write_run_report
 
@@ -83,17 +85,18 @@ def refine(
     """
     pace = pace_of(config, len(problem.x), start.step if start else 0)
     start = start or Start(problem.model.analyze(problem.x))
+    current = AdaptedProblem(problem, config, start.told)
     latents = {name: v.clone().requires_grad_() for name, v in start.latents.items()}
     optimizer = build_optimizer(latents, config.optimizer)
     noise = ImageNoise.of_images(config.seed, names, problem.x.device, start.trial)
-    recorder = Recorder(problem, rounding, config, noise, pace)
+    recorder = Recorder(current, rounding, config, noise, pace)
     losses = torch.zeros(len(problem.x))
     # The augmented loss is the mean with the true loss. This is a constant: half the gradient.
     weight = 0.5 if config.dev_options.augmented_loss else 1.0
 
     def loss_and_gradients(tau: Tau) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
-        relaxed = problem.relaxed(latents, rounding.with_tau(tau, noise.source))
+        relaxed = current.problem.relaxed(latents, rounding.with_tau(tau, noise.source))
         objective = weight * relaxed.loss.sum()
         objective.backward()
         return relaxed.loss.detach(), objective.detach()  # [B], scalar
@@ -111,13 +114,18 @@ def refine(
         recorder.evaluate_if_due(step, latents)
         if pace.at_end or recorder.ended:
             break
+        if current.adapt_if_due(pace, latents) and graphs:
+            compute = graphed(loss_and_gradients, noise)  # the old graph repeats the old problem
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
         optimizer.step(closure)  # type: ignore[arg-type]  # a loss may be a tensor
         pace.advance()
         progress(*recorder.progress_of(losses))
+    trajectories = recorder.trajectories
+    current.refit(trajectories)
     if config.polish_passes:
-        polish_batch(problem, recorder.trajectories, config, noise, pace, progress)
-    return recorder.trajectories
+        polish_batch(current.of_best(trajectories), trajectories, config, noise, pace, progress)
+        current.refit(trajectories)
+    return trajectories
 
 
 def refine_images(
@@ -139,6 +147,7 @@ def refine_images(
     images = open_images(config)
     device = pick_device(config.device, ranks.local)
     refuse_impossible(model, rounding, config, device)  # before a folder is made
+    use_directions_of(config, model)
     precision = first_rank_does(ranks, lambda: precision_of(config, device))
     config = config.model_copy(update={"precision": precision})
     run = open_run(config, ranks, images, {
@@ -146,7 +155,7 @@ def refine_images(
         "objective": config.objective, "weighted": config.weighted,
         "lmbda": None if config.target else config.lmbda,
         "weights": model.weights_hash, "N": model.N, "M": model.M,
-        "precision": precision, **machine_facts(device),
+        "precision": precision, **machine_facts(device), **adapt_facts(config, model),
     })  # fmt: skip
     refiner = open_refiner(model, rounding, config, device)
     run.announce_largest(refiner.bound.largest(), refiner.bound.limit)
@@ -188,14 +197,15 @@ def refuse_impossible(
     """Refuse what the model or the device cannot do; returns whether to use CUDA graphs.
 
     Raises:
-        InputError: the model has no polish or no files, there is no such objective, or
-            `cuda_graphs` cannot be true.
+        InputError: the model has no polish or no files, its decoder cannot be told what `adapt`
+            says, there is no such objective, or `cuda_graphs` cannot be true.
     """
     distortion = objective_of(config, config.lmbda).distortion
     if config.polish_passes and not distortion.is_mse:
         raise InputError(no_polish(config.polish_passes, config.objective))
     if config.polish_passes and not model.polishes:
         raise InputError(f"polish_passes: must be 0 for {model.name}, refined by its own forward")
+    check_adapt(config, model)
     if config.writes_files:
         model.check_codable()
     return pick_cuda_graphs(config, rounding, device)
@@ -207,7 +217,8 @@ def open_refiner(
     """The refiner of a config; freezes the loaded model in place.
 
     Raises:
-        InputError: the checkpoint's coding tables are broken; or see `refuse_impossible`.
+        InputError: the checkpoint's coding tables are broken; or see `refuse_impossible` and
+            `use_directions_of`.
     """
     graphs = refuse_impossible(model, rounding, config, device)
     extra_vectors = 2 * LBFGS_HISTORY if config.optimizer.name == "LBFGS" else 0
@@ -215,9 +226,11 @@ def open_refiner(
     if not objective_of(config, config.lmbda).distortion.is_mse:
         footprint = footprint.with_pictures()
     bound = memory_bound(footprint, config.max_memory_gb, device, ":" in config.device)
+    bound = bound._replace(base=bound.base + bytes_of_fits(config, model))
     config = config.model_copy(update={"cuda_graphs": graphs})
     if graphs:  # the graph keeps the memory of a step, and evaluations need their own
         bound = bound._replace(limit=(bound.base + bound.limit) / 2)
+    use_directions_of(config, model)
     coder = build_coder(model) if config.writes_files else None
     frozen = freeze(model.to(device), config.coder_scales)
     precision = getattr(torch, pick_precision(config.precision, device))

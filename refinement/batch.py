@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
 
 from architectures import Latents
+from coding.payload import NOTHING, Adaptation
 from common.errors import InputError
 from common.images import seed_of
 from config import RefineConfig
@@ -35,9 +36,10 @@ class Trajectory:
     `metrics_of` as `relaxed_*` and `true_*`. clock: for each row, the seconds since the start,
     divided by the number of images in the batch. base, best: the first row, and the row with the
     lowest true loss; base_latents, latents: the latents of these rows. All four are empty before
-    the first row, and all but base are empty where its loss is not finite. reconstructions: x_hat
-    [1, 3, H, W] by label, only with `keeps_reconstructions`. stopped: the step at which the loss
-    was not finite, in words, or None. settled: whether early stopping ended the descent.
+    the first row, and all but base are empty where its loss is not finite. told: what the decoder
+    is told in the best row. reconstructions: x_hat [1, 3, H, W] by label, only with
+    `keeps_reconstructions`. stopped: the step at which the loss was not finite, in words, or None.
+    settled: whether early stopping ended the descent.
     """
 
     lmbda: float
@@ -48,6 +50,7 @@ class Trajectory:
     best: dict[str, Any] = field(default_factory=dict)
     latents: Latents = field(default_factory=dict)
     base_latents: Latents = field(default_factory=dict)
+    told: Adaptation = NOTHING
     reconstructions: dict[str, Tensor] = field(default_factory=dict)
     stopped: str | None = None
     settled: bool = False
@@ -67,14 +70,21 @@ class Trajectory:
         """The lowest true loss so far; infinite if no loss was finite."""
         return self.best["true_loss"] if self.best else math.inf
 
-    def add(self, row: dict[str, Any], latents: Latents, x_hat: Tensor, seconds: float) -> None:
+    def add(
+        self,
+        row: dict[str, Any],
+        latents: Latents,
+        x_hat: Tensor,
+        seconds: float,
+        told: Adaptation = NOTHING,
+    ) -> None:
         """Add the row of an evaluated step; if it is the best, copy its latents and x_hat."""
         self.rows.append(row)
         self.clock.append(seconds)
         if not math.isfinite(row["true_loss"] + row["relaxed_loss"]):
             self.stopped = f"the loss is not finite at step {row['step']}"
         if row["true_loss"] < self.lowest_loss:
-            self.best = row
+            self.best, self.told = row, told
             self.latents = {name: v.detach().clone() for name, v in latents.items()}
             if self.keeps_reconstructions:
                 self.reconstructions["refined"] = x_hat.clone()
@@ -190,6 +200,13 @@ class ImageNoise:
         return generator
 
 
+class Subject(Protocol):
+    """What a recorder evaluates: a problem, which may change, and what its decoder is told."""
+
+    problem: Problem
+    told: Adaptation
+
+
 class Recorder:
     """Evaluates a batch at some steps, and keeps one `Trajectory` for each image.
 
@@ -200,19 +217,19 @@ class Recorder:
 
     def __init__(
         self,
-        problem: Problem,
+        subject: Subject,
         rounding: Rounding,
         config: RefineConfig,
         noise: ImageNoise,
         pace: Pace,
     ):
-        self.problem = problem.in_float32()
+        self.subject = subject
         self.rounding, self.noise, self.pace = rounding, noise, pace
         self.early_stop = config.early_stop
         self.eval_freq, self.keeps_reconstructions = config.eval_freq, config.dev_options.save_final
         self.first_step = int(pace.position)
-        lmbda = problem.objective.lmbda
-        self.trajectories = [Trajectory(lmbda, self.keeps_reconstructions) for _ in problem.x]
+        lmbda, x = subject.problem.objective.lmbda, subject.problem.x
+        self.trajectories = [Trajectory(lmbda, self.keeps_reconstructions) for _ in x]
 
     @property
     def ended(self) -> bool:
@@ -227,19 +244,19 @@ class Recorder:
         )
         if not due and not keeps_x_hat:
             return
-        began = self.pace.elapsed
+        began, problem = self.pace.elapsed, self.subject.problem.in_float32()
         with torch.no_grad():
-            true, x_hat = metrics_of(self.problem.true(latents), self.problem.x)
+            true, x_hat = metrics_of(problem.true(latents), problem.x)
             if keeps_x_hat:
                 self._keep_reconstructions(step, x_hat)
             if not due:
                 return
             relaxed_rounding = self.noise.rounding(self.rounding, step, self.pace.position)
-            relaxed, _ = metrics_of(self.problem.relaxed(latents, relaxed_rounding), self.problem.x)
+            relaxed, _ = metrics_of(problem.relaxed(latents, relaxed_rounding), problem.x)
         at = {
             "step": step,
             "temperature": self.rounding.temperature(self.pace.position),
-            "lmbda": self.problem.objective.lmbda,
+            "lmbda": problem.objective.lmbda,
         }
         rows = [row_of(at, *both) for both in zip(relaxed, true, strict=True)]
         self._add(rows, latents, x_hat)
@@ -256,7 +273,7 @@ class Recorder:
         parts = zip(self.trajectories, rows, images_of(latents), x_hat.split(1), strict=True)
         for index, (trajectory, row, image_latents, one_x_hat) in enumerate(parts):
             if not trajectory.ended:
-                trajectory.add(row, image_latents, one_x_hat, seconds)
+                trajectory.add(row, image_latents, one_x_hat, seconds, self.subject.told)
                 if self.early_stop and self.early_stop.settled(trajectory.true_losses):
                     trajectory.settled = True
                     # The polish continues this noise, as it would without the other images.

@@ -5,9 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptation.fit import adapted_problem
 from architectures import Latents
+from coding.adapted import adapted
 from coding.bitstream import BitstreamError
 from coding.coder import Coder, decode_picture, encode_latents, file_measures
+from coding.payload import NOTHING
 from metrics import to_8_bit
 from objectives import Problem
 from refinement.batch import ImageError, Trajectory
@@ -63,12 +66,14 @@ def result_of(
     """The result of one image's refinement, with its compressed files if there is a coder.
 
     Args:
+        problem: with the model as it is; the trajectory says what the decoder is told.
         region: the image's map, [1, H, W], if it has one.
 
     Raises:
         ImageError: no loss was finite, or its latents cannot be coded.
     """
-    symbols = problem.model.symbols(trajectory.finite_latents(), problem.size)
+    told = adapted_problem(problem, trajectory.told)
+    symbols = told.model.symbols(trajectory.finite_latents(), problem.size)
     coded, regions = None, {}
     if coder is not None:
         try:
@@ -76,9 +81,9 @@ def result_of(
         except BitstreamError as error:
             raise ImageError(f"cannot be coded: {error}") from None
     if region is not None:
-        sides = {"base": trajectory.base_latents, "refined": trajectory.latents}
         regions = {
-            label: region_measures(problem, latents, region) for label, latents in sides.items()
+            "base": region_measures(problem, trajectory.base_latents, region),
+            "refined": region_measures(told, trajectory.latents, region),
         }
     return Refined(trajectory, symbols, coded, target, regions)
 
@@ -93,8 +98,11 @@ def write_files(problem: Problem, coder: Coder, trajectory: Trajectory) -> Coded
     """
     measures: dict[str, dict[str, Any]] = {}
     data = b""
-    for label, latents in (("base", trajectory.base_latents), ("refined", trajectory.latents)):
-        data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
+    base, refined = trajectory.base_latents, trajectory.latents
+    sides = ("base", base, NOTHING), ("refined", refined, trajectory.told)
+    for label, latents, told in sides:
+        symbols = adapted(problem.model, told).symbols(latents, problem.size)
+        data = encode_latents(coder, symbols, problem.size, told)
         x_hat = decode_picture(coder, data)
         measures[label] = file_measures(data, x_hat, problem.x)
         if label in trajectory.reconstructions:

@@ -3,7 +3,8 @@
 Each file is whole or absent. results/<save_name>/
     config.json          the config with every default filled in
     images.jsonl         one record for each image, written as soon as the image is done; `clock`
-                         has the time of each row of its trajectory, in seconds
+                         has the time of each row of its trajectory, in seconds; `told` has the
+                         bytes that tell the decoder more, in hex, if there are any
     latents/*.npz        the refined integer latents
     bitstreams/*.olc     the refined images as compressed files, with `save_bitstreams`
     regions/*.png        the maps of images that have one
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 
 from coding.bitstream import SUFFIX, read_bitstream
+from coding.payload import to_bytes
 from common.device import pick_precision
 from common.errors import InputError, reason_of
 from common.files import write_whole
@@ -55,6 +57,7 @@ from common.resuming import (
 )
 from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
+from refinement.told import told_of
 from regions.measures import bits_moved
 
 # Keys that may differ when a run is resumed, because they change results by float rounding at most.
@@ -65,7 +68,8 @@ FREE_KEYS = frozenset((
 ))  # fmt: skip
 RECORDS = "images*.jsonl"  # of one process or of each rank
 # The facts of a run that must be the same for all its images, and those that each record repeats.
-DECISIVE_FACTS = ("weights", "device")
+# Runs without directions, and older ones, have no such fact.
+DECISIVE_FACTS = ("weights", "device", "directions")
 RECORDED_FACTS = ("method", "params", "objective", "weighted", "precision", *DECISIVE_FACTS)
 
 
@@ -90,12 +94,12 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
     Args:
         images: the data set of the config.
         facts: the settings of the whole run: method, params, overridden, objective, weighted (by
-            maps), lmbda, weights, N, M, precision and `machine_facts`.
+            maps), lmbda, weights, N, M, precision, `machine_facts` and `adapt_facts`.
 
     Raises:
         InputError: the folder holds results and `resume` is off, or these were made with another
-            config, other weights or another device; or the ranks differ in these, or in the
-            folder.
+            config, other weights, other directions or another device; or the ranks differ in
+            these, or in the folder.
         OSError: a file cannot be written.
         ConnectionError: another process has ended.
     """
@@ -104,7 +108,7 @@ def open_run(config: RefineConfig, ranks: Ranks, images: Images, facts: Record) 
     hosts = host_names(ranks)
     refuse_other_input(ranks, hosts, {
         **resolved(config), "list of images": names,
-        **{key: facts[key] for key in DECISIVE_FACTS},
+        **{key: facts.get(key) for key in DECISIVE_FACTS},
     })  # fmt: skip
 
     def prepare() -> tuple[list[str], str]:
@@ -240,13 +244,14 @@ class Run:
         base, refined = (files.get(label, {}) | result.regions.get(label, {})
                          for label in ("base", "refined"))  # fmt: skip
         moved = {"y_bits_moved": bits_moved(base, refined)} if result.regions else {}
+        told = {"told": text} if (text := to_bytes(trajectory.told).hex()) else {}
         return {
             "name": image.name, "width": x.size(2), "height": x.size(1),
             "converted": image.notes,
-            **{key: self.facts[key] for key in RECORDED_FACTS},
+            **{key: self.facts[key] for key in RECORDED_FACTS if key in self.facts},
             "lmbda": trajectory.lmbda, "target": result.target, "seed": self.config.seed,
             "base": _side(trajectory.base) | base, "refined": _side(trajectory.best) | refined,
-            **moved,
+            **moved, **told,
             "best_step": trajectory.best["step"], "steps": trajectory.rows[-1]["step"],
             "stopped": trajectory.stopped, "settled": trajectory.settled, **cost._asdict(),
             "clock": [round(seconds, 3) for seconds in trajectory.clock],
@@ -316,9 +321,10 @@ def _announce(config: RefineConfig, images: Images, facts: Record, done: int) ->
         else f"files of {target.in_words(target.wanted)}, loss for {loss_name(facts)}"
     )
     log.info(
-        "%s (%s), %s, %d steps%s, N = %d, M = %d, %s, %s", facts["method"],
+        "%s (%s), %s, %d steps%s%s, N = %d, M = %d, %s, %s", facts["method"],
         _hyper_parameters(facts) or "no hyper-parameters", goal, config.tot_inference_iterations,
-        f" and {passes} passes of polish" if passes else "", facts["N"], facts["M"],
+        f" and {passes} passes of polish" if passes else "",
+        f", {facts['adapt']}" if "adapt" in facts else "", facts["N"], facts["M"],
         facts["device"], facts["precision"],
     )  # fmt: skip
     for name in config.overruled_methods:
@@ -384,10 +390,10 @@ def _stored_config(folder: Path, config: RefineConfig) -> Record:
 
 def _refuse_other_facts(folder: Path, record: Record, facts: Record) -> None:
     for key in DECISIVE_FACTS:
-        if record.get(key) != facts[key]:
+        if record.get(key) != facts.get(key):
             raise InputError(
                 f"{folder}: cannot resume, its results were made with other {key} "
-                f"({record.get(key)} then, {facts[key]} now); {ANOTHER_RUN}"
+                f"({record.get(key)} then, {facts.get(key)} now); {ANOTHER_RUN}"
             )
 
 
@@ -402,6 +408,7 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
         )
         with np.load(result_file(folder, "latents", name, ".npz")) as arrays:
             shapes = [array.shape for array in arrays.values()]
+        told_of(record)
         if config.writes_files:
             read_bitstream(result_file(folder, "bitstreams", name, SUFFIX).read_bytes())
         if "y_bits_moved" in record:
@@ -434,6 +441,8 @@ def _in_words(record: Record) -> str:
     loss = f"loss {percent_change(base['true_loss'], refined['true_loss']):+.2f} %"
     if record.get("target"):  # losses of different lambdas cannot be compared
         loss = f"lambda {record['lmbda']:.4g}"
+    if "told" in record:
+        loss += f", {len(record['told']) // 2} bytes of adaptation"
     return (
         f"{rate_of(base):.4f} bpp {_db(base)} -> {rate_of(refined):.4f} bpp {_db(refined)}, {loss}"
     )

@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from architectures import Latents
+from coding.adapted import adapted
 from coding.coder import Coder, decode_picture, encode_latents
+from coding.payload import NOTHING, Adaptation
 from config import Target
 from metrics import mean_squared_error, ms_ssim, ms_ssim_db, psnr, to_8_bit
 from objectives import Problem, RateDistortion
@@ -15,11 +17,15 @@ from refinement.batch import Trajectory
 
 
 class Start(NamedTuple):
-    """The start of a refinement: its latents, its step in the schedule, and the noise's number."""
+    """The start of a refinement: its latents, its step in the schedule, and the noise's number.
+
+    told: what the decoder is told of these latents.
+    """
 
     latents: Latents
     step: int = 0
     trial: int = 0
+    told: Adaptation = NOTHING
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,18 @@ def refine_to_target(
     while search.goes_on:
         trajectory = refine_at(search.lmbda, begin)
         latents = trajectory.finite_latents()
-        measured = measure(problem, coder, latents, target)
+        measured = measure(problem, coder, latents, target, trajectory.told)
         trials.append(Trial(trajectory, measured))
         note(f"lambda {trajectory.lmbda:.4g}: {target.in_words(measured)}")
         if trajectory.stopped:
             break
         search.add(measured)
-        begin = Start(latents, steps // 2, len(trials))
+        begin = Start(latents, steps // 2, len(trials), trajectory.told)
     chosen = min(trials, key=lambda trial: target.miss(trial.measured))
     if target.miss(unrefined) < target.miss(chosen.measured) and target.miss(chosen.measured) > 1:
         first = trials[0].trajectory
-        chosen = Trial(replace(first, latents=first.base_latents, best=first.base), unrefined)
+        unchanged = replace(first, latents=first.base_latents, best=first.base, told=NOTHING)
+        chosen = Trial(unchanged, unrefined)
     outcome = {
         "kind": target.kind, "wanted": target.wanted, "got": chosen.measured,
         "met": target.miss(chosen.measured) <= 1, "stretches": len(trials),
@@ -82,14 +89,20 @@ def refine_to_target(
     return concatenate(every, chosen.trajectory, problem.objective), outcome
 
 
-def measure(problem: Problem, coder: Coder, latents: Latents, target: Target) -> float:
+def measure(
+    problem: Problem, coder: Coder, latents: Latents, target: Target, told: Adaptation = NOTHING
+) -> float:
     """The bpp of the file of one image's latents, or the quality (dB) of the decoded image.
+
+    Args:
+        told: what the decoder is told beside the latents.
 
     Raises:
         BitstreamError: see `encode_latents`.
         ValueError: the picture is too small for MS-SSIM.
     """
-    data = encode_latents(coder, problem.model.symbols(latents, problem.size), problem.size)
+    symbols = adapted(problem.model, told).symbols(latents, problem.size)
+    data = encode_latents(coder, symbols, problem.size, told)
     if target.kind == "bpp":
         return 8 * len(data) / problem.pixels
     x_hat, x = to_8_bit(decode_picture(coder, data)), problem.x.cpu()

@@ -1,18 +1,21 @@
 """Decode the results of an image from the latents that runs stored, for plots of details."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from architectures import Architecture, Latents
+from coding.adapted import adapted
 from common.files import printable
 from common.images import Images
-from common.records import Record, rate_of, read_records, result_file
-from config import RefineConfig
+from common.records import Record, rate_of, read_records
+from common.resuming import config_file_of
+from config import RefineConfig, load_config
 from models import freeze, load_checkpoint
+from refinement.told import stored_symbols, told_of, use_directions_of
 from reports.compared_run import ComparedRun
 
 LARGEST_SHOWN = 4_000_000  # pixels; larger images are only in the tables
@@ -61,7 +64,7 @@ def details_of(
         name: the image.
 
     Raises:
-        InputError: the model cannot be read.
+        InputError: the model, or directions that an image needs, cannot be read.
     """
     found = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
     records = [record for record in found if record]
@@ -70,16 +73,32 @@ def details_of(
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
     model = load_checkpoint(config.pretrain, architecture=config.architecture)
+    # Before it is frozen, because that changes the weights' hash.
+    finders = [
+        _directions_finder(run.folder, record, model)
+        for run, record in zip(runs, records, strict=True)
+    ]
     freeze(model, config.coder_scales)
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, region=image.region)]
     base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
-    for run, record in zip(runs, records, strict=True):
-        with np.load(result_file(run.folder, "latents", name, ".npz")) as arrays:
-            symbols = {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
-        details.append(_detail(model, run.method, symbols, record["refined"], x))
+    for run, record, finder in zip(runs, records, finders, strict=True):
+        model.find_directions = finder
+        own, symbols = adapted(model, told_of(record)), stored_symbols(run.folder, name)
+        details.append(_detail(own, run.method, symbols, record["refined"], x))
     return details
+
+
+def _directions_finder(
+    folder: Path, record: Record, model: Architecture
+) -> Callable[[], Any] | None:
+    """What finds the directions that an image of a run needs; None: it needs none."""
+    if not told_of(record).directions:
+        return None
+    with config_file_of(folder) as path:
+        use_directions_of(load_config(path, RefineConfig), model)
+    return model.find_directions
 
 
 def _detail(model: Architecture, label: str, symbols: Latents, side: Record, x: Tensor) -> Detail:

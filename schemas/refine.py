@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from schemas.adapt import Adapt
 from schemas.base import (
     MS_SSIM_LAMBDAS,
     SAVE_NAME,
@@ -298,6 +299,8 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     """+ The passes of the polish after the last step. The polish moves symbols of y by one to lower
     the loss. A pass takes the time of a step. 16 probes before the first pass take as long as 16
     steps."""
+    adapt: Adapt | None = None
+    """+ What the decoder is told beside the latents. null: nothing."""
     early_stop: EarlyStop | None = None
     """+ End the descent of an image early, when its true loss does not change any more. The polish
     follows. `{}`: with the defaults below. null: take all steps."""
@@ -371,7 +374,7 @@ class RefineConfig(ModelOfLambda, ScriptConfig):
     @property
     def images_at_once(self) -> int:
         """The largest number of images that are refined together."""
-        alone = self.optimizer.name == "LBFGS" or self.target is not None
+        alone = self.optimizer.name == "LBFGS" or self.target is not None or self.adapt is not None
         return 1 if alone else self.batch_size
 
     @property
