@@ -4,7 +4,7 @@ With y_hat fixed the picture is linear in the last layer's weights. So its squar
 quadratic function of them, and a few sums over the picture say all about it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from fast.tiles import STRIDE, Tile, cut, tiles_of
 from objectives import Problem
 
 SIDE = 32  # of a tile, in positions of y
+MOST_PIXELS = 2**22
 COLUMNS = 2**14  # positions of the last layer's input that are summed over at a time
 UNIT = STRIDE // 2  # rows of the last layer's input for one position of y
 
@@ -65,7 +66,8 @@ def quadratic_of(problem: Problem, y_hat: Tensor) -> Quadratic:
     """The squared error of one image's picture around the last layer that the model has.
 
     Half-covered positions of the last layer's input, at the border of pictures of odd size, are
-    left out.
+    left out. Of a large picture only every second, third or further tile is looked at, and the sums
+    are scaled up: `MOST_PIXELS` tell enough of a few thousand weights.
 
     Args:
         y_hat: [1, M, h, w].
@@ -76,8 +78,9 @@ def quadratic_of(problem: Problem, y_hat: Tensor) -> Quadratic:
     last = last_layer_of(problem.model.network.g_s)
     if last is None:
         raise ValueError("the decoder does not end with a transposed convolution")
-    sums = _Sums(last)
-    for tile in _tiles(problem, y_hat):
+    sums, tiles = _Sums(last), list(_tiles(problem, y_hat))
+    every = min(-(-problem.pixels // MOST_PIXELS), len(tiles))
+    for tile in tiles[::every]:
         v = input_of_last_layer(problem.model.network.g_s, cut(y_hat, tile.window, 1))
         x = cut(problem.x, tile.core, STRIDE)
         weights = None if problem.weights is None else cut(problem.weights, tile.core, STRIDE)
@@ -85,7 +88,15 @@ def quadratic_of(problem: Problem, y_hat: Tensor) -> Quadratic:
         top, left = tile.corner(UNIT)
         v = F.pad(v, (1, 1, 1, 1))[:, :, top:, left:]
         sums.add(v, x, weights)
-    return sums.quadratic()
+    return sums.quadratic(_area(tiles) / _area(tiles[::every]))
+
+
+def _area(tiles: Sequence[Tile]) -> int:
+    """Positions of y in the tiles."""
+    return sum(
+        (rows.stop - rows.start) * (columns.stop - columns.start)
+        for rows, columns in (tile.core for tile in tiles)
+    )
 
 
 def _tiles(problem: Problem, y_hat: Tensor) -> Iterator[Tile]:
@@ -145,15 +156,15 @@ class _Sums:
         self.slope[:, -1] += weighted.sum(1).double().cpu()
         self.error += float((weighted * error).double().sum())
 
-    def quadratic(self) -> Quadratic:
-        """The sums of all phases, by the weights of the kernel."""
+    def quadratic(self, scale: float) -> Quadratic:
+        """The sums of all phases, by the weights of the kernel, times `scale`."""
         size = int(self.indexes.max())
         gram = torch.zeros(size + 1, size + 1, dtype=torch.float64)
         slope = torch.zeros(size + 1, 3, dtype=torch.float64)
         for phase, index in enumerate(self.indexes):
             gram[index[:, None], index] += self.gram[phase]
             slope[index] += self.slope[3 * phase : 3 * phase + 3].t()
-        return Quadratic(self.error, slope[1:], gram[1:, 1:])
+        return Quadratic(scale * self.error, scale * slope[1:], scale * gram[1:, 1:])
 
 
 def _product_with_itself(rows: Tensor) -> Tensor:

@@ -167,6 +167,23 @@ def test_small_tiles_and_few_rows_at_a_time_give_the_same(name, side, weighted, 
         torch.testing.assert_close(ours, expected, rtol=0, atol=close)
 
 
+def test_of_a_large_picture_every_second_tile_is_looked_at_and_scaled_up(monkeypatch):
+    name, tile = "elic2022-official", 3
+    model, size = model_of(name, True), (16 * tile, 32 * tile)
+    half = (slice(None), slice(None), slice(None), slice(16 * tile))
+    x, y_hat = crop(*size), y_hat_of(model, size)
+    first = torch.zeros(1, 1, *size)
+    first[half] = 1  # the first of the two tiles is all that counts
+    monkeypatch.setattr("adaptation.least_squares.SIDE", tile)
+    expected = quadratic_of(problem_of(model, x, first), y_hat)
+    monkeypatch.setattr("adaptation.least_squares.MOST_PIXELS", x[0, 0].numel() // 2)
+    sampled = quadratic_of(problem_of(model, x), y_hat)
+    assert sampled.error == pytest.approx(2 * expected.error, rel=1e-6)
+    for ours, whole in zip(sampled[1:], expected[1:], strict=True):
+        close = 1e-5 * whole.abs().max().item()
+        torch.testing.assert_close(ours, 2 * whole, rtol=0, atol=close)
+
+
 def test_a_decoder_with_another_last_layer_is_refused():
     model = model_of("cheng2020-anchor", True)
     with pytest.raises(ValueError, match="does not end with a transposed convolution"):
