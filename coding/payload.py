@@ -14,6 +14,7 @@ The default adaptation has no bytes at all.
 """
 
 import math
+import struct
 from typing import NamedTuple
 
 from coding.bitstream import BitstreamError
@@ -42,7 +43,7 @@ class Numbers(NamedTuple):
     @property
     def step_size(self) -> float:
         """The quantisation step: 2^((step - 192) / 4)."""
-        return 2 ** ((self.step - STEP_OF_1) / 4)
+        return _power_of_2((self.step - STEP_OF_1) / 4)
 
 
 class Adaptation(NamedTuple):
@@ -60,10 +61,16 @@ class Adaptation(NamedTuple):
     @property
     def lattice_step(self) -> float:
         """The step of y's lattice: 2^(lattice / 16)."""
-        return 2 ** (self.lattice / 16)
+        return _power_of_2(self.lattice / 16)
 
 
 NOTHING = Adaptation()
+
+
+def _power_of_2(exponent: float) -> float:
+    """2^exponent, rounded to float32: the last bits of a power differ between machines."""
+    (power,) = struct.unpack("<f", struct.pack("<f", 2**exponent))
+    return float(power)
 
 
 def lattice_code(step: float) -> int:
