@@ -149,8 +149,8 @@ class _Sums:
             weighted = error
         else:
             for gram, one in zip(self.gram, weights, strict=True):
-                heavy = patches * one
-                gram += _with_bias(heavy @ patches.t(), heavy.sum(1), float(one.sum()))
+                product = _product_with_itself(patches * one.sqrt())
+                gram += _with_bias(product, patches @ one, float(one.sum()))
             weighted = error * weights.repeat_interleave(3, 0)
         self.slope[:, :-1] += (weighted @ patches.t()).double().cpu()
         self.slope[:, -1] += weighted.sum(1).double().cpu()
@@ -168,9 +168,12 @@ class _Sums:
 
 
 def _product_with_itself(rows: Tensor) -> Tensor:
-    """rows @ rows^T. On a CPU numpy computes one half of it only, in a third of torch's time."""
+    """rows @ rows^T, which must be exact: TF32 on a GPU is not.
+
+    On a CPU numpy computes one half of it only, in a third of torch's time.
+    """
     if rows.device.type != "cpu":
-        return rows @ rows.t()
+        return rows.double() @ rows.double().t()
     array = rows.numpy()
     return torch.from_numpy(array @ array.T)
 

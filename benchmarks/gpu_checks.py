@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptation.least_squares import quadratic_of
 from architectures import Latents
 from benchmarks.gpu_bench import (
     Bench,
@@ -95,6 +96,19 @@ def shifted(v: Tensor) -> Tensor:
 def leaves(latents: Latents, like: Tensor) -> Latents:
     """Copies with like's device and dtype, to which gradients can be taken."""
     return {name: v.detach().to(like).requires_grad_() for name, v in latents.items()}
+
+
+@check("a fit's quadratic function of the last layer, TF32 on", tf32="on", bound=0.01)
+@check("a fit's quadratic function of the last layer, TF32 off", bound=1e-4)
+def quadratic_as_on_cpu(bench: Bench, bound: float) -> Finding:
+    """Its gram matrix, beside the CPU's; with TF32 g_s computes a little otherwise."""
+    grams = []
+    for device in (torch.device("cpu"), bench.device):
+        model, x = bench.short(device).model, bench.x[:1].to(device)
+        problem = Problem(model, x, MSE)
+        y_hat = model.round(model.analyze(x), shifted, problem.size).y_hat
+        grams.append(quadratic_of(problem, y_hat.detach()).gram)
+    return Finding(relative_error(grams[1], grams[0]), bound, "of the matrix")
 
 
 @check("gradients of the frozen layers, in bfloat16", precision=torch.bfloat16, bound=0.15)
