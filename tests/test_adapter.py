@@ -282,7 +282,7 @@ def test_an_adapted_model_decodes_as_stock_with_changed_weights(name, frozen):
 
 def test_an_adapted_model_has_the_lattice():
     model = model_with(None)
-    assert adapted(model, Adaptation(6)).lattice == 2 ** (6 / 16)
+    assert adapted(model, Adaptation(6)).lattice == np.float32(2 ** (6 / 16))
     assert adapted(model, Adaptation()).lattice == model.lattice == 1
     with pytest.raises(InputError, match="has no scales, so its lattice cannot be coarser"):
         adapted(toy("bmshj2018-factorized"), Adaptation(6))
