@@ -4,13 +4,11 @@ import copy
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 # Two processes share the cores: one thread each, which must be said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -176,6 +174,27 @@ def converted_here(monkeypatch):
 
 
 @pytest.fixture
+def without_run_plots(request, monkeypatch):
+    """Lets runs and trainings draw nothing, which takes half of their time.
+
+    For whole modules; where a test reads plots, or odd names or numbers meet them, it asks for
+    `with_run_plots`.
+    """
+    if "with_run_plots" not in request.fixturenames:
+        from runs import leave_out_plots
+
+        leave_out_plots(monkeypatch)
+        empty = SimpleNamespace(savefig=lambda path: path.touch())
+        for plot in ("pretraining.run.plot_training", "reports.run_report.plot_comparison"):
+            monkeypatch.setattr(plot, lambda *_: empty)
+
+
+@pytest.fixture
+def with_run_plots():
+    """Keeps the plots in a module that leaves them out."""
+
+
+@pytest.fixture
 def generators_here(monkeypatch):
     """Lets the noise of a pretended GPU come from generators of the CPU."""
     monkeypatch.setattr("refinement.batch.Generator", lambda device: torch.Generator())
@@ -302,29 +321,3 @@ def refusal_of(source):
     assert message.startswith(f"pretrain {source}: ")
     assert "\n" not in message
     return message
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def launch(script, rank, world, port):
-    """A process as a plain launcher starts it: no one ends it when another fails."""
-    variables = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True,
-        env={**os.environ, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
-             **{name: str(value) for name, value in variables.items()}},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def ends_of(processes, timeout=60):
-    """Exit code, stdout and stderr of each; none may last longer than so many seconds."""
-    try:
-        both = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, both, strict=True)]

@@ -14,6 +14,8 @@ from models import load_checkpoint
 from runs import results, run
 from trainings import assert_same, checkpoint_of, folder_of
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 @pytest.mark.parametrize("name", CODED)
 def test_train_resume_refine_code_and_decode(

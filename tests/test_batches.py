@@ -17,6 +17,8 @@ from refinement.target import Start
 from rounding.noise import ImageGenerators
 from train_flexible_inference import equal_sized, main
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 def _image(name, height, width):
     return LoadedImage(name, torch.zeros(3, height, width) if height else None, (), "broken")

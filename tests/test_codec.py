@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from architectures.distributions import Gaussians
-from codec import compress_picture
+from codec import compress_picture, main
 from coding.bitstream import (
     LAYOUT,
     BitstreamError,
@@ -173,16 +173,15 @@ def test_other_arithmetic_decodes_to_the_same_symbols(coder, monkeypatch):
 
 def test_another_processor_decodes_the_same_symbols(tmp_path):
     """Instruction sets of oneDNN and ATen, and the number of threads, stand for it."""
-    source, script = tmp_path / "a.png", "import sys; from codec import main; sys.exit(main())"
+    source = tmp_path / "a.png"
     Image.fromarray(skimage.data.chelsea()[:130, :200]).save(source)
     old = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}
 
-    def on(processor, *arguments):
-        command = [sys.executable, "-c", script, *map(str, arguments), "--checkpoint", WEIGHTS]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **processor}, check=True)
-
-    on({}, "compress", source, "-o", tmp_path / "new")
-    on(old, "decompress", tmp_path / "new", "-o", tmp_path / "decoded")
+    weights = ["--checkpoint", str(WEIGHTS)]
+    assert main(["compress", str(source), "-o", str(tmp_path / "new"), *weights]) == 0
+    command = ["decompress", str(tmp_path / "new"), "-o", str(tmp_path / "decoded"), *weights]
+    subprocess.run([sys.executable, "codec.py", *command], cwd=ROOT, env=os.environ | old,
+                   check=True)  # fmt: skip
     ours = decode_picture(
         build_coder(load_checkpoint(str(WEIGHTS))), (tmp_path / "new/a.png.olc").read_bytes()
     )

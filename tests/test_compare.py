@@ -22,6 +22,8 @@ from reports.comparison_plots import colors_of, plot_loss
 from reports.comparison_tables import half_interval
 from runs import NAMES
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 @pytest.fixture
 def compared(config_values, write_config, photos, tmp_path):
@@ -138,6 +140,7 @@ def test_crops_are_the_same_for_all_seeds(compared, write_config, tmp_path):
     assert all(torch.equal(crop, crops[0]) for crop in crops)
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_names_that_are_no_text_end_no_comparison(
     compared, write_config, photos, tmp_path, monkeypatch
 ):

@@ -20,6 +20,8 @@ from passes import true_terms
 from refinement.target import LambdaSearch
 from runs import NAMES, results, run
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 def psnr_of_pixels(picture, path):
     """PSNR in dB of two 8-bit pictures, in float64 from its definition."""

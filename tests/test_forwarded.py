@@ -23,6 +23,8 @@ from models import model_from_state_dict
 from passes import problem_of, to_optimise, true_terms
 from runs import results, run
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 SIZE = (128, 64)
 
 

@@ -4,19 +4,18 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from forks import Fork
 from PIL import Image
 
 import datasets
 from common.finding import find_images
 from common.images import ImageFiles
 from common.optional_packages import import_tensorflow
-from conftest import ROOT, needs
+from conftest import needs
 from crops import convert, draw, encode, numbers_of, picture
 from pretraining.make_tfrecords import MANIFEST_NAME
 from profiles import DISPLAY_P3, profile_of
@@ -140,15 +139,14 @@ def test_a_killed_conversion_leaves_whole_shards_only(tmp_path, converted_here):
     for number in range(60):
         noise = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
         (images / f"{number}.png").write_bytes(encode(noise))
-    command = [sys.executable, "datasets.py", "make-tfrecords", "--images", str(images),
-               "--out", str(out), "--shards", "30", "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    command = ["make-tfrecords", "--images", str(images), "--out", str(out), "--shards", "30",
+               "--workers", "1"]  # fmt: skip
+    process = Fork(f"import datasets; datasets.main({command})")
     deadline = time.time() + 120
     while len(list(out.glob("*.tfrecord"))) < 2 and time.time() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert len(list(out.glob("*.tfrecord"))) >= 2
     assert convert(images, out, shards=30) == 0
     assert len({example["image"] for example in read_examples(out)}) == 60

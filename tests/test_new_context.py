@@ -19,6 +19,8 @@ from passes import true_terms
 from pretraining.new_context import with_new_context
 from trainings import folder_of
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 X = to_x(skimage.data.astronaut()[:192, 64:320])
 
 

@@ -17,6 +17,8 @@ from objectives import Problem, RateDistortion
 from runs import results, run
 from trainings import folder_of
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 @pytest.fixture
 def own(tmp_path):

@@ -22,6 +22,8 @@ from models import build_model, freeze, load_checkpoint
 from passes import problem_of, refined, to_optimise, true_terms
 from runs import results, run
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 CPU = torch.device("cpu")
 
 

@@ -1,14 +1,17 @@
 """Real processes that a plain launcher starts: meeting, failing and stopping, together."""
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
+from forks import ROOT, ends_of, free_port, launch
 
 from common.errors import InputError
 from common.processes import Ranks, StopSignal, first_rank_does, join_ranks, processes_here
-from conftest import ends_of, free_port, launch
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
        "MASTER_PORT": "29500"}  # fmt: skip
@@ -112,6 +115,23 @@ def test_a_process_whose_others_never_come_says_so_and_ends():
         (line,) = error.splitlines()
         assert line.startswith("error: waited 2 s for the other 3 of WORLD_SIZE = 4 processes at ")
         assert f"MASTER_ADDR = localhost, MASTER_PORT = {port}, in vain" in line
+
+
+def test_processes_of_torchrun_meet(tmp_path):
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "from common.processes import gather, join_ranks, processes_here\n"
+        "ranks = join_ranks()\n"
+        "print(gather(ranks, (ranks.rank, ranks.local, processes_here())), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[(0, 0, 2), (1, 1, 2)]" in done.stdout
 
 
 # --- failing --------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from passes import problem_of, refined, true_terms
 from refinement.batch import metrics_of
 from runs import results, run
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 def test_a_refinement_agrees_with_a_plain_second_writing(model):
     """SGA+ three-class SSL for 60 steps, written again from the paper on CompressAI's own parts.

@@ -1,9 +1,8 @@
 """The refinement as a user runs it: what it leaves behind, and what it survives."""
 
+import io
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import types
@@ -13,19 +12,23 @@ import pandas as pd
 import pytest
 import skimage
 import torch
+from forks import Fork, ends_of, free_port, launch
 from PIL import Image
 
 from architectures import MeanScale
 from config import RefineConfig, load_config
-from conftest import ROOT, WEIGHTS, read_jsonl, to_x
+from conftest import WEIGHTS, read_jsonl, to_x
 from passes import true_terms
 from refinement.batch import metrics_of
 from runs import NAMES, numbers, results, run
-from train_flexible_inference import refine_images, report
+from train_flexible_inference import main, refine_images, report
+
+pytestmark = pytest.mark.usefixtures("without_run_plots")
 
 # --- what a run leaves behind ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_a_run_leaves_everything_behind(config_values, write_config, model, photos, capsys):
     config_values["dev_options"]["save_final"] = True
     config_values["tracker"] = "tensorboard"
@@ -99,6 +102,7 @@ def test_wandb_gets_every_row_or_says_how_to_install_it(
     assert [row["a_chelsea.png/step"] for row in rows] == [0, 4, 8]
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_tiny_and_odd_images_work(config_values, write_config, photos):
     for name in NAMES:
         (photos / name).unlink()
@@ -160,31 +164,21 @@ def test_a_run_repeats_itself_and_any_subset_of_it(config_values, write_config, 
     assert other[0]["refined"]["true_loss"] != first[1]["refined"]["true_loss"]
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def start(config_path, *overrides, launcher=("-u",)):
-    sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, *launcher, str(ROOT / "train_flexible_inference.py")]
-    return subprocess.Popen(
-        [*command, "--config", str(config_path), *sets],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+SCRIPT = "import sys, train_flexible_inference as t; sys.exit(t.main(['--config', {!r}]))"
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config, capsys):
     values = config_values | {"tot_inference_iterations": 60, "eval_freq": 20}
     path = write_config(values)
     assert run(path, "save_name=whole") == 0
-    killed = start(path)
+    killed = Fork(SCRIPT.format(str(path)))
     folder = results(values)
-    deadline = time.monotonic() + 120
-    while not (folder / "images.jsonl").exists() and time.monotonic() < deadline:
+    records = folder / "images.jsonl"
+    while not (records.exists() and records.read_bytes()) and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    done = len(read_jsonl(folder / "images.jsonl"))
+    killed.kill()
+    killed.join()
+    done = len(read_jsonl(records))
     assert 1 <= done < 3
     (folder / "latents" / ".123.tmp.npz").write_bytes(b"left behind")
     assert run(path) == 2
@@ -198,16 +192,15 @@ def test_a_killed_run_resumes_to_the_same_numbers(config_values, write_config, c
 
 
 def test_two_processes_give_the_result_of_one(config_values, write_config):
-    values = config_values | {"tot_inference_iterations": 4, "eval_freq": 2}
-    path = write_config(values)
+    values = config_values | {"tot_inference_iterations": 4, "eval_freq": 2, "tot_batches": 4}
     (results(values).parent.parent / "photos" / "d_broken.png").write_bytes(b"broken")
-    one = start(path, "tot_batches=4")
-    assert one.wait() == 1, one.stderr.read()
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = start(path, "save_name=two", "tot_batches=4", launcher=launcher)
-    out, err = two.communicate()
-    assert two.returncode == 1, err
-    assert "failed: d_broken.png" in out
+    path = str(write_config(values))
+    ((code, _, errors),) = ends_of([Fork(SCRIPT.format(path))])
+    assert code == 1, errors
+    path, port = str(write_config(values | {"save_name": "two"})), free_port()
+    ends = ends_of([launch(SCRIPT.format(path), rank, 2, port) for rank in (0, 1)])
+    assert [code for code, *_ in ends] == [1, 1], ends
+    assert "failed: d_broken.png" in ends[0][1]
     both = results(values | {"save_name": "two"})
     assert numbers(both) == numbers(results(values))
     log = (both / "log.txt").read_text()
@@ -286,6 +279,7 @@ def test_an_unreadable_image_is_skipped_by_name(config_values, write_config, pho
     assert list(json.loads((folder / "summary.json").read_text())["failed"]) == ["aa_broken.png"]
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_a_loss_that_is_not_finite_stops_the_image_at_its_best(config_values, write_config, capsys):
     path = write_config(config_values | {"optimizer": {"name": "sgd", "lr": 1e30}})
     assert run(path) == 0
@@ -329,19 +323,15 @@ def test_an_image_that_does_not_fit_into_memory_is_skipped(
     assert [record["name"] for record in numbers(results(config_values))] == NAMES[:2]
 
 
-def test_file_names_of_every_kind(config_values, write_config, photos, tmp_path):
+@pytest.mark.usefixtures("with_run_plots")
+def test_file_names_of_every_kind(config_values, write_config, photos, monkeypatch):
     """Names that plots take for formulas, that are no text, that the console has no letters for."""
     names = ["a $_$ b.png", "日本.png", os.fsdecode(b"caf\xe9.png")]
     for old, new in zip(NAMES, names, strict=True):
         (photos / old).rename(photos / new)
     config_values["dev_options"]["save_final"] = True
-    path = write_config(config_values)
-    command = [sys.executable, str(ROOT / "train_flexible_inference.py"), "--config", str(path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False,
-        env=environment() | {"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert run(write_config(config_values)) == 0
     assert {record["name"] for record in numbers(results(config_values))} == set(names)
     assert (results(config_values) / "comparison.png").is_file()
 
@@ -367,8 +357,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not results(config_values).exists()
 
 
-def test_the_script_says_what_it_wants():
-    command = [sys.executable, str(ROOT / "train_flexible_inference.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 2
-    assert "--config" in done.stderr
+def test_the_script_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "--config" in capsys.readouterr().err

@@ -3,11 +3,7 @@
 import io
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import skimage
 import torch
 from compressai.utils.plot import __main__ as compressai_plot
+from forks import Fork
 from PIL import Image
 
 from common.errors import InputError
@@ -36,6 +33,7 @@ from reports.comparison_tables import (
 )
 from reports.details import Detail, details_of
 from reports.equal_rate import equal_rate_cells, equal_rate_table, quality_at
+from runs import leave_out_plots
 
 WEIGHTS = {
     lmbda: str(ROOT / f"example_files/weights/mean_scale_n64_lambda{lmbda}.pth.tar")
@@ -103,7 +101,9 @@ def compared(tmp_path_factory):
     }  # fmt: skip
     path = folder / "compare.json"
     path.write_text(json.dumps(values))
-    assert main(["--config", str(path)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_plots(patch)  # of the runs
+        assert main(["--config", str(path)]) == 0
     return load_config(path, CompareConfig), folder / "results/two"
 
 
@@ -332,6 +332,7 @@ def test_wrong_published_curves_are_refused(tmp_path):
         published_curves({"mine": "none.csv"})
 
 
+@pytest.mark.usefixtures("without_run_plots")
 def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_path):
     """Killed hard in its second run, then run again: as if nothing had been."""
     method = write_config(config_values | {"tot_inference_iterations": 50}, "method.json")
@@ -342,13 +343,12 @@ def test_a_comparison_survives_a_kill(config_values, write_config, photos, tmp_p
         "models": [{"train_lambda": 0.01, "pretrain": WEIGHTS[0.01]}],
     }  # fmt: skip
     path, folder = write_config(values, "compare.json"), tmp_path / "results/killed"
-    command = [sys.executable, str(ROOT / "compare.py"), "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = Fork(f"import compare; compare.main(['--config', {str(path)!r}])")
     second = folder / "runs/b/lambda 0.01/images.jsonl"
-    while not second.exists() and process.poll() is None:
+    while not second.exists() and process.is_alive():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (folder / "report.html").exists()
     kept = (folder / "runs/a/lambda 0.01/images.jsonl").read_bytes()
     assert main(["--config", str(path)]) == 0

@@ -17,6 +17,8 @@ from conftest import read_jsonl, to_x
 from passes import problem_of, refined
 from runs import NAMES, numbers, results, run
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 
 def _emptied(path):
     path.write_bytes(b"")
@@ -101,6 +103,7 @@ def test_records_are_added_line_by_line(config_values, write_config, monkeypatch
     assert len(whole) == 0
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_long_names_and_those_of_other_letters(config_values, write_config, photos, capsys):
     """83 Chinese characters are 253 bytes with .png: NAME.png.csv would be too long."""
     names = ["日" * 83 + ".png", "x" * 251 + ".png", "a\nb.png"]
@@ -130,6 +133,7 @@ def small_files():
 
 # A torn zip file says so once more when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("with_run_plots")
 def test_an_image_whose_results_cannot_be_written_is_skipped(
     config_values, write_config, photos, capsys, small_files
 ):
@@ -152,6 +156,7 @@ def test_an_image_whose_results_cannot_be_written_is_skipped(
     assert len(numbers(folder)) == 3
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_a_full_disk_is_one_line(config_values, write_config, capsys, small_files):
     path = write_config(config_values)
     small_files(100)
@@ -242,6 +247,7 @@ def test_a_folder_with_records_of_any_kind_is_not_begun_anew(finished, write_con
     assert "3 of its lines are no whole records, and dropped" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_a_name_that_is_no_text_reaches_the_tracker(config_values, write_config, photos):
     (photos / NAMES[0]).rename(photos / os.fsdecode(b"caf\xe9.png"))
     path = write_config(config_values | {"tracker": "tensorboard"})

@@ -1,12 +1,12 @@
 """Work that processes share: four real ones, unequal items, one killed, one on another machine."""
 
 import json
-import multiprocessing
 import signal
 import socket
 
 import pytest
 import torch
+from forks import free_port, server
 
 import sharers
 from common.finding import find_images
@@ -14,24 +14,16 @@ from common.images import ImageFiles, LoadedImage
 from common.machines import log_file
 from common.processes import Ranks, shares
 from common.records import merge_records
-from conftest import free_port, read_jsonl
+from conftest import read_jsonl
 from train_flexible_inference import batches
 
 ALONE = Ranks(0, 1, 0)
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Processes that start quickly: their server has torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed"])
-    return context
-
-
-def codes_of_four(context, work, *arguments):
+def codes_of_four(work, *arguments):
     """The exit codes of four processes, each of which does work(rank, port, *arguments)."""
     port = free_port()
-    processes = [context.Process(target=work, args=(rank, port, *arguments)) for rank in range(4)]
+    processes = [server().Process(target=work, args=(rank, port, *arguments)) for rank in range(4)]
     for process in processes:
         process.start()
     try:
@@ -46,10 +38,10 @@ def codes_of_four(context, work, *arguments):
 # --- the queue ------------------------------------------------------------------------------------
 
 
-def test_one_long_item_leaves_nobody_idle(context, tmp_path):
+def test_one_long_item_leaves_nobody_idle(tmp_path):
     """With a fixed split the process with item 0 would wait for ever."""
     (tmp_path / "done").mkdir()
-    assert codes_of_four(context, sharers.wait_for_all_others, tmp_path) == [0, 0, 0, 0]
+    assert codes_of_four(sharers.wait_for_all_others, tmp_path) == [0, 0, 0, 0]
     taken = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert sorted(item for mine, _ in taken for item in mine) == list(range(20))
     assert [0] in [mine for mine, _ in taken]
@@ -68,12 +60,12 @@ def test_a_process_alone_takes_all():
 
 
 @pytest.mark.parametrize("victim", [2, 0])
-def test_a_killed_process_loses_its_own_item_alone(context, tmp_path, victim):
+def test_a_killed_process_loses_its_own_item_alone(tmp_path, victim):
     """Its others say so and end, what they did is kept, and a resumed run does what is undone.
 
     If the first process is killed, which hosts the store here, no one gets another item.
     """
-    codes = codes_of_four(context, sharers.be_killed, tmp_path, victim)
+    codes = codes_of_four(sharers.be_killed, tmp_path, victim)
     assert codes == [-signal.SIGKILL if rank == victim else 0 for rank in range(4)]
     for rank in {0, 1, 2, 3} - {victim}:
         error = (tmp_path / f"{rank}.txt").read_text()
@@ -142,27 +134,27 @@ def test_images_are_asked_for_when_they_are_read(photos, num_workers):
 # --- several machines -----------------------------------------------------------------------------
 
 
-def wrong_for_each(context, folders, inputs):
-    assert codes_of_four(context, sharers.compare, folders, inputs) == [0, 0, 0, 0]
+def wrong_for_each(folders, inputs):
+    assert codes_of_four(sharers.compare, folders, inputs) == [0, 0, 0, 0]
     assert sorted(file.name for file in folders[0].iterdir()) == [f"{n}.json" for n in range(4)]
     return [json.loads((folders[0] / f"{rank}.json").read_text()) for rank in range(4)]
 
 
-def test_machines_with_the_same_input_and_folder_may_go_on(context, tmp_path):
+def test_machines_with_the_same_input_and_folder_may_go_on(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "results")
     (tmp_path / "results").mkdir()
     folders = [tmp_path / name for name in ("results", "link", "results", "link")]
-    assert wrong_for_each(context, folders, [{"config": {"a": 1}}] * 4) == [[]] * 4
+    assert wrong_for_each(folders, [{"config": {"a": 1}}] * 4) == [[]] * 4
 
 
-def test_a_machine_with_other_input_or_another_folder_is_named_by_all(context, tmp_path):
+def test_a_machine_with_other_input_or_another_folder_is_named_by_all(tmp_path):
     for name in ("results", "other"):
         (tmp_path / name).mkdir()
     folders = [tmp_path / name for name in ("results", "results", "other", "missing")]
     same = {"config": "a", "list of images": ["\udce9.png"], "weights": "b"}
     inputs = [same, same, same, same | {"list of images": ["f.png"], "weights": "c"}]
     here = socket.gethostname()
-    assert wrong_for_each(context, folders, inputs) == 4 * [
+    assert wrong_for_each(folders, inputs) == 4 * [
         [
             f"rank 3 ({here}) has another list of images and weights than rank 0 ({here}); "
             "all processes need the same",

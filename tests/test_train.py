@@ -5,15 +5,13 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage
 import torch
+from forks import Fork, ends_of, free_port, launch
 from PIL import Image
 
 from architectures import MeanScale
@@ -21,7 +19,7 @@ from architectures.footprint import Footprint
 from common.errors import InputError
 from common.finding import find_images
 from common.images import ImageFiles
-from conftest import ROOT, ends_of, free_port, launch, needs, read_jsonl, to_x
+from conftest import needs, read_jsonl, to_x
 from crops import convert
 from fast.memory import MemoryBound
 from metrics import picture_quality
@@ -32,9 +30,12 @@ from pretraining.draws import Draws
 from pretraining.folder_crops import FolderCrops
 from trainings import assert_same, checkpoint_of, folder_of
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("with_run_plots")
 def test_a_run_leaves_metrics_checkpoints_and_weights(train_on, train_values, write_config):
     assert train_on(train_values) == 0
     folder = folder_of(train_values)
@@ -289,16 +290,13 @@ def test_a_signal_saves_and_ends_cleanly(train_on, train_values, write_config, n
     train_values |= {"tot_iterations": 100_000, "print_freq": 1, "path_test_data": "",
                "save_model_freq": 100_000, "num_workers": workers}  # fmt: skip
     config = write_config(train_values, "long.json")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(config)], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Fork(f"import sys, train; sys.exit(train.main(['--config', {str(config)!r}]))")
     for line in process.stdout:
         if line.startswith("step 3"):
             os.killpg(process.pid, number)
             break
-    rest = process.stdout.read()
-    assert process.wait() == 0
+    ((code, rest, errors),) = ends_of([process])
+    assert code == 0, errors
     assert "stopped at step" in rest
     (path,) = folder_of(train_values).glob("iter_*.pth.tar")
     step = torch.load(path, weights_only=True)["iter"]
@@ -349,11 +347,9 @@ def test_two_processes_train_one_model(train_values, write_config, tmp_path):
     """The parameters of both ranks agree to the bit, and the loss falls."""
     train_values |= {"tot_iterations": 40, "print_freq": 10, "save_model_freq": 40,
                "lr": {"base": 3e-3, "warmup_step": 1}}  # fmt: skip
-    script = tmp_path / "both.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import os, sys
-        sys.path.insert(0, {str(ROOT)!r})
+    config, port = write_config(train_values, "two.json"), free_port()
+    script = f"""
+        import sys
         import torch, train
         distribute, checkpoint, trained = train.distribute, train.TrainingState.checkpoint, []
         def keeping(network, ranks):
@@ -363,17 +359,10 @@ def test_two_processes_train_one_model(train_values, write_config, tmp_path):
             torch.save(trained[0].state_dict(), {str(tmp_path)!r} + f"/rank{{ranks.rank}}.pt")
             return checkpoint(self, ranks)
         train.distribute, train.TrainingState.checkpoint = keeping, spying
-        sys.exit(train.main())
-    """)
-    )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(script), "--config", str(write_config(train_values, "two.json")),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        sys.exit(train.main(["--config", {str(config)!r}]))
+    """
+    ends = ends_of([launch(script, rank, 2, port) for rank in (0, 1)], timeout=300)
+    assert [code for code, *_ in ends] == [0, 0], ends
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_same(dict(first), dict(second))
     assert_same(dict(checkpoint_of(train_values, 40)["model_state_dict"]), dict(first))

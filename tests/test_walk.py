@@ -24,6 +24,8 @@ from pretraining.training_pass import TrainingPass
 from runs import NAMES, results, run
 from trainings import assert_same, checkpoint_of, folder_of
 
+pytestmark = pytest.mark.usefixtures("without_run_plots")
+
 SIZE = (100, 70)
 
 
