@@ -47,6 +47,7 @@ from refinement.batch import ImageError, ImageNoise, Recorder, Trajectory
 from refinement.descent import (
     LBFGS_HISTORY,
     build_optimizer,
+    forget_curvature,
     pace_of,
 )
 from refinement.graph import graphed, pick_cuda_graphs
@@ -114,8 +115,10 @@ def refine(
         recorder.evaluate_if_due(step, latents)
         if pace.at_end or recorder.ended:
             break
-        if current.adapt_if_due(pace, latents) and graphs:
-            compute = graphed(loss_and_gradients, noise)  # the old graph repeats the old problem
+        if current.adapt_if_due(pace, latents):
+            forget_curvature(optimizer)
+            if graphs:
+                compute = graphed(loss_and_gradients, noise)  # the old one repeats the old problem
         optimizer.param_groups[0]["lr"] = config.lr_at(pace.position)
         optimizer.step(closure)  # type: ignore[arg-type]  # a loss may be a tensor
         pace.advance()

@@ -18,12 +18,14 @@ from architectures import Latents
 from architectures.directions import Directions
 from coding.adapted import DIRECTIONS, LAST_LAYER, adapted
 from coding.payload import KINDS, Adaptation, Numbers, bits, lattice_code, step_code
+from coding.runs import LARGEST
 from objectives import Problem
 from schemas.adapt import Adapt
 
 # The last layer's weights are not even tried if they would save less than so many bits each.
 LEAST_BITS = 1.0
-LEAST_CURVATURE = 1e-8  # bits; no step is coded that would suit a smaller one
+# In bits; no step is coded that would suit a smaller or a larger one.
+LEAST_CURVATURE, MOST_CURVATURE = 1e-8, 1e27
 # Quantisation steps that are tried, times the one that is right for uncorrelated numbers at a high
 # rate. The weights of the last layer are correlated, and may have larger steps.
 STEPS = {DIRECTIONS: (1.0, 1.5, 2.2), LAST_LAYER: (2.0, 4.0)}
@@ -57,7 +59,11 @@ class Adapter:
 
         They are evenly spaced; none is at the start or at the end.
         """
-        return fits < self.options.fits and position >= last * (fits + 1) / (self.options.fits + 1)
+        return fits < min(self.options.fits, self.fits_before(position, last))
+
+    def fits_before(self, position: float, last: float) -> int:
+        """How many fits a schedule has up to a position."""
+        return int(position * (self.options.fits + 1) / last)
 
     def with_lattice(self, train_lambda: float) -> Adaptation:
         """The adaptation before any fit: only the step of y's lattice, for the problem's lambda."""
@@ -82,18 +88,20 @@ class Adapter:
             directions: Directions = find()
             columns = to_columns(directions.weight, directions.bias).double()
             marked = found._replace(directions=directions.mark)
-            group = _along(error, columns, bits_per_error, (found, marked))
+            group = _along(error, columns, bits_per_error, _bits_added(found, marked))
             if group is not None:
                 found = marked._replace(groups=(group,))
                 error = error.at(_change(columns, group))
         if self.options.last_layer:
-            group = _of_each_weight(error, bits_per_error, found)
-            found = found if group is None else _with(found, group)
+            group = _of_each_weight(error, bits_per_error, _bits_added(found, found))
+            if group is not None:
+                found = found._replace(groups=(*found.groups, group))
         return found
 
 
-def _with(told: Adaptation, group: Numbers) -> Adaptation:
-    return told._replace(groups=(*told.groups, group))
+def _bits_added(without: Adaptation, told: Adaptation) -> Callable[[Numbers], int]:
+    """The bits of `told` and a further group, less those of an adaptation without it."""
+    return lambda group: bits(told._replace(groups=(*told.groups, group))) - bits(without)
 
 
 def _change(columns: Tensor, group: Numbers) -> Tensor:
@@ -102,21 +110,24 @@ def _change(columns: Tensor, group: Numbers) -> Tensor:
 
 
 def _along(
-    error: Quadratic, columns: Tensor, bits_per_error: float, told: tuple[Adaptation, Adaptation]
+    error: Quadratic, columns: Tensor, bits_per_error: float, cost: Callable[[Numbers], int]
 ) -> Numbers | None:
     """The factors of directions, columns [K, P, 3]; None if they save less than their bits."""
     slope, gram = (bits_per_error * v.numpy() for v in error.along(columns))
-    return _best(DIRECTIONS, gram, slope[:, None], np.ravel, told)
+    return _best(DIRECTIONS, gram, slope[:, None], np.ravel, cost)
 
 
-def _of_each_weight(error: Quadratic, bits_per_error: float, told: Adaptation) -> Numbers | None:
+def _of_each_weight(
+    error: Quadratic, bits_per_error: float, cost: Callable[[Numbers], int]
+) -> Numbers | None:
     """The changes of the last layer's weights; None if they save less than their bits."""
     gram = bits_per_error * error.gram[:-1, :-1].numpy()
     slopes = bits_per_error * error.slope[:-1].numpy()
-    saved = float((slopes * least(gram, slopes)).sum())
-    if saved < LEAST_BITS * slopes.size:
+    if not np.isfinite(gram).all():
         return None
-    return _best(LAST_LAYER, gram, slopes, _in_order_of_weights, (told, told))
+    if (slopes * least(gram, slopes)).sum() < LEAST_BITS * slopes.size:
+        return None
+    return _best(LAST_LAYER, gram, slopes, _in_order_of_weights, cost)
 
 
 def _in_order_of_weights(values: Integers) -> Integers:
@@ -129,18 +140,23 @@ def _best(
     gram: Floats,
     slopes: Floats,
     in_order: Callable[[Integers], Integers],
-    told: tuple[Adaptation, Adaptation],
+    cost: Callable[[Numbers], int],
 ) -> Numbers | None:
     """The group that saves most, of several quantisation steps; None if none saves anything.
+
+    None also if the latents have gone so far astray that no numbers would fit into a file.
 
     Args:
         gram: [K, K], slopes: [K, parts]; in bits. The parts do not depend on each other.
         in_order: the numbers as a file has them, from integers [K, parts].
-        told: what the decoder is told without this group, and what the group is added to.
+        cost: the bits that a file has more with a group.
     """
     best, lowest = None, 0.0
     curvature = float(np.diagonal(gram).mean())
-    if curvature < LEAST_CURVATURE:  # the numbers change no pixel
+    if not (np.isfinite(gram).all() and np.isfinite(slopes).all()):
+        return None
+    # With less curvature the numbers change no pixel.
+    if not LEAST_CURVATURE <= curvature <= MOST_CURVATURE:
         return None
     for factor in STEPS[kind]:
         group = Numbers(KINDS.index(kind), step_code(factor * (6 / np.log(2) / curvature) ** 0.5))
@@ -149,8 +165,10 @@ def _best(
         for start in (nearest(*of_step), np.zeros(slopes.shape, dtype=np.int64)):
             q = quantise(*of_step, start)
             values = in_order(q)
+            if np.abs(values).max() > LARGEST:
+                continue
             trimmed = group._replace(values=tuple(np.trim_zeros(values, "b").tolist()))
-            total = change_in_bits(*of_step, q) + bits(_with(told[1], trimmed)) - bits(told[0])
+            total = change_in_bits(*of_step, q) + cost(trimmed)
             if total < lowest:
                 best, lowest = trimmed, total
     return best

@@ -1,7 +1,7 @@
 """The layout of a file: a header, then for each group of symbols its string and its exceptions.
 
 A file may also tell the decoder more than the latents; these bytes, its adaptation, are the last.
-The package `adaptation` writes and reads them.
+`coding.payload` writes and reads them.
 
 Version 1, which can still be read, is for the mean-scale hyperprior alone.
 """
@@ -244,9 +244,9 @@ def write_bitstream(bitstream: Bitstream) -> bytes:
         raise BitstreamError(f"{len(bitstream.groups)} groups: a file has {MOST_GROUPS} at most")
     family, body = _write_family(bitstream.family, adapted=bitstream.adaptation != b"")
     for part in bitstream.groups:
-        body += _number(len(part.string)) + _number(len(part.exceptions))
+        body += number_bytes(len(part.string)) + number_bytes(len(part.exceptions))
     if bitstream.adaptation:
-        body += _number(len(bitstream.adaptation))
+        body += number_bytes(len(bitstream.adaptation))
     body += b"".join(part.string + part.exceptions for part in bitstream.groups)
     body += bitstream.adaptation
     fixed = Fixed(
@@ -262,11 +262,11 @@ def _write_family(family: str, adapted: bool) -> tuple[int, bytes]:
     if family in FAMILIES:
         return FAMILIES.index(family) + ADAPTED * adapted, b""
     name = family.encode()
-    return ADAPTED_UNLISTED if adapted else UNLISTED, _number(len(name)) + name
+    return ADAPTED_UNLISTED if adapted else UNLISTED, number_bytes(len(name)) + name
 
 
-def _number(value: int) -> bytes:
-    """See `_Bytes.number`."""
+def number_bytes(value: int) -> bytes:
+    """A number, 0 to 2^35 - 1, as files have it: seven bits in each byte, the low ones first."""
     written = bytearray()
     while value >= 128:
         written.append(value & 127 | 128)

@@ -10,23 +10,26 @@ The layout; the highest bit of a byte is its first:
   as in `coding.runs`.
 - zeros up to a whole byte.
 
-The default adaptation has no bytes at all.
+Directions are flagged if, and only if, the group "directions" is. The default adaptation has no
+bytes at all; another has 2^20 at most.
 """
 
 import math
 import struct
 from typing import NamedTuple
 
-from coding.bitstream import BitstreamError
+from coding.bitstream import BitstreamError, number_bytes
 from coding.runs import BitReader, BitWriter, read_values, write_values
 
 # What the numbers of a group are. Files have its place in this tuple, so the order must never
 # change; there is room for six.
 KINDS = ("directions", "last_layer")
+ALONG_DIRECTIONS = KINDS.index("directions")
 WORDS = ("factors of directions", "weights of the last layer")  # in the order of KINDS
 LATTICES, STEPS = range(-128, 128), range(256)  # the codes of steps
 STEP_OF_1 = 192  # the code of a group's step of 1
 LATTICE_FLAG, DIRECTIONS_FLAG, FIRST_GROUP = 1, 2, 4
+MOST_BYTES = 2**20  # so that forged files cannot take the decoder long
 
 
 class Numbers(NamedTuple):
@@ -50,7 +53,7 @@ class Adaptation(NamedTuple):
     """What the decoder is told beside the latents.
 
     lattice: code of the step of y's lattice, -128 to 127; 0 is the step 1, the integers.
-    directions: two bytes that identify the file of directions, or none if no group needs it.
+    directions: two bytes that identify the file of directions; none without that group.
     groups: at most one of each kind, in the order of KINDS.
     """
 
@@ -111,15 +114,20 @@ def in_words(adaptation: Adaptation) -> str:
 
 
 def bits(adaptation: Adaptation) -> int:
-    """How many bits the adaptation adds to a file, without its length there."""
-    return 8 * len(to_bytes(adaptation))
+    """How many bits a file with the adaptation has more: its bytes, and their length before them.
+
+    Raises:
+        BitstreamError: see `to_bytes`.
+    """
+    count = len(to_bytes(adaptation))
+    return 8 * (count + len(number_bytes(count))) if count else 0
 
 
 def to_bytes(adaptation: Adaptation) -> bytes:
     """The bytes of an adaptation; none for the default one. Zeros at the end of values are dropped.
 
     Raises:
-        BitstreamError: a field is not as its class says.
+        BitstreamError: a field is not as its class says, or there are more than 2^20 bytes.
     """
     if adaptation == NOTHING:
         return b""
@@ -136,7 +144,12 @@ def to_bytes(adaptation: Adaptation) -> bytes:
     for group in adaptation.groups:
         writer.put(group.step, 8)
         write_values(writer, group.values)
-    return writer.to_bytes()
+    data = writer.to_bytes()
+    if len(data) > MOST_BYTES:
+        raise BitstreamError(
+            f"an adaptation of {len(data)} bytes: at most {MOST_BYTES} can be coded"
+        )
+    return data
 
 
 def from_bytes(data: bytes) -> Adaptation:
@@ -147,6 +160,8 @@ def from_bytes(data: bytes) -> Adaptation:
     """
     if not data:
         return NOTHING
+    if len(data) > MOST_BYTES:
+        raise BitstreamError("damaged: its adaptation is too long")
     reader = BitReader(data)
     flags = reader.take(8)
     if flags >= FIRST_GROUP << len(KINDS):
@@ -161,7 +176,10 @@ def from_bytes(data: bytes) -> Adaptation:
     reader.check_end()
     if flags == 0 or (flags & LATTICE_FLAG and lattice == 0):
         raise BitstreamError("damaged: its adaptation has an empty field")
-    return Adaptation(lattice - 256 * (lattice > 127), directions, groups)
+    told = Adaptation(lattice - 256 * (lattice > 127), directions, groups)
+    if not _directions_fit(told):
+        raise BitstreamError("damaged: its adaptation does not say which directions it needs")
+    return told
 
 
 def _check(adaptation: Adaptation) -> None:
@@ -177,3 +195,13 @@ def _check(adaptation: Adaptation) -> None:
     for group in adaptation.groups:
         if group.step not in STEPS:
             raise BitstreamError(f"step {group.step} of an adaptation: from 0 to 255")
+    if not _directions_fit(adaptation):
+        raise BitstreamError(
+            "an adaptation needs both its directions' two bytes and their group, or neither"
+        )
+
+
+def _directions_fit(adaptation: Adaptation) -> bool:
+    """Whether the file of directions is named if, and only if, there are factors of them."""
+    needed = any(group.kind == ALONG_DIRECTIONS for group in adaptation.groups)
+    return needed == bool(adaptation.directions)

@@ -20,7 +20,7 @@ and then one flag "yes".
   frequent.
 - c >= 10: the lengths of the runs of "yes" follow: one before each "no", which may be 0, and one
   behind the last "no". They are in the Golomb-Rice code of parameter c - 9. The row ends when its
-  runs have n "yes". It is short if "yes" is frequent.
+  runs have n "yes". It has fewer "no" than n. It is short if "yes" is frequent.
 
 The Golomb-Rice code of parameter k of a number: number >> k zeros, a one, the k low bits of it.
 """
@@ -73,6 +73,11 @@ class BitReader:
     def __init__(self, data: bytes):
         self.text = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}" if data else ""
         self.position = 0
+
+    @property
+    def left(self) -> int:
+        """How many bits are left."""
+        return len(self.text) - self.position
 
     def take(self, bits: int) -> int:
         """The number in the next bits, the high ones first."""
@@ -157,7 +162,7 @@ def read_values(reader: BitReader) -> tuple[int, ...]:
         raise BitstreamError(f"damaged: its adaptation has more than {LONGEST} values")
     magnitudes = [less + 1 for less in _read_row(reader, count, LARGEST - 1)]
     values = np.zeros(count + sum(zeros), np.int64)
-    signs = [1 - 2 * reader.take(1) for _ in range(count)]
+    signs = [1 - 2 * int(bit) for bit in f"{reader.take(count):0{count}b}"]
     values[np.cumsum(np.array(zeros) + 1) - 1] = np.array(magnitudes) * signs
     return tuple(values.tolist())
 
@@ -210,14 +215,19 @@ def _read_row(reader: BitReader, count: int, most: int) -> list[int]:
     """A row of so many counts, each of at most `most`."""
     if count > LONGEST:
         raise BitstreamError(f"damaged: its adaptation has more than {LONGEST} values")
+    if count > reader.left:  # each nonzero value takes a bit for its sign alone
+        raise BitstreamError("damaged: its adaptation ends too early")
     number = reader.take(4)
     if number in OF_COUNTS:
         counts = [reader.take_rice(number) for _ in range(count)]
     else:
         counts, yes = [0] * count, 0
-        while (yes := yes + reader.take_rice(number - OF_COUNTS.stop + 1)) < count:
+        for _ in range(count):  # as there are fewer "no" than `count`, see `_cheapest`
+            yes += reader.take_rice(number - OF_COUNTS.stop + 1)
+            if yes >= count:
+                break
             counts[yes] += 1
-        if yes > count:
+        if yes != count:
             raise BitstreamError("damaged: the counts of its adaptation make no sense")
     if max(counts) > most:
         raise BitstreamError("damaged: its adaptation has numbers beyond their range")

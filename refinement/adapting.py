@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,13 +23,19 @@ class AdaptedProblem:
     Args:
         plain: the problem with the model as it is, of one image if the config has `adapt`.
         told: what the decoder is told at first.
+
+    Raises:
+        ValueError: the config has `adapt`, and the problem several images.
     """
 
     def __init__(self, plain: Problem, config: RefineConfig, told: Adaptation):
+        if config.adapt and len(plain.x) > 1:
+            raise ValueError("adapt: one image at a time, for each has its own decoder")
         self.adapter = Adapter(plain, config.adapt) if config.adapt else None
         self.problem = self.adapter.problem(told) if self.adapter else plain
         self.told, self.usual_lambda = told, config.usual_lambda
         self.fits: int | None = None  # so far; None: the lattice is not chosen yet
+        self.fitted_to: dict[str, Any] | None = None  # the row of the last `refit`
 
     def adapt_if_due(self, pace: Pace, latents: Latents) -> bool:
         """Tell the decoder something else, if that is due; returns whether the problem changed.
@@ -39,7 +46,9 @@ class AdaptedProblem:
             return False
         told = self.told
         if self.fits is None:
-            self.fits, told = 0, self.adapter.with_lattice(self.usual_lambda)
+            self.fits = self.adapter.fits_before(pace.position, pace.last)
+            lattice = self.adapter.with_lattice(self.usual_lambda).lattice
+            told = told._replace(lattice=lattice)
         elif self.adapter.due(pace.position, pace.last, self.fits):
             self.fits += 1
             if self._is_finite(latents):
@@ -66,8 +75,10 @@ class AdaptedProblem:
         if self.adapter is None or not self.adapter.options.fits_the_decoder:
             return
         for trajectory in trajectories:
-            if not trajectory.stopped:
+            fitted = self.fitted_to is not None and trajectory.best is self.fitted_to
+            if not trajectory.stopped and not fitted:
                 _refit(self.adapter, trajectory)
+                self.fitted_to = trajectory.best
 
 
 def _refit(adapter: Adapter, trajectory: Trajectory) -> None:

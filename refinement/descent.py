@@ -39,6 +39,12 @@ def _make_gradient_contiguous(v: Tensor) -> None:
         v.grad = v.grad.contiguous()
 
 
+def forget_curvature(optimizer: torch.optim.Optimizer) -> None:
+    """Forget what LBFGS knows of a problem that has changed; other optimizers go on as they are."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+
+
 def pace_of(config: RefineConfig, images: int, first_step: int = 0) -> "Pace":
     """The pace of a batch of `images` images; its clock starts now."""
     steps, polishing = config.tot_inference_iterations, cost_in_steps(config.polish_passes)

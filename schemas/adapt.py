@@ -14,8 +14,8 @@ class Adapt(Section):
     null: nothing. Images are refined one at a time."""
 
     lattice: Positive | Literal["auto"] | None = None
-    """+ The step of y's lattice, which costs one byte. `auto`: 1.15 for the lambda that the model
-    was trained for, and larger for smaller ones. null: 1."""
+    """+ The step of y's lattice. It costs one byte, or three where nothing else is told. `auto`:
+    1.15 for the lambda that the model was trained for, and larger for smaller ones. null: 1."""
     directions: UserPath | None = None
     """+ Change the last layer of the decoder along directions that were learnt from photos. The
     path of their file, or `auto`: the one beside the weights. null: do not."""
@@ -23,8 +23,8 @@ class Adapt(Section):
     """+ Change each weight of the decoder's last layer. This costs thousands of bits, which large
     pictures repay. Where they do not, nothing is changed."""
     fits: Index = 4
-    """+ How often the last layer is fitted during the descent. It is also fitted after the
-    polish."""
+    """+ How often the last layer is fitted during the descent, at even distances. It is also fitted
+    at the end, before and after the polish."""
 
     @property
     def fits_the_decoder(self) -> bool:

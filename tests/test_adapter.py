@@ -1,6 +1,8 @@
 """What the decoder is told: found for pictures whose truth is known, and applied."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from conftest import to_x
 from fast.last_layer import LastLayer
 from models import freeze
 from objectives import Problem, RateDistortion
+from refinement.adapting import AdaptedProblem
 from schemas.adapt import Adapt
 
 # A decoder that refinement fuses with the error, and two that it does not.
@@ -109,7 +112,8 @@ def test_a_fit_lowers_the_true_loss_with_the_bits_that_it_costs(name, options):
     x_hat = stock_picture(name, walk.y_hat, SIZE, told_change(told, directions))
     pixels = SIZE[0] * SIZE[1]
     bits = -sum(p.double().log2().sum().item() for p in walk.group_likelihoods)
-    bits += 8 * len(to_bytes(told))
+    data = to_bytes(told)
+    bits += 8 * (len(data) + (1 if len(data) < 128 else 2))  # and the length in the file
     mse = (x_hat - X).square().mean().item()
     assert terms.loss.item() == pytest.approx(bits / pixels + LMBDA * 255**2 * mse, rel=1e-4)
     assert adapter.plain is plain
@@ -199,6 +203,21 @@ def test_pictures_of_odd_size_are_fitted_too(size):
     losses = [loss_of(adapter, v, latents) for v in (Adaptation(2), told)]
     assert (told == Adaptation(2)) == (1 in size)
     assert losses[1] < losses[0] or told == Adaptation(2)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5, 1e12, math.inf])
+def test_latents_that_went_astray_give_nothing_that_no_file_can_have(factor):
+    model = model_with(some_directions())
+    adapter = adapter_of(model, X, last_layer=True)
+    latents = {name: v * factor for name, v in model.analyze(X).items()}
+    assert len(to_bytes(adapter.fitted(latents, Adaptation(4)))) > 0
+
+
+def test_only_one_image_has_a_decoder_of_its_own():
+    config = SimpleNamespace(adapt=Adapt(lattice=1.2), usual_lambda=LMBDA)
+    problem = adapter_of(model_with(None), torch.cat((X, X))).plain
+    with pytest.raises(ValueError, match="one image at a time"):
+        AdaptedProblem(problem, config, Adaptation())
 
 
 def test_directions_that_change_nothing_tell_nothing():

@@ -1,15 +1,18 @@
 """The adaptation in a file: a second reading of its bits here, its size, and forged bytes."""
 
+import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coding.bitstream import BitstreamError
+from coding.bitstream import Bitstream, BitstreamError, CodedGroup, write_bitstream
 from coding.payload import (
     KINDS,
+    MOST_BYTES,
     Adaptation,
     Numbers,
     bits,
@@ -159,10 +162,21 @@ def test_values_at_the_ends_of_the_range_are_read():
 # --- the whole adaptation -------------------------------------------------------------------------
 
 
+def with_directions_if_needed(told):
+    needed = any(KINDS[group.kind] == "directions" for group in told.groups)
+    return told if needed else told._replace(directions=b"")
+
+
+def file_with(adaptation, family):
+    groups = (CodedGroup(b"string"),)
+    told = to_bytes(adaptation)
+    return write_bitstream(Bitstream(9, 9, family, b"abcd", 1, 2, groups, adaptation=told))
+
+
 ADAPTATIONS = st.builds(
     Adaptation,
     lattice=st.integers(-128, 127),
-    directions=st.just(b"") | st.binary(min_size=2, max_size=2),
+    directions=st.binary(min_size=2, max_size=2),
     groups=st.lists(
         st.builds(
             Numbers,
@@ -172,7 +186,7 @@ ADAPTATIONS = st.builds(
         ),
         unique_by=lambda group: group.kind,
     ).map(lambda groups: tuple(sorted(groups))),
-)
+).map(with_directions_if_needed)
 
 
 @settings(deadline=None, max_examples=60)
@@ -183,7 +197,24 @@ def test_an_adaptation_is_read_as_written(adaptation):
     whole = bool(adaptation.lattice) + len(adaptation.directions)
     rest = sum(8 + cost_in_bits(group.values) for group in adaptation.groups)
     expected = 0 if adaptation == Adaptation() else 1 + whole + math.ceil(rest / 8)
-    assert bits(adaptation) == 8 * len(data) == 8 * expected
+    assert len(data) == expected
+    for family in ("mbt2018-mean", "own"):
+        more = len(file_with(adaptation, family)) - len(file_with(Adaptation(), family))
+        assert bits(adaptation) == 8 * more
+
+
+def test_the_bits_count_the_length_before_the_bytes():
+    """It has one byte, and two from 128 bytes on."""
+    assert bits(Adaptation()) == 0
+    assert bits(Adaptation(lattice=5)) == 8 * (2 + 1)
+    sizes = set()
+    for count in range(200, 300):
+        told = Adaptation(groups=(Numbers(1, 0, (3,) * count),))
+        size = len(to_bytes(told))
+        sizes.add(size)
+        more = len(file_with(told, "own")) - len(file_with(Adaptation(), "own"))
+        assert bits(told) == 8 * more == 8 * (size + (1 if size < 128 else 2))
+    assert {127, 128} <= sizes
 
 
 def test_the_bytes_of_an_example():
@@ -215,6 +246,10 @@ def test_zeros_at_the_end_are_not_kept():
         (Adaptation(groups=(Numbers(1, 0, ()), Numbers(0, 0, ()))), r"groups of kinds \[1, 0\]"),
         (Adaptation(groups=(Numbers(1, 0, ()),) * 2), r"groups of kinds \[1, 1\]"),
         (Adaptation(groups=(Numbers(1, 0, (2**16,)),)), "magnitudes up to 65536"),
+        (Adaptation(directions=b"ab"), "both its directions' two bytes and their group"),
+        (Adaptation(3, b"ab", (Numbers(1, 0, (1,)),)), "directions' two bytes and their group"),
+        (Adaptation(groups=(Numbers(0, 0, (1,)),)), "directions' two bytes and their group"),
+        (Adaptation(groups=(Numbers(1, 0, (2**15,) * 130_000),)), "at most 1048576 can be coded"),
     ],
 )
 def test_what_has_no_bytes_is_refused(adaptation, message):
@@ -273,6 +308,11 @@ GROUP = "00001000 00000000"  # flags of a group of the last layer, its step
         (GROUP + "0001 1001" + "0" * 2048 + "1" + "0" * 9, "more than 1048576 values"),
         (GROUP + "0001 0000 1 1001" + "0" * 64 + "1" + "0" * 9 + "0", "beyond their range"),
         (GROUP + "0001 1010 011", "counts of its adaptation make no sense"),  # a run of 3
+        (GROUP + "0001 1010 10 11", "counts of its adaptation make no sense"),  # runs of 0 and 1
+        (GROUP + "1000 0001", "ends too early"),  # 8 values in no bits
+        ("00000100 00000000 0000", "does not say which directions it needs"),
+        ("00000010 00000001 00000010", "does not say which directions it needs"),
+        ("00001010 00000001 00000010 00000000 0000", "does not say which directions it needs"),
     ],
 )
 def test_forged_bytes_are_refused(text, message):
@@ -281,8 +321,40 @@ def test_forged_bytes_are_refused(text, message):
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_adaptations_of_more_bytes_than_allowed_are_refused():
+    told = Adaptation(groups=(Numbers(1, 0, (2**15,) * 112_000),))
+    data = to_bytes(told)
+    assert 0.98 * MOST_BYTES < len(data) <= MOST_BYTES
+    assert from_bytes(data) == told
+    with pytest.raises(BitstreamError, match="damaged: its adaptation is too long"):
+        from_bytes(data + bytes(MOST_BYTES + 1 - len(data)))
+
+
+MANY = GROUP + "1000" * 6 + "0100"  # a group of 2^20 nonzero values
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        *itertools.product(["", GROUP], ["aa", "00", "ff", "random"]),
+        (MANY + "0000", "ff"),  # 2^20 counts of 0
+        (MANY + "1010", "aa"),  # runs of 0 to the end
+        (MANY + "1111", "random"),
+    ],
+)
+def test_a_megabyte_of_hostile_bytes_is_soon_refused(start, end):
+    """The rows of counts and of runs that take longest to read, and bytes of all sorts."""
+    random = np.random.default_rng(1).bytes(MOST_BYTES)
+    data = random if end == "random" else bytes.fromhex(end) * MOST_BYTES
+    data = (packed(start) + data)[:MOST_BYTES] if start else data
+    began = time.process_time()
+    with pytest.raises(BitstreamError, match="adaptation"):
+        from_bytes(data)
+    assert time.process_time() - began < 2
+
+
 @settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda end: b"\x0c" + end))
+@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda end: b"\x0e" + end))
 def test_no_bytes_crash(data):
     """What is read can be written; it may have fewer bytes then, as a code may be a longer one."""
     try:
