@@ -13,6 +13,7 @@ The layout of a file is in coding/bitstream.py; coding/coder.py says why any mac
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from architectures import Architecture
-from architectures.directions import directions_beside, use_directions
+from architectures.directions import directions_beside, hint_for_missing, use_directions
 from coding.bitstream import SUFFIX, read_bitstream, read_file
 from coding.coder import (
     Coder,
@@ -54,6 +55,8 @@ from models import load_checkpoint
 from objectives import Problem, RateDistortion
 from regions.maps import open_maps
 
+DECODER_HINT = "give the file that the encoder had with --directions"
+ENCODER_HINT = "give it with --directions, or learn it with python -m pretraining.learn_directions"
 RECIPES = "fast", "best", "adapt", "ms_ssim"  # of example_files
 Measures = dict[str, Any]  # of one file, see `compress_picture`
 Compressor = Callable[[LoadedImage], tuple[bytes, Measures]]
@@ -132,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with named_checkpoint():
         if arguments.command == "compress":
             maps = chosen_maps(arguments, jobs)
-            act = partial(compress_images, jobs, chosen_compressor(arguments), folder, maps)
+            with hint_for_missing(ENCODER_HINT):
+                compressor = chosen_compressor(arguments)
+            act = partial(compress_images, jobs, compressor, folder, maps)
         else:
             coder = build_coder(_model_of(arguments))
             act = partial(for_each, jobs, partial(decompress_file, coder, folder))
@@ -150,6 +155,18 @@ def named_checkpoint() -> Iterator[None]:
         if not str(error).startswith("pretrain "):
             raise
         raise InputError(f"--checkpoint {str(error).removeprefix('pretrain ')}") from None
+
+
+@contextmanager
+def named_recipe(recipe: str) -> Iterator[None]:
+    """Make the InputErrors of a config's key name the option --refine, whose file has the key."""
+    keys = RefineConfig.model_fields.keys() - {"pretrain", "architecture"}  # those are options
+    try:
+        yield
+    except InputError as error:
+        if re.split(r"\W", str(error))[0] not in keys:
+            raise
+        raise InputError(f"--refine {recipe}: {error}") from None
 
 
 def picture_name(name: str) -> str:
@@ -369,10 +386,11 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
     model, recipe = _model_of(arguments), arguments.refine
     channels = Channels(N=model.N, M=model.M)
     config = recipe_config(arguments, channels)
-    rounding = rounding_from_config(config)
-    device = pick_device(config.device)
-    config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
-    refiner = open_refiner(model, rounding, config, device)
+    with named_recipe(recipe):
+        rounding = rounding_from_config(config)
+        device = pick_device(config.device)
+        config = config.model_copy(update={"precision": pick_precision(config.precision, device)})
+        refiner = open_refiner(model, rounding, config, device)
     facts = adapt_facts(config, model)
     print(
         f"refined as {recipe} says: {rounding.name}, lambda {config.lmbda:g} for "
@@ -389,6 +407,9 @@ def refining_compressor(arguments: argparse.Namespace) -> Compressor:
         with Progress(image.name, steps + config.polish_passes, config.print_freq) as progress:
             result = refiner.refine_image(image, progress)
         coded = time.perf_counter()
+        if stopped := result.trajectory.stopped:
+            kept = result.trajectory.best["step"]
+            print(f"{printable(image.name)}: stopped, {stopped}; kept step {kept}", file=sys.stderr)
         decode_picture(refiner.file_coder, result.file.bitstream)
         times = {"coding": coded - start, "decoding": time.perf_counter() - coded}
         estimate = {"estimate": result.trajectory.best["true_bpp"]}
@@ -442,7 +463,8 @@ def recipe_config(arguments: argparse.Namespace, channels: Channels) -> RefineCo
 
 def decompress_file(coder: Coder, folder: Path, job: Job) -> None:
     """Decode one file into `folder`, and print the path of the image."""
-    x_hat = decode_picture(coder, read_file(job.source))
+    with hint_for_missing(DECODER_HINT):
+        x_hat = decode_picture(coder, read_file(job.source))
     print(printable(str(save_picture(folder / job.target, x_hat[0]))))
 
 

@@ -35,13 +35,20 @@ class Photos:
         if a photo has the mean curvature, but for `RIDGE`.
 
         Raises:
-            ValueError: no photo was added.
+            ValueError: no photo was added, or the photos give no direction; the message says why.
         """
         if self.gram is None:
             raise ValueError("no photo was added")
-        gram = self.gram / len(self.slopes)
-        root = torch.linalg.cholesky(gram + torch.diag(RIDGE * gram.diagonal().clamp_min(1e-12)))
         slopes = torch.stack(self.slopes, 1)  # [P, photos, 3]
+        if not (self.gram.isfinite().all() and slopes.isfinite().all()):
+            raise ValueError("their errors are not finite")
+        if not slopes.any():
+            raise ValueError("no change of the last layer lowers their errors")
+        gram = self.gram / len(self.slopes)
+        gram = gram + torch.diag(RIDGE * gram.diagonal().clamp_min(1e-12))
+        root, failed = torch.linalg.cholesky_ex(gram)
+        if failed.item():
+            raise ValueError("their mean curvature is not positive")
         whitened = torch.linalg.solve_triangular(root, slopes.flatten(1), upper=False)
         photos = whitened.view(slopes.shape).transpose(0, 1).flatten(1)
         # Photos of large errors would decide alone.

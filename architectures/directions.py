@@ -6,7 +6,9 @@ file of directions lies beside the weights, and a coded picture only has a few f
 """
 
 import zlib
-from functools import cache, partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from architectures.base import Architecture
 from common.errors import InputError
 from common.files import write_whole
+from fast.freezing import is_frozen
 from fast.last_layer import LastLayer, last_layer_of
 
 SUFFIX = ".directions.npz"
@@ -43,9 +46,73 @@ class Directions(NamedTuple):
         return LastLayer(*of)
 
 
+class MissingDirectionsError(InputError):
+    """There is no file of directions at `path`; the message ends with what to do."""
+
+    def __init__(self, path: Path, hint: str = "python -m pretraining.learn_directions makes it"):
+        super().__init__(f"directions {path}: no such file; {hint}")
+        self.path = path
+
+
+@contextmanager
+def hint_for_missing(hint: str) -> Iterator[None]:
+    """Make the error of a missing file of directions say what to do here."""
+    try:
+        yield
+    except MissingDirectionsError as error:
+        raise MissingDirectionsError(error.path, hint) from None
+
+
+class DirectionsFile:
+    """Finds a model's directions in a file, which is read once, when it is first called.
+
+    It keeps what the file must fit, not the model: freezing a model changes its hash.
+    """
+
+    def __init__(self, path: Path, model: Architecture):
+        last = last_layer_of(getattr(model.network, "g_s", None))
+        self.path = path
+        self._name, self._weights = model.name, model.weights_hash
+        self._shapes = None if last is None else (last.weight.shape, last.bias.shape)
+
+    def __call__(self) -> Directions:
+        """The directions; see `load_directions`."""
+        return self._directions
+
+    @cached_property
+    def _directions(self) -> Directions:
+        path = self.path
+        if self._shapes is None:
+            raise InputError(f"directions: the decoder of {self._name} does not end with a deconv")
+        if not path.is_file():
+            raise MissingDirectionsError(path)
+        weight, bias, weights = _read_arrays(path)
+        if weights != self._weights:
+            raise InputError(
+                f"directions {path}: for weights {weights}, but these are {self._weights}"
+            )
+        sound = weight.dim() == 5 and bias.dim() == 2 and 0 < len(weight) == len(bias) <= MOST
+        sound = sound and weight.dtype == bias.dtype == torch.float16
+        sound = sound and (weight.shape[1:], bias.shape[1:]) == self._shapes
+        if not sound or not (weight.isfinite().all() and bias.isfinite().all()):
+            raise InputError(f"directions {path}: no file of directions (its arrays are wrong)")
+        checksum = zlib.crc32(bias.numpy().tobytes(), zlib.crc32(weight.numpy().tobytes()))
+        mark = checksum.to_bytes(4, "little")[:2]
+        return Directions(weight.float(), bias.float(), weights, mark)
+
+
 def use_directions(model: Architecture, path: Path) -> None:
-    """Let a model that is not frozen find its directions in a file, which is read when needed."""
-    model.find_directions = cache(partial(load_directions, path, model))
+    """Let a model find its directions in a file, which is read when needed.
+
+    Raises:
+        ValueError: the model is frozen, and finds no directions in this file yet.
+    """
+    used = model.find_directions
+    if isinstance(used, DirectionsFile) and used.path == path:
+        return
+    if is_frozen(model.network):
+        raise ValueError("set the directions of a model before freezing it")
+    model.find_directions = DirectionsFile(path, model)
 
 
 def directions_beside(checkpoint: str) -> Path:
@@ -79,19 +146,18 @@ def save_directions(path: Path, weight: Tensor, bias: Tensor, weights: str) -> N
 
 
 def load_directions(path: Path, model: Architecture) -> Directions:
-    """The directions in a file, which must be those of the model.
+    """The directions in a file, which must be those of the model; it is not frozen.
 
     Raises:
-        InputError: the file is missing, broken or of other weights, or the decoder does not end
-            with a transposed convolution.
+        MissingDirectionsError: there is no such file.
+        InputError: the file is broken or of other weights, or the decoder does not end with a
+            transposed convolution.
     """
-    last = last_layer_of(getattr(model.network, "g_s", None))
-    if last is None:
-        raise InputError(f"directions: the decoder of {model.name} does not end with a deconv")
-    if not path.is_file():
-        raise InputError(
-            f"directions {path}: no such file; python -m pretraining.learn_directions makes it"
-        )
+    return DirectionsFile(path, model)()
+
+
+def _read_arrays(path: Path) -> tuple[Tensor, Tensor, str]:
+    """The weight, the bias and the hash of the weights in a file, not checked."""
     try:
         with np.load(path) as arrays:
             weights = str(arrays["weights"])
@@ -99,15 +165,4 @@ def load_directions(path: Path, model: Architecture) -> Directions:
     except Exception as error:  # damaged files make numpy raise a dozen kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"directions {path}: no file of directions ({reason})") from None
-    if weights != model.weights_hash:
-        raise InputError(
-            f"directions {path}: for weights {weights}, but these are {model.weights_hash}"
-        )
-    sound = weight.dim() == 5 and bias.dim() == 2 and 0 < len(weight) == len(bias) <= MOST
-    sound = sound and weight.dtype == bias.dtype == torch.float16
-    sound = sound and (weight.shape[1:], bias.shape[1:]) == (last.weight.shape, last.bias.shape)
-    if not sound or not (weight.isfinite().all() and bias.isfinite().all()):
-        raise InputError(f"directions {path}: no file of directions (its arrays are wrong)")
-    checksum = zlib.crc32(bias.numpy().tobytes(), zlib.crc32(weight.numpy().tobytes()))
-    mark = checksum.to_bytes(4, "little")[:2]
-    return Directions(weight.float(), bias.float(), weights, mark)
+    return weight, bias, weights

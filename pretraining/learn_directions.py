@@ -1,7 +1,9 @@
 """Learn the directions of a model's last layer from the results of a refinement of many photos.
 
-python train_flexible_inference.py --config example_files/learn_directions.json --images PHOTOS
-python -m pretraining.learn_directions results/learn_directions
+python train_flexible_inference.py --config example_files/fast.json --images PHOTOS \
+--set pretrain=WEIGHTS --set train_lambda=LAMBDA --set tot_inference_iterations=60 \
+--set polish_passes=0 --set save_name=photos
+python -m pretraining.learn_directions results/photos
 
 The file is written beside the weights, unless -o says where. Refinement uses it if
 `adapt.directions` is set. Some hundred photos are enough; 320x320 pixels of each do.
@@ -21,7 +23,7 @@ import torch
 
 from adaptation.learn import Photos
 from adaptation.least_squares import from_columns, quadratic_of
-from architectures import Latents
+from architectures import Architecture, Latents
 from architectures.directions import MOST, directions_beside, save_directions
 from coding.payload import Adaptation
 from common.command_line import script_parser
@@ -43,6 +45,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count", type=int, default=COUNT, metavar="N", help="how many: %(default)s"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is there already"
+    )
     return parser
 
 
@@ -56,14 +61,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no folder of a refinement (it has no config.json)")
     config = load_config(folder / "config.json", RefineConfig)
+    output = Path(arguments.output or directions_beside(config.pretrain))
+    # Files that were written with the old directions need them.
+    if output.exists() and not arguments.overwrite:
+        raise InputError(f"{output} is there already: see --overwrite")
     model = load_checkpoint(config.pretrain, config.channels, config.architecture)
     if last_layer_of(getattr(model.network, "g_s", None)) is None:
         raise InputError(
             f"{config.pretrain}: the decoder of {model.name} does not end with a deconv"
         )
-    weights, photos = model.weights_hash, Photos()
+    weights, photos = model.weights_hash, photos_of(folder, config, model)
+    try:
+        directions = photos.directions(arguments.count)
+        parts = [from_columns(direction) for direction in directions]
+        weight, bias = (torch.stack(part) for part in zip(*parts, strict=True))
+        save_directions(output, weight, bias, weights)
+    except ValueError as error:
+        raise InputError(f"{folder}: its photos give no directions: {error}") from None
+    print(f"{output}: {len(directions)} directions of {len(photos.slopes)} photos")
+    return 0
+
+
+def photos_of(folder: Path, config: RefineConfig, model: Architecture) -> Photos:
+    """The refined photos of a finished run; freezes the model in place.
+
+    Raises:
+        InputError: there is none, or its files are missing or wrong.
+    """
     model, images = freeze(model, config.coder_scales), open_images(config)
-    records = read_records(folder / "images.jsonl")
+    records, photos = read_records(folder / "images.jsonl"), Photos()
     done = [name for name in images.names if name in records]
     for image in images.load(done, config.num_workers):
         x = image.pixels()[None]  # [1, 3, H, W]
@@ -74,13 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(photos.slopes)} photos", file=sys.stderr)
     if not photos.slopes:
         raise InputError(f"{folder}: has no refined image")
-    directions = photos.directions(arguments.count)
-    parts = [from_columns(direction) for direction in directions]
-    output = Path(arguments.output or directions_beside(config.pretrain))
-    weight, bias = (torch.stack(part) for part in zip(*parts, strict=True))
-    save_directions(output, weight, bias, weights)
-    print(f"{output}: {len(directions)} directions of {len(photos.slopes)} photos")
-    return 0
+    return photos
 
 
 def add_photo(photos: Photos, problem: Problem, symbols: Latents, told: Adaptation) -> None:

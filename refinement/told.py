@@ -69,10 +69,11 @@ def _first_told(config: RefineConfig) -> Adaptation:
 
 
 def use_directions_of(config: RefineConfig, model: Architecture) -> None:
-    """Read the directions that a config asks for; the model is not frozen yet.
+    """Read the directions that a config asks for, unless the model has those of that file.
 
     Raises:
         InputError: see `load_directions`.
+        ValueError: see `use_directions`.
     """
     wanted = config.adapt.directions if config.adapt else None
     if wanted is None:
@@ -83,7 +84,7 @@ def use_directions_of(config: RefineConfig, model: Architecture) -> None:
         )
     use_directions(model, directions_beside(config.pretrain) if wanted == "auto" else Path(wanted))
     if model.find_directions is not None:
-        model.find_directions()  # now, because freezing changes the weights' hash
+        model.find_directions()  # now, to refuse a wrong file before any work
 
 
 def bytes_of_fits(config: RefineConfig, model: Architecture) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from architectures import Architecture, Latents
 from coding.adapted import adapted
+from common.errors import InputError
 from common.files import printable
 from common.images import Images
 from common.records import Record, rate_of, read_records
@@ -56,7 +57,8 @@ def details_of(
 ) -> list[Detail] | None:
     """The versions of an image: the original, the base, and the result of each run.
 
-    If a run lacks the image, or the image is too large: None, and a line on the console.
+    If a run lacks the image, the image is too large, or the directions that it needs are missing or
+    others: None, and a line on the console.
 
     Args:
         runs: the runs with one model.
@@ -64,7 +66,7 @@ def details_of(
         name: the image.
 
     Raises:
-        InputError: the model, or directions that an image needs, cannot be read.
+        InputError: the model cannot be read.
     """
     found = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
     records = [record for record in found if record]
@@ -73,21 +75,39 @@ def details_of(
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
     model = load_checkpoint(config.pretrain, architecture=config.architecture)
-    # Before it is frozen, because that changes the weights' hash.
-    finders = [
-        _directions_finder(run.folder, record, model)
-        for run, record in zip(runs, records, strict=True)
-    ]
-    freeze(model, config.coder_scales)
+    try:
+        decoders = _decoders(runs, records, model, config.coder_scales)
+    except InputError as error:
+        print(printable(f"{name}: no pictures: {error}"))
+        return None
     x = image.x[None]  # [1, 3, H, W]
     details = [Detail("original", image.x, region=image.region)]
     base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
-    for run, record, finder in zip(runs, records, finders, strict=True):
-        model.find_directions = finder
-        own, symbols = adapted(model, told_of(record)), stored_symbols(run.folder, name)
+    for run, record, own in zip(runs, records, decoders, strict=True):
+        symbols = stored_symbols(run.folder, name)
         details.append(_detail(own, run.method, symbols, record["refined"], x))
     return details
+
+
+def _decoders(
+    runs: Sequence[ComparedRun], records: Sequence[Record], model: Architecture, coder_scales: bool
+) -> list[Architecture]:
+    """The model as each run's record of an image changes it; freezes the model in place.
+
+    Raises:
+        InputError: a run's directions cannot be read or are others, or its record is damaged.
+    """
+    finders = [
+        _directions_finder(run.folder, record, model)
+        for run, record in zip(runs, records, strict=True)
+    ]
+    freeze(model, coder_scales)
+    decoders = []
+    for record, finder in zip(records, finders, strict=True):
+        model.find_directions = finder
+        decoders.append(adapted(model, told_of(record)))
+    return decoders
 
 
 def _directions_finder(
@@ -97,7 +117,8 @@ def _directions_finder(
     if not told_of(record).directions:
         return None
     with config_file_of(folder) as path:
-        use_directions_of(load_config(path, RefineConfig), model)
+        config = load_config(path, RefineConfig)
+    use_directions_of(config, model)
     return model.find_directions
 
 

@@ -112,7 +112,9 @@ def test_records_and_files_tell_the_same(adapted_once):
         bitstream, pixels = read_bitstream(file.read_bytes()), record["width"] * record["height"]
         assert bitstream.adaptation.hex() == record["told"]
         assert record["base"]["bpp_told"] == 0
-        assert record["refined"]["bpp_told"] == pytest.approx(4 * len(record["told"]) / pixels)
+        count = len(record["told"]) // 2
+        in_file = count + (1 if count < 2**7 else 2)  # its length has 7 bits in each byte
+        assert record["refined"]["bpp_told"] == pytest.approx(8 * in_file / pixels)
         parts = [record["refined"][f"bpp_{part}"] for part in ("y", "z", "told")]
         assert sum(parts) == pytest.approx(record["refined"]["bpp"])
         told = from_bytes(bitstream.adaptation)
@@ -165,6 +167,24 @@ def test_details_show_the_adapted_picture(adapted_once):
         assert psnr == pytest.approx(record[side]["psnr"], abs=1e-3)
         bpp_y = detail.bits.sum().item() / (record["width"] * record["height"])
         assert bpp_y == pytest.approx(record[side]["bpp_y"], rel=1e-4)
+
+
+def test_details_without_their_directions_are_left_out(
+    adapted_once, directions, other_directions, capsys
+):
+    values, path = adapted_once
+    config, right = load_config(path, RefineConfig), directions.read_bytes()
+    done = ComparedRun("adapted", "model", 0, results(values))
+    try:
+        directions.unlink()
+        assert details_of([done], config, open_images(config), NAMES[0]) is None
+        shutil.copy(other_directions, directions)
+        assert details_of([done], config, open_images(config), NAMES[0]) is None
+    finally:
+        directions.write_bytes(right)
+    missing, others = capsys.readouterr().out.splitlines()
+    assert missing.startswith(f"{NAMES[0]}: no pictures: directions {directions}: no such file; ")
+    assert others.startswith(f"{NAMES[0]}: no pictures: made with other directions (")
 
 
 def test_a_plain_run_tells_nothing(plain_once):
@@ -241,7 +261,7 @@ def test_files_need_their_directions_and_plain_files_none(
     assert directions_beside(str(weights)) == beside
     assert one_line(capsys) == (
         f"error: {file}: directions {beside}: no such file; "
-        "python -m pretraining.learn_directions makes it\n"
+        "give the file that the encoder had with --directions\n"
     )
     other = ["--directions", str(other_directions)]
     assert codec.main(["decompress", str(file), *arguments, *other]) == 2
@@ -275,10 +295,37 @@ def test_a_recipe_with_adapt_makes_the_files_of_the_run(adapted_once, weights, t
     assert float(row.split()[4]) == pytest.approx(records_of(values)[0]["refined"]["bpp"], abs=1e-4)
 
 
+def test_refusals_of_a_key_name_the_recipe(plain_once, tmp_path, capsys):
+    weights = save_weights(tmp_path / "cheng.pth", toy("cheng2020-anchor"), 0)
+    arguments = ["--checkpoint", str(weights), "-o", str(tmp_path / "coded")]
+    arguments += ["--refine", "adapt", "--lmbda", "0.01"]
+    photos = plain_once[0]["dev_options"]["path_test"]["folder"]
+    assert codec.main(["compress", photos, *arguments]) == 2
+    assert one_line(capsys).startswith(
+        "error: --refine adapt: adapt.directions: the decoder of cheng2020-anchor does not end with"
+    )
+
+
+def test_compress_says_that_refinement_stopped(plain_once, weights, tmp_path, capsys):
+    values, _ = plain_once
+    changed = {"tot_batches": 1, "polish_passes": 0, "optimizer": {"name": "sgd", "lr": 1e30}}
+    recipe, photos = tmp_path / "astray.json", values["dev_options"]["path_test"]["folder"]
+    recipe.write_text(json.dumps(values | changed))
+    arguments = ["--checkpoint", str(weights), "-o", str(tmp_path), "--refine", str(recipe)]
+    assert codec.main(["compress", str(Path(photos) / NAMES[0]), *arguments]) == 0
+    stopped = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert len(stopped) == 1
+    assert stopped[0].startswith(f"{NAMES[0]}: stopped, the loss is not finite at step ")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--refine", "adapt", "--directions", "gone.npz"], "directions gone.npz: no such file; "),
+        (
+            ["--refine", "adapt", "--directions", "gone.npz"],
+            "error: directions gone.npz: no such file; give it with --directions, or learn it with "
+            "python -m pretraining.learn_directions\n",
+        ),
         (["--refine", "fast", "--directions", "gone.npz"], "fast does not adapt the decoder; try"),
         (["--directions", "gone.npz"], "only refinement adapts the decoder: add --refine adapt"),
         (["--refine", "other"], "no such recipe; fast, best, adapt, ms_ssim, or a config's path"),

@@ -160,6 +160,21 @@ def test_directions_are_read_once_and_before_the_model_is_frozen(stored):
     stored.unlink()
     assert freeze(model).find_directions() is found
     assert model.with_lattice(1.2).find_directions() is found
+    use_directions(model, stored)
+    assert model.find_directions() is found
+    with pytest.raises(ValueError, match="before freezing it"):
+        use_directions(model, stored.with_name("b.npz"))
+
+
+def test_a_frozen_model_reads_the_directions_of_its_weights(stored):
+    model, bias = copy.deepcopy(toy(FAMILY)), some_directions().bias
+    use_directions(model, stored)
+    assert torch.equal(freeze(model).find_directions().bias, bias.half().float())
+    other = copy.deepcopy(toy(FAMILY))
+    other.network.g_a[0].bias += 1
+    use_directions(other, stored)
+    with pytest.raises(InputError, match=f"for weights {toy(FAMILY).weights_hash}, but these are"):
+        freeze(other).find_directions()
 
 
 def test_missing_directions_factors_are_zero():
@@ -336,6 +351,38 @@ def test_the_file_is_beside_the_weights_by_default(finished_toy, learn):
     path = weights.with_name("toy.directions.npz")
     assert len(load_directions(path, toy(FAMILY)).bias) == 1
     path.unlink()
+
+
+def test_the_command_replaces_a_file_only_if_told_to(finished_toy, learn, tmp_path, capsys):
+    path = tmp_path / "out.npz"
+    path.write_text("old")
+    arguments = [str(finished_toy[0]), "-o", str(path), "--count", "1"]
+    assert learn(arguments) == 2
+    assert capsys.readouterr().err == f"error: {path} is there already: see --overwrite\n"
+    assert path.read_text() == "old"
+    assert learn([*arguments, "--overwrite"]) == 0
+    assert len(load_directions(path, toy(FAMILY)).bias) == 1
+
+
+@pytest.mark.parametrize(
+    ("slope", "gram", "reason"),
+    [
+        (0.0, torch.eye(301), "no change of the last layer lowers their errors"),
+        (float("nan"), torch.eye(301), "their errors are not finite"),
+        (1.0, -torch.eye(301), "their mean curvature is not positive"),
+        (1.0, torch.zeros(301, 301), "directions beyond the range of half precision"),
+    ],
+)
+def test_photos_that_give_no_directions_are_refused(
+    finished_toy, learn, tmp_path, capsys, monkeypatch, slope, gram, reason
+):
+    error = Quadratic(1.0, torch.full((301, 3), slope).double(), gram.double())
+    monkeypatch.setattr("pretraining.learn_directions.quadratic_of", lambda *_: error)
+    folder, path = finished_toy[0], tmp_path / "out.npz"
+    assert learn([str(folder), "-o", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {folder}: its photos give no directions: {reason}\n"
+    assert not path.exists()
 
 
 def test_the_command_refuses_what_is_no_run(finished_toy, learn, tmp_path, capsys):
