@@ -20,7 +20,15 @@ from common.command_line import script_parser
 from common.errors import InputError, exits_with_one_line, named_by
 from common.files import user_path
 from common.finding import TIFF_SUFFIXES, Found, find_by_suffix, find_images
-from common.images import ImageFiles, Images, LoadedImage, Mapped, load_image
+from common.images import (
+    CentreCrop,
+    ImageFiles,
+    Images,
+    LoadedImage,
+    MappedAndCropped,
+    SeededCrop,
+    load_image,
+)
 from common.optional_packages import import_tensorflow_datasets
 from config import PretrainConfig, RefineConfig
 from pretraining.draws import TrainingData
@@ -35,13 +43,15 @@ SAMPLE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def open_images(config: RefineConfig) -> Images:
-    """The data set of a refinement config, with its maps if it has some; no image is read yet.
+    """The data set of a refinement config, with its crop and maps; no image is read yet.
 
     Raises:
         InputError: its path is not in the config, nothing is there, or a package is not installed;
             see also `open_maps`.
     """
     images, options = _open_data_set(config), config.dev_options
+    if options.centre_crop is not None:
+        images.crop = CentreCrop(options.centre_crop)
     if options.maps is not None:
         key = f"dev_options.path_weights.{options.data_set}"
         images.maps = open_maps(options.maps, images.names, key)
@@ -65,7 +75,7 @@ def _open_data_set(config: RefineConfig) -> Images:
     if chosen == "pathology":
         with named_by(key):
             found = find_by_suffix(path, TIFF_SUFFIXES)
-            return ImageFiles(found, config.image_size, config.crop_seed)
+            return ImageFiles(found, SeededCrop(config.image_size, config.crop_seed))
     return open_folder(path, key)
 
 
@@ -115,7 +125,7 @@ def open_training_data(config: PretrainConfig) -> TrainingData:
 # --- CLIC 2020 through tensorflow-datasets --------------------------------------------------------
 
 
-class ClicImages(Mapped):
+class ClicImages(MappedAndCropped):
     """The test split of tensorflow-datasets' `clic`; it is downloaded on first use.
 
     Raises:
@@ -144,7 +154,8 @@ class ClicImages(Mapped):
                 examples, at = self._examples(), 0
             example = next(islice(examples, position[name] - at, None))
             at = position[name] + 1
-            yield load_image(name, Image.fromarray(example["image"]), maps=self.maps)
+            image = Image.fromarray(example["image"])
+            yield load_image(name, image, maps=self.maps, crop=self.crop)
 
     def _examples(self) -> Iterator[dict[str, Any]]:
         """The split's examples from the first one on, in the order of `names`."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -65,17 +65,29 @@ class Maps(Protocol):
         """
 
 
+class Crop(Protocol):
+    """What is cut out of each image, and of its map."""
+
+    def of(self, name: str, image: Image.Image) -> Image.Image:
+        """The part of a picture to refine.
+
+        Raises:
+            UnreadableError: the picture is too small; says why.
+        """
+
+
 class Images(Protocol):
     """A set of images to refine.
 
     `names` are known before any image is read. `passed_over` says in one line which files were left
-    out, and is empty if none were. `maps` may be set before images are read; `map_messages` are
-    theirs.
+    out, and is empty if none were. `maps` and `crop` may be set before images are read;
+    `map_messages` are those of the maps.
     """
 
     names: list[str]
     passed_over: str
     maps: Maps | None
+    crop: Crop | None
 
     @property
     def map_messages(self) -> tuple[str, ...]:
@@ -92,13 +104,47 @@ BLACK = "is black all over the image: paint white what counts most"
 
 
 class UnreadableError(Exception):
-    """An image file cannot be read; one line that says why."""
+    """An image file cannot be read, or is too small for a crop; one line that says why."""
 
 
-class Mapped:
-    """A set of images that may have maps."""
+class SeededCrop(NamedTuple):
+    """One random resized crop of side x side pixels; a seed always gives the same."""
+
+    side: int
+    seed: int
+
+    def of(self, name: str, image: Image.Image) -> Image.Image:
+        """The crop of a picture, which depends on the seed and the name."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, name))
+            return RandomResizedCrop(self.side)(image)
+
+
+class CentreCrop(NamedTuple):
+    """The square of side x side pixels in the middle of a picture, not resized."""
+
+    side: int
+
+    def of(self, name: str, image: Image.Image) -> Image.Image:
+        """The middle of a picture; where it cannot be exact, half a pixel more to the top left.
+
+        Raises:
+            UnreadableError: the picture is smaller.
+        """
+        width, height = image.size
+        if min(width, height) < self.side:
+            raise UnreadableError(
+                f"has {width}x{height} pixels; its crop needs {self.side} or more a side"
+            )
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        return image.crop((left, top, left + self.side, top + self.side))
+
+
+class MappedAndCropped:
+    """A set of images that may have maps, and of which a part may be cut out."""
 
     maps: Maps | None = None
+    crop: Crop | None = None
 
     @property
     def map_messages(self) -> tuple[str, ...]:
@@ -106,20 +152,14 @@ class Mapped:
         return self.maps.messages if self.maps is not None else ()
 
 
-class ImageFiles(Mapped, Dataset):
-    """Image files on disk, whole or (with `crop`) one seeded random resized crop of each.
+class ImageFiles(MappedAndCropped, Dataset):
+    """Image files on disk. An item is a `LoadedImage`; its name is the path below the folder."""
 
-    An item is a `LoadedImage`; its name is the path below the folder. Its map is cropped alike.
-    """
-
-    def __init__(
-        self, found: Found, crop: int | None = None, seed: int = 0, maps: Maps | None = None
-    ):
+    def __init__(self, found: Found, crop: Crop | None = None, maps: Maps | None = None):
         self.files = {file.relative_to(found.root).as_posix(): file for file in found.files}
         self.names = list(self.files)
         self.passed_over = found.passed_over
         self.crop = crop
-        self.seed = seed
         self.maps = maps
 
     def __len__(self) -> int:
@@ -131,14 +171,7 @@ class ImageFiles(Mapped, Dataset):
             picture = self.picture(index)
         except UnreadableError as error:
             return LoadedImage(name, None, error=str(error))
-        return load_image(name, picture.image, picture.notes, self.maps, self._cropped(name))
-
-    def _cropped(self, name: str) -> Callable[[Image.Image], Image.Image]:
-        """The crop of an image and of its map."""
-        size = self.crop
-        if size is None:
-            return lambda image: image
-        return lambda image: seeded_crop(image, size, seed_of(self.seed, name))
+        return load_image(name, picture.image, picture.notes, self.maps, self.crop)
 
     def picture(self, index: int) -> Picture:
         """An upright RGB picture of 8 bits, and notes on what was converted.
@@ -176,23 +209,24 @@ def load_image(
     image: Image.Image,
     notes: tuple[str, ...] = (),
     maps: Maps | None = None,
-    crop: Callable[[Image.Image], Image.Image] = as_it_is,
+    crop: Crop | None = None,
 ) -> LoadedImage:
     """An RGB picture and its map, both after `crop`.
 
-    A map that cannot be read, or that is black all over the image, becomes the image's `error`.
+    The image's `error` says that it is too small for the crop, or that its map cannot be read or is
+    black all over the crop.
     """
     try:
         region = maps.of(name, image) if maps is not None else None
+        part = image if crop is None else crop.of(name, image)
+        if region is None:
+            return LoadedImage(name, to_tensor(part), notes)
+        grey = region.image if crop is None else crop.of(name, region.image)
+        if is_black(grey):
+            raise UnreadableError(f"{region.source} {BLACK}")
     except UnreadableError as error:
         return LoadedImage(name, None, error=str(error))
-    if region is None:
-        return LoadedImage(name, to_tensor(crop(image)), notes)
-    grey = crop(region.image)
-    if is_black(grey):
-        return LoadedImage(name, None, error=f"{region.source} {BLACK}")
-    notes += region.notes
-    return LoadedImage(name, to_tensor(crop(image)), notes, region=to_tensor(grey))
+    return LoadedImage(name, to_tensor(part), notes + region.notes, region=to_tensor(grey))
 
 
 def is_black(grey: Image.Image) -> bool:
@@ -235,10 +269,3 @@ def seed_of(seed: int, name: str) -> int:
     """
     text = f"{seed}:{name}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
-
-
-def seeded_crop(image: Image.Image, size: int, seed: int) -> Image.Image:
-    """torchvision's random resized crop to size x size pixels; a seed always gives the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return RandomResizedCrop(size)(image)

@@ -152,6 +152,9 @@ class DevOptions(Section):
     sample: bool = False
     """+ Refine the four sample photos that come with scikit-image."""
     path_test: TestPaths = TestPaths()
+    centre_crop: Count | None = None
+    """+ Refine only the square of this side in the centre of each image, in pixels. Images that are
+    smaller are skipped. null: whole images. Pathology images have crops of their own."""
     path_weights: WeightPaths = WeightPaths()
     region_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     """+ How much of the maps in `path_weights` enters the weights: 1 - s + s * map / mean. 0: all
@@ -222,6 +225,8 @@ class DevOptions(Section):
         if len(chosen) != 1:
             found = f"{' and '.join(chosen)} are" if chosen else "none is"
             raise ValueError(f"{found} true: exactly one of {', '.join(DATA_SETS)} must be")
+        if self.pathology and self.centre_crop is not None:
+            raise ValueError("centre_crop: pathology images have the crops of image_size; use null")
         return self
 
 

@@ -17,6 +17,8 @@ from conftest import needs
 from datasets import clic_tfrecords, open_images
 from pixels import png
 from profiles import ADOBE_RGB, srgb_of
+from runs import numbers, results
+from train_flexible_inference import main
 
 PHOTO = skimage.data.chelsea()[:40, :60]
 
@@ -301,6 +303,12 @@ def test_clic_from_tensorflow_datasets(config_values, write_config, tmp_path):
         torch.testing.assert_close(loaded[photo.shape[:2]].x, expected(photo), rtol=0, atol=0)
     (second,) = images.load(["clic_test_0001"])
     assert second.name == "clic_test_0001"
+    config_values["dev_options"]["centre_crop"] = 20
+    images = open_images(_config(config_values, write_config, "clic", tmp_path / "tfds"))
+    crops = {image.x[0, 0, 0].item(): image.x for image in images.load(images.names)}
+    for photo in (photos[0][6:26, 14:34], photos[1][15:35]):
+        crop = expected(photo)
+        torch.testing.assert_close(crops[crop[0, 0, 0].item()], crop, rtol=0, atol=0)
 
 
 def test_seeds_differ_by_image_and_seed():
@@ -346,3 +354,57 @@ def test_crops_do_not_change_with_the_seed_of_the_noise(config_values, write_con
     x = [next(iter(images.load(["s.tif"]))).x for images in (one, two, other)]
     assert torch.equal(x[0], x[1])
     assert not torch.equal(x[0], x[2])
+
+
+# --- the centre of each image
+
+
+@pytest.mark.parametrize("side", [1, 7, 8, 39])
+def test_a_centre_crop_is_as_far_from_either_side(config_values, write_config, tmp_path, side):
+    """To half a pixel; a turned photo has the turned crop where this is exact."""
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    config_values["dev_options"]["centre_crop"] = side
+    for height, width in ((39, 39), (40, 60), (39, 60), (40, 59)):
+        photo = skimage.data.chelsea()[:height, :width]
+        Image.fromarray(photo).save(folder / f"{height}x{width}.png")
+        Image.fromarray(photo[::-1, ::-1]).save(folder / f"{height}x{width} turned.png")
+    images = open_images(_config(config_values, write_config, "folder", folder))
+    crops = {image.name.removesuffix(".png"): image.x for image in images.load(images.names)}
+    for name in ("39x39", "40x60", "39x60", "40x59"):
+        height, width = map(int, name.split("x"))
+        rows, columns = (
+            [at for at in range(length) if -side <= 2 * at - (length - 1) < side]
+            for length in (height, width)
+        )
+        assert len(rows) == len(columns) == side
+        photo = skimage.data.chelsea()[:height, :width]
+        exact = expected(photo[np.ix_(rows, columns)])
+        torch.testing.assert_close(crops[name], exact, rtol=0, atol=0)
+        if (height - side) % 2 == (width - side) % 2 == 0:
+            assert torch.equal(crops[f"{name} turned"], exact.flip(1, 2))
+
+
+def test_an_image_smaller_than_the_crop_is_skipped_with_the_reason(
+    config_values, write_config, photos, capsys
+):
+    """Also of photos that the command line names; the other one is refined as its centre."""
+    options = config_values["dev_options"]
+    options |= {"folder": False, "sample": True, "centre_crop": 70, "save_final": True}
+    path = write_config(config_values | {"tot_inference_iterations": 1})
+    assert main(["--config", str(path), "--images", str(photos)]) == 1
+    out = capsys.readouterr().out
+    for name, size in (("b_coffee.png", "64x64"), ("c_rocket.png", "100x64")):
+        reason = f"{name}: skipped: has {size} pixels; its crop needs 70 or more a side"
+        assert out.count(reason) == 1
+    (record,) = numbers(results(config_values))
+    assert (record["name"], record["width"], record["height"]) == ("a_chelsea.png", 70, 70)
+    refined = results(config_values) / "reconstructions/a_chelsea.png/original.png"
+    centre = np.array(Image.open(photos / "a_chelsea.png"))[:70, 5:75]
+    assert np.array_equal(np.array(Image.open(refined)), centre)
+
+
+def test_crops_of_pathology_are_not_cropped_again(config_values, write_config, tmp_path):
+    config_values["dev_options"]["centre_crop"] = 48
+    with pytest.raises(InputError, match="centre_crop: pathology images have the crops of image"):
+        _config(config_values, write_config, "pathology", tmp_path)

@@ -233,6 +233,27 @@ def test_a_crop_of_a_map_is_that_of_its_image(config_values, write_config, tmp_p
     assert not torch.equal(loaded[0].region, loaded[1].region)
 
 
+def test_a_map_is_cropped_to_the_same_centre(config_values, write_config, tmp_path):
+    """A map of half the size is resampled to the whole image first, then cropped."""
+    photo = skimage.data.chelsea()[:90, :120]
+    save(tmp_path / "pictures" / "a.png", photo)
+    save(tmp_path / "own" / "a.png", photo[..., 0])
+    half = np.asarray(Image.fromarray(photo[..., 0]).resize((60, 45)))
+    save(tmp_path / "half" / "a.png", half)
+    config_values["dev_options"]["centre_crop"] = 33
+    loaded = {}
+    for maps in ("own", "half"):
+        images = open_images(config_of(
+            config_values, write_config, "tecnick", tmp_path / maps, tmp_path / "pictures"
+        ))  # fmt: skip
+        (loaded[maps],) = images.load(images.names)
+    assert torch.equal(loaded["own"].region, loaded["own"].x[:1])
+    exact = torch.from_numpy(half.copy())[None, None].double() / 255
+    whole = F.interpolate(exact, (90, 120), mode="bilinear", antialias=True)[0]
+    centre = whole[:, 28:61, 43:76]
+    torch.testing.assert_close(loaded["half"].region.double(), centre, rtol=0, atol=1.01 / 255)
+
+
 def test_a_map_that_is_black_in_the_crop_alone_is_named(config_values, write_config, tmp_path):
     save(tmp_path / "slides" / "s.tif", skimage.data.immunohistochemistry())
     corner = grey(0, 512, 512)
@@ -242,6 +263,12 @@ def test_a_map_that_is_black_in_the_crop_alone_is_named(config_values, write_con
         config_values, write_config, "pathology", maps, tmp_path / "slides", image_size=48
     )
     images = open_images(config)
+    (image,) = images.load(images.names)
+    assert image.error.startswith(f"its map {maps} is black all over the image")
+    config_values["dev_options"] |= {"pathology": False, "centre_crop": 48}
+    images = open_images(
+        config_of(config_values, write_config, "tecnick", maps, tmp_path / "slides")
+    )
     (image,) = images.load(images.names)
     assert image.error.startswith(f"its map {maps} is black all over the image")
 
