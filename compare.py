@@ -3,21 +3,24 @@
 python compare.py --config example_files/compare/recipes_sample.json
 python compare.py --config example_files/compare/recipes_sample.json --images PHOTOS --set images=0
 torchrun --nproc_per_node=2 compare.py --config example_files/compare/recipes_sample.json --quick
+python compare.py --config example_files/compare/recipes_sample.json --only fast --only best
+python compare.py --config example_files/compare/recipes_sample.json --report
 
 Each method of the config runs with each model and each seed. Finished images are kept, so a stopped
 comparison can go on, and a method can be added later. `--quick` uses a few sample photos and short
-schedules. Each run has a folder, results/<save_name>/runs/<method>/<model>/. reports/comparison.py
-lists the other files in results/<save_name>/.
+schedules. `--only METHOD` refines by some methods; `--report` reports what is done so far. Each run
+has a folder, results/<save_name>/runs/<method>/<model>/. reports/comparison.py lists the other
+files in results/<save_name>/.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from common.command_line import Option
 from common.errors import InputError, exits_with_one_line
 from config import (
     DATA_SETS,
@@ -25,7 +28,6 @@ from config import (
     ComparedMethod,
     ComparedModel,
     RefineConfig,
-    folder_name,
     load_config,
     parse_command_line,
     read_json_object,
@@ -36,22 +38,28 @@ import torch
 
 from architectures import Architecture
 from common.device import pick_device, pick_precision
-from common.measuring import Cost
 from common.processes import first_rank_does, join_ranks, ranks_from_environment
-from common.records import loss_name, read_records
+from common.records import loss_name, records_in
 from common.resuming import stored_precision
 from datasets import open_images
 from experimental_inference_methods import rounding_from_config
 from models import load_checkpoint
 from objectives import objective_of
 from refinement.descent import cost_in_steps
-from refinement.run import RECORDS, folder_of
+from refinement.forecast import Forecast, Work, passes_of
+from refinement.run import RECORDS, changes_since, folder_of
 from refinement.told import check_adapt, use_directions_of
-from reports.compared_run import ComparedRun
+from reports.compared_run import ComparedRun, runs_to_compare
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
 from schemas.base import MS_SSIM_LAMBDAS
 from train_flexible_inference import refine_images, report
+
+OPTIONS = {
+    "quick": Option("a few sample photos and short schedules", excludes_images=True),
+    "only": Option("refine by this method alone; may stand several times", "METHOD"),
+    "report": Option("refine nothing; report what is done so far"),
+}
 
 
 class PlannedRun(NamedTuple):
@@ -73,6 +81,24 @@ class PlannedRun(NamedTuple):
         facts = {"objective": self.config.objective, "weighted": self.config.weighted}
         return None if self.config.target else loss_name(facts)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of its images.
+
+        Raises:
+            InputError: see `open_images`.
+        """
+        return open_images(self.config).names[: self.config.image_count]
+
+    @property
+    def compared(self) -> ComparedRun:
+        """The same run, as reports know it."""
+        return ComparedRun(self.method, self.model.label, self.seed, self.folder, self.loss)
+
+    def is_in(self, methods: Sequence[str]) -> bool:
+        """Whether its method is one of these; an empty list stands for all."""
+        return not methods or self.method in methods
+
     def in_precision(self, precision: str) -> Self:
         """The same run; `auto` becomes this precision."""
         if self.config.precision != "auto":
@@ -83,43 +109,95 @@ class PlannedRun(NamedTuple):
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done, then report; exit code 0, 1 if images failed, 2 for wrong input."""
-    flags = {"quick": "a few sample photos and short schedules"}
-    config = parse_command_line(CompareConfig, __doc__, argv, flags)
+    config = parse_command_line(CompareConfig, __doc__, argv, OPTIONS)
     runs = plan_runs(config)
     if any(model.ms_ssim_lambda for model in config.models) and not any(
         run.config.objective == "ms-ssim" for run in runs
     ):
         print("models: ms_ssim_lambda has no effect: no method has the objective ms-ssim")
-    device = check_inputs(config, runs)
+    tried = [] if config.report else [run for run in runs if run.is_in(config.only)]
+    exit_code = refine_all(config, runs, tried) if tried else 0
+    page = first_rank_does(join_ranks(), lambda: report_on(config, runs, tried))
+    return exit_code if page else 1
+
+
+def refine_all(
+    config: CompareConfig, runs: Sequence[PlannedRun], tried: Sequence[PlannedRun]
+) -> int:
+    """Refine the images that are not done, and say how much is done; 1 if images failed, else 0.
+
+    Args:
+        runs: all runs of the comparison; their results say what the precision `auto` is.
+        tried: those to do.
+
+    Raises:
+        InputError, OSError: see `check_inputs` and `refine_images`.
+    """
+    device = check_inputs(config, tried)
     ranks = join_ranks()
     precision = first_rank_does(ranks, lambda: precision_of_auto(runs, device))
-    runs = [run.in_precision(precision) for run in runs]
-    # On the first rank: the others may read records while this one merges them.
-    forecast = first_rank_does(ranks, lambda: Forecast(runs, ranks.world))
+    tried = [run.in_precision(precision) for run in tried]
+    forecast = first_rank_does(ranks, lambda: forecast_of(tried, ranks.world))
     if ranks.rank == 0:
-        print(forecast.in_words(), flush=True)
+        print(forecast.work_left(), flush=True)
     exit_code = 0
-    for number, run in enumerate(runs, start=1):
+    for number, run in enumerate(tried):
         if ranks.rank == 0:
-            print(f"\n[{number} of {len(runs)}] {run.folder}", flush=True)
-        on_image = partial(forecast.print_time_left, run) if ranks.rank == 0 else lambda cost: None
+            print(f"\n[{number + 1} of {len(tried)}] {run.folder}", flush=True)
+            print(forecast.at_run(number), flush=True)
+        on_image = forecast.print_after if ranks.rank == 0 else lambda cost: None
         exit_code = max(exit_code, report(refine_images(run.config, on_image)))
-    compared = [
-        ComparedRun(run.method, run.model.label, run.seed, run.folder, run.loss) for run in runs
-    ]
-    # Of the first model; if a method has maps, the report shows them.
-    of_model = [run.config for run in runs if run.model == runs[0].model]
-    first = next((one for one in of_model if one.dev_options.maps), of_model[0])
-    page = first_rank_does(ranks, lambda: write_report(config, compared, first, open_images(first)))
-    return exit_code if page else 1
+    return exit_code
+
+
+def forecast_of(runs: Sequence[PlannedRun], processes: int) -> Forecast:
+    """The forecast of these runs, in their order.
+
+    Raises:
+        InputError: see `open_images`.
+    """
+    works = [Work(run.folder, run.names, passes_of(run.config)) for run in runs]
+    return Forecast(works, processes)
+
+
+def report_on(
+    config: CompareConfig, runs: Sequence[PlannedRun], tried: Sequence[PlannedRun]
+) -> Path | None:
+    """Write the report of what is done; returns its page, or None where nothing can be compared.
+
+    Args:
+        tried: the runs of this call. Images that they lack have failed, so none is left out.
+
+    Raises:
+        InputError, OSError: see `write_report`.
+    """
+    over = [run.compared for run in tried]
+    compared, remark = runs_to_compare([run.compared for run in runs], runs[0].names, over)
+    changed = [run for run in runs if run.compared in compared and changes_since(run.config)]
+    if changed:
+        changes = ", ".join(changes_since(changed[0].config))
+        more = f" (and so {len(changed) - 1} more)" if changed[1:] else ""
+        remark += f"\n{changed[0].folder}: was refined with another config: {changes}{more}"
+    if remark := remark.strip():
+        print(remark)
+    if not compared:
+        folder = Path(config.output_dir) / config.name
+        print(f"error: {folder}: no image was refined yet", file=sys.stderr)
+        return None
+    # With each model the config of the first method; but if a method has maps, they are shown.
+    kept = [run for run in runs if run.compared in compared]
+    kept.sort(key=lambda run: run.config.dev_options.maps is None)
+    configs = {run.model.label: run.config for run in reversed(kept)}
+    images = open_images(configs[compared[0].model])
+    return write_report(config, compared, configs, images, remark)
 
 
 def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.device:
     """Check now what the comparison will need only hours later; return the device.
 
     Raises:
-        InputError: a checkpoint, a published curve or the device is missing or wrong, or a
-            method's `adapt` is not for a model.
+        InputError: a checkpoint, a published curve or the device is missing or wrong, a method's
+            `adapt` is not for a model, or a run has results of another kind of device.
     """
     published_curves(config.published)
     device = pick_device(config.device, ranks_from_environment().local)
@@ -128,6 +206,8 @@ def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.dev
         for run in runs:
             if (run.config.pretrain, run.config.architecture) == (pretrain, architecture):
                 _check_adapt(run, model)
+    for run in runs:
+        _check_device(run, device)
     return device
 
 
@@ -139,44 +219,21 @@ def _check_adapt(run: PlannedRun, model: Architecture) -> None:
         raise InputError(f"methods.{run.method} with {run.model.label}: {error}") from None
 
 
+def _check_device(run: PlannedRun, device: torch.device) -> None:
+    """Refuse now what `refine_images` would refuse when it comes to this run."""
+    for record in records_in(run.folder).values():
+        if (before := record.get("device", device.type)) != device.type:
+            raise InputError(
+                f"{run.folder}: its results were made on {before}, and this is {device.type}; "
+                "choose other methods with --only, or report what is done with --report"
+            )
+
+
 def precision_of_auto(runs: Sequence[PlannedRun], device: torch.device) -> str:
     """The one precision of all runs with `auto`: that of their results, else what is faster."""
     folders = [run.folder for run in runs if run.config.precision == "auto"]
     stored = [found for folder in folders if (found := stored_precision(folder, RECORDS))]
     return pick_precision("float32" if not folders else stored[0] if stored else "auto", device)
-
-
-class Forecast:
-    """The number of decoder passes that are left; after the first image also their time."""
-
-    def __init__(self, runs: Sequence[PlannedRun], processes: int):
-        self.processes = processes
-        self.has_printed_time = False
-        self.passes, self.images = 0, 0
-        for run in runs:
-            done = len(set().union(*map(read_records, run.folder.glob(RECORDS))))
-            names = len(open_images(run.config).names)
-            left = max(min(run.config.image_count, names) - done, 0)
-            self.passes += left * passes_of(run.config)
-            self.images += left
-
-    def in_words(self) -> str:
-        """The work that is left, for a message."""
-        return f"{self.images} refinements to do, {self.passes:,} decoder passes"
-
-    def print_time_left(self, run: PlannedRun, cost: Cost) -> None:
-        """Print the time left, from the cost of the first image; do nothing for later images."""
-        if not self.has_printed_time:
-            self.has_printed_time = True
-            left = (self.passes - passes_of(run.config)) / self.processes
-            minutes = left * cost.seconds / passes_of(run.config) / 60
-            print(f"roughly {minutes:.0f} minutes more here, if images are as large", flush=True)
-
-
-def passes_of(config: RefineConfig) -> int:
-    """About how many decoder passes an image takes: steps, polish and evaluations."""
-    steps = config.tot_inference_iterations
-    return steps + cost_in_steps(config.polish_passes) + 2 * (steps // config.eval_freq + 2)
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
@@ -189,16 +246,16 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     combinations = product(config.methods.items(), config.models, config.used_seeds)
     for (name, method), model, seed in combinations:
         objective = _objective_of(config, method)
-        label = folder_name(model.label) + (f" seed {seed}" if seed else "")
         values = {
-            "batch_size": 1,
+            "batch_size": config.batch_size,
             "images": config.images,
+            "dev_options.centre_crop": config.centre_crop,
             **{f"dev_options.{known}": known == config.image_set for known in DATA_SETS},
             **({f"dev_options.path_test.{config.data_set}": config.path} if config.path else {}),
             **config.set,
             **method.set,
             **_maps(config, method),
-            "save_name": f"{config.name}/runs/{folder_name(name)}/{label}",
+            "save_name": config.save_name_of(name, model, seed),
             "output_dir": config.output_dir,
             "train_lambda": model.train_lambda,
             "pretrain": model.pretrain,
@@ -225,13 +282,17 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
         runs.append(PlannedRun(name, model, seed, refine_config))
+    _refuse_other_targets(runs)
+    return runs
+
+
+def _refuse_other_targets(runs: Sequence[PlannedRun]) -> None:
     targets = {run.method: run.config.target for run in runs}
     if len({*targets.values()}) > 1:
         with_target = next(name for name, target in targets.items() if target)
         raise InputError(
             f"methods.{with_target}: a target must be the same for all methods: put it into set"
         )
-    return runs
 
 
 def _maps(config: CompareConfig, method: ComparedMethod) -> dict[str, str]:

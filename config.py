@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from common.command_line import script_parser
+from common.command_line import Option, script_parser
 from common.errors import InputError
 from common.files import user_path
 from schemas.base import (
@@ -130,7 +130,7 @@ def parse_command_line(
     schema: type[OfScript],
     docstring: str,
     argv: Sequence[str] | None = None,
-    flags: dict[str, str] | None = None,
+    options: dict[str, Option] | None = None,
 ) -> OfScript:
     """The checked config of `--config JSON [--images PATH] [--roi PATH] [--set key.sub=value ...]`.
 
@@ -138,21 +138,21 @@ def parse_command_line(
 
     Args:
         docstring: the script's, with examples, see `common.command_line`.
-        flags: names and help texts; the flag `--name` sets the config's key `name` to true. Flags
-            and `--images` exclude each other.
+        options: the script's own options, by the names of the config's keys that they set.
 
     Raises:
         InputError: see `load_config`; or nothing is at a PATH.
         SystemExit: the command line is wrong (code 2), or it asks for `--help` (code 0).
     """
-    parser = _config_parser(schema, docstring, flags or {})
+    parser = _config_parser(schema, docstring, options or {})
     arguments = parser.parse_args(argv)
     source = [arguments.config]
     overrides = []
     if arguments.images is not None:
         source.append(f"--images {arguments.images}")
         overrides += _overrides_for_images(schema, arguments.images, arguments.config)
-    given = [*arguments.set, *(f"{name}=true" for name in flags or {} if getattr(arguments, name))]
+    values = {name: value for name in options or {} if (value := getattr(arguments, name))}
+    given = [*arguments.set, *(f"{name}={json.dumps(value)}" for name, value in values.items())]
     if given:
         source.append(f"--set {' '.join(given)}")
     config = load_config(arguments.config, schema, [*overrides, *given], " with ".join(source))
@@ -165,7 +165,7 @@ def parse_command_line(
 
 
 def _config_parser(
-    schema: type[ScriptConfig], docstring: str, flags: dict[str, str]
+    schema: type[ScriptConfig], docstring: str, options: dict[str, Option]
 ) -> argparse.ArgumentParser:
     parser = script_parser(docstring)
     images_help = "your own images, a folder or a file, instead of the config's"
@@ -202,8 +202,12 @@ def _config_parser(
         choices=("true", "True"),
         help="accepted for the published command lines; the config is always read",
     )
-    for name, purpose in flags.items():
-        exclusive.add_argument(f"--{name}", action="store_true", help=purpose)
+    for name, (purpose, metavar, excludes_images) in options.items():
+        group = exclusive if excludes_images else parser
+        if metavar is None:
+            group.add_argument(f"--{name}", action="store_true", help=purpose)
+        else:
+            group.add_argument(f"--{name}", action="append", metavar=metavar, help=purpose)
     return parser
 
 

@@ -2,6 +2,15 @@
 
 import argparse
 from textwrap import dedent
+from typing import NamedTuple
+
+
+class Option(NamedTuple):
+    """A script's own option: it sets a key to true, or with a metavar adds a text to a list."""
+
+    purpose: str
+    metavar: str | None = None
+    excludes_images: bool = False
 
 
 def script_parser(docstring: str) -> argparse.ArgumentParser:

@@ -138,6 +138,19 @@ def merge_records(folder: Path, order: Sequence[str], world: int = 0) -> dict[st
     return merged
 
 
+def records_in(folder: Path) -> dict[str, Record]:
+    """The records in a run's folder by image name, with those that ranks have not merged yet.
+
+    It changes nothing, so the run may go on meanwhile.
+    """
+    found: dict[str, Record] = {}
+    # images.jsonl comes last: whoever merges the parts writes it before it deletes them.
+    for part in sorted(folder.glob("images.rank*.jsonl")):
+        with suppress(FileNotFoundError):
+            found |= read_records(part)
+    return read_records(folder / "images.jsonl") | found
+
+
 def read_metrics(path: Path) -> list[Record]:
     """The rows of a metrics.jsonl; a line that a kill cut off is left out."""
     rows = []

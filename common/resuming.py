@@ -39,23 +39,28 @@ def refuse_another_config(
     Raises:
         InputError: another key differs.
     """
-    changed = _differences(
-        {key: value for key, value in before.items() if key not in free_keys},
-        {key: value for key, value in now.items() if key not in free_keys},
-    )
+    changed = differences(before, now, free_keys)
     if changed:
         raise InputError(
             f"{folder}: cannot resume, its config differs in {', '.join(changed)}; {ANOTHER_RUN}"
         )
 
 
-def _differences(before: Record, now: Record, prefix: str = "") -> list[str]:
-    """The keys whose values differ, with both values; also keys of nested objects."""
+def differences(
+    before: Record, now: Record, free_keys: frozenset[str], prefix: str = ""
+) -> list[str]:
+    """The keys whose values differ, with both values; also keys of nested objects.
+
+    Args:
+        free_keys: the keys that may differ, dotted if nested.
+    """
     found = []
     for key in sorted(before.keys() | now.keys()):
+        if f"{prefix}{key}" in free_keys:
+            continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += differences(old, new, free_keys, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} ({old!r} then, {new!r} now)")
     return found

@@ -51,6 +51,7 @@ from common.records import (
 from common.resuming import (
     ANOTHER_RUN,
     config_file_of,
+    differences,
     refuse_another_config,
     remove_leftovers,
     stored_precision,
@@ -66,6 +67,8 @@ FREE_KEYS = frozenset((
     "resume", "num_workers", "output_dir", "save_name", "print_freq", "tot_batches", "images",
     "batch_size", "tracker", "device", "max_memory_gb", "cuda_graphs",
 ))  # fmt: skip
+# Keys that may differ as well where results of several machines are only looked at.
+PATHS = frozenset(("pretrain", "dev_options.path_test", "dev_options.path_weights"))
 RECORDS = "images*.jsonl"  # of one process or of each rank
 # The facts of a run that must be the same for all its images, and those that each record repeats.
 # Runs without directions, and older ones, have no such fact.
@@ -375,6 +378,20 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
         _refuse_other_facts(folder, next(iter(records.values())), facts)
     kinds = ("latents", "trajectories", "bitstreams", "reconstructions", "regions")
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
+
+
+def changes_since(config: RefineConfig) -> list[str]:
+    """The keys in which a config differs from that of the results in its folder, with both values.
+
+    Paths may differ, and `auto` stands for any precision. If there is no sound config.json, nothing
+    is known to differ.
+    """
+    folder = folder_of(config)
+    free = FREE_KEYS | PATHS | ({"precision"} if config.precision == "auto" else set())
+    try:
+        return differences(_stored_config(folder, config), resolved(config), free)
+    except InputError:
+        return []
 
 
 def _stored_config(folder: Path, config: RefineConfig) -> Record:

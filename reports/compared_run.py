@@ -1,8 +1,14 @@
-"""One run of a comparison."""
+"""One run of a comparison, and which runs can be compared before all are done."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from common.records import records_in
+
+MOST_NAMED = 5  # runs in a message
 
 
 class ComparedRun(NamedTuple):
@@ -26,3 +32,51 @@ def first_seeds(runs: Sequence[ComparedRun], model: str) -> list[ComparedRun]:
         if run.model == model:
             found.setdefault(run.method, run)
     return list(found.values())
+
+
+def runs_to_compare(
+    runs: Sequence[ComparedRun], names: Sequence[str], over: Sequence[ComparedRun] = ()
+) -> tuple[list[ComparedRun], str]:
+    """The runs that are done, and a line that names the others; "" if all are done.
+
+    Runs that are not done are left out, for their few images would be all that can be compared. If
+    none is done, those with any image are compared. An image that a run could not refine counts as
+    done.
+
+    Args:
+        names: the images of each run.
+        over: runs that are known to be done; what they lack has failed.
+    """
+    counts = {run: len(records_in(run.folder).keys() & {*names}) for run in runs}
+    unfinished = {
+        run: count
+        for run, count in counts.items()
+        if run not in over and count + len({*names} & _failed_in(run.folder)) < len(names)
+    }
+    if not unfinished:
+        return list(runs), ""
+    kept = [run for run in runs if run not in unfinished]
+    start = "not done yet, and left out" if kept else "not done yet"
+    kept = kept or [run for run in runs if counts[run]]
+    return kept, f"{start}: {_in_words(unfinished, len(names))}"
+
+
+def _failed_in(folder: Path) -> set[str]:
+    """The images without a record that a run's summary.json names as failed."""
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return set(summary.get("failed", ())) - records_in(folder).keys()
+    return set()
+
+
+def _in_words(unfinished: dict[ComparedRun, int], images: int) -> str:
+    """The runs with their numbers of images; only some of a long list."""
+    several_seeds = len({run.seed for run in unfinished}) > 1
+    words = [
+        f"{run.method} with {run.model}"
+        + (f", seed {run.seed}" if several_seeds else "")
+        + f" ({count} of {images}{'' if number else ' images'})"
+        for number, (run, count) in enumerate(unfinished.items())
+    ]
+    more = len(words) - MOST_NAMED
+    return ", ".join(words[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from common.errors import InputError
-from common.records import Record, loss_name, read_records, result_file
+from common.records import Record, loss_name, records_in, result_file
 from config import CompareConfig
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.compared_run import ComparedRun
@@ -33,7 +33,7 @@ def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFra
     Args:
         names: the images to take.
     """
-    known = {run: read_records(run.folder / "images.jsonl") for run in runs}
+    known = {run: records_in(run.folder) for run in runs}
     found = {run: [one[name] for name in names if name in one] for run, one in known.items()}
     files = all("file_bpp" in record["refined"] for one in found.values() for record in one)
     rows = []
@@ -261,7 +261,7 @@ def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
     If an image ended early, its last row counts at later steps, too.
     """
     tables = []
-    records = read_records(run.folder / "images.jsonl")
+    records = records_in(run.folder)
     for name, record in ((name, records[name]) for name in names if name in records):
         table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
         # Records of older runs have no clock.

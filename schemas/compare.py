@@ -24,7 +24,8 @@ def _refuse_keys_of_the_comparison(changes: dict[str, Any]) -> dict[str, Any]:
     places = {
         "train_lambda": "models", "pretrain": "models", "dev_options.inference_lambda": "models",
         "seed": "seeds", "device": "device", "save_name": "save_name", "output_dir": "output_dir",
-        "tot_batches": "images", "images": "images",
+        "tot_batches": "images", "images": "images", "batch_size": "batch_size",
+        "dev_options.centre_crop": "centre_crop",
         **{f"dev_options.{name}": "data_set" for name in DATA_SETS},
     }  # fmt: skip
     for key in changes.keys() & places.keys():
@@ -100,6 +101,11 @@ class CompareConfig(ScriptConfig):
     images: Index = 24
     """The largest number of images to refine; the first ones by name are taken. 0: all. `--images
     PATH` on the command line also means all, unless the file or a `--set` has this key."""
+    centre_crop: Count | None = None
+    """The side of the square in the centre of each image that is refined, in pixels. null: whole
+    images."""
+    batch_size: Count = 1
+    """The number of consecutive images of equal size that are refined together."""
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
     """The methods, by their names in tables and plots."""
     models: list[ComparedModel] = Field(min_length=1)
@@ -121,6 +127,12 @@ class CompareConfig(ScriptConfig):
     """The number of images that the report shows details of."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
+    only: list[ShortName] = Field([])
+    """Refine by these methods alone. The report has what is done by all. []: all methods. `--only
+    METHOD` on the command line adds one."""
+    report: bool = False
+    """Refine nothing; report what is done so far, also while another process goes on. `--report` on
+    the command line switches it on."""
     quick: bool = False
     """Use a few sample photos, one seed and short schedules. The results are to look at, not to
     cite. `--quick` on the command line switches it on."""
@@ -149,6 +161,11 @@ class CompareConfig(ScriptConfig):
         """The seeds, after `quick`."""
         return self.seeds[:1] if self.quick else self.seeds
 
+    def save_name_of(self, method: str, model: ComparedModel, seed: int) -> str:
+        """The folder of a run below `output_dir`."""
+        label = folder_name(model.label) + (f" seed {seed}" if seed else "")
+        return f"{self.name}/runs/{folder_name(method)}/{label}"
+
     @model_validator(mode="after")
     def _is_consistent(self) -> "CompareConfig":
         known = ["base", *self.methods]
@@ -158,6 +175,9 @@ class CompareConfig(ScriptConfig):
             raise ValueError(f"methods.{name}: is in every comparison or a codec; another name")
         for name in self.published.keys() & {*known, *get_args(Codec)}:
             raise ValueError(f"published.{name}: is a method's or a codec's name; another one")
+        for name in self.only:
+            if name not in self.methods:
+                raise ValueError(f"only: no method {name!r}; there is {', '.join(self.methods)}")
         if self.data_set not in ("sample", "clic") and self.path is None:
             raise ValueError(f"path is missing: the folder of {self.data_set}")
         if self.data_set == "sample" and self.path is not None:

@@ -18,8 +18,10 @@ from config import CompareConfig, load_config
 from conftest import WEIGHTS, read_jsonl
 from datasets import open_images
 from reports.compared_run import ComparedRun
-from reports.comparison_plots import colors_of, plot_loss
+from reports.comparison import trajectories_of
+from reports.comparison_plots import plot_loss
 from reports.comparison_tables import half_interval
+from reports.styles import styles_of
 from runs import NAMES
 
 pytestmark = pytest.mark.usefixtures("without_run_plots")
@@ -108,10 +110,10 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
     assert set(pd.read_csv(folder / "table.csv")["method"]) == {"base", "slow", "new"}
     runs = plan_runs(load_config(path, CompareConfig))
     done = [ComparedRun(run.method, run.model.label, run.seed, run.folder) for run in runs]
-    left, right = plot_loss(done, {"lambda 0.01": NAMES}, colors_of(list(compared["methods"]))).axes
-    steps, clocks = left.lines[::2], right.lines[::2]
-    assert min(len(steps), len(clocks)) >= len(runs) == 2
-    for run, line, clock in zip(runs, steps, clocks, strict=False):
+    trajectories = trajectories_of(done, {"lambda 0.01": NAMES})
+    left, right = plot_loss(trajectories, styles_of(list(compared["methods"]))).axes
+    assert min(len(left.lines), len(right.lines)) >= len(runs) == 2
+    for run, line, clock in zip(runs, left.lines, right.lines, strict=False):
         records = read_jsonl(run.folder / "images.jsonl")
         tables = [pd.read_csv(run.folder / f"trajectories/{name}.csv") for name in NAMES]
         for step, loss in zip(*line.get_data(), strict=True):
@@ -123,7 +125,7 @@ def test_what_is_done_is_reused_and_a_method_can_be_added(compared, write_config
 
 
 def test_a_comparison_has_as_many_images_as_it_says(compared, write_config):
-    compared |= {"set": {"batch_size": 4}, "images": 2}
+    compared |= {"batch_size": 4, "images": 2}
     runs = plan_runs(load_config(write_config(compared, "compare.json"), CompareConfig))
     assert {run.config.image_count for run in runs} == {2}
     assert {run.config.images_at_once for run in runs} == {4}
@@ -172,6 +174,11 @@ WRONG = {
         {"methods": {"slow": {"config": "method.json", "set": {"target_bpp": 0.3}},
                      "free": {"config": "method.json"}}},
         "methods.slow: a target must be the same for all methods: put it into set",
+    ),
+    "crop": (
+        {"methods": {"slow": {"config": "method.json"},
+                     "part": {"config": "method.json", "set": {"dev_options.centre_crop": 64}}}},
+        "methods.part.set: dev_options.centre_crop is for the comparison to say: centre_crop",
     ),
     "no published curve": (
         {"published": {"a": "none.csv"}, "methods": {"slow": {"config": "method.json"}}},
