@@ -24,15 +24,14 @@ from common.files import printable, short_enough, write_whole
 from common.images import Images
 from common.records import write_json
 from config import CompareConfig, RefineConfig, folder_name
+from reports.answer import answer
 from reports.classical_codecs import codec_table
 from reports.compared_run import ComparedRun, first_seeds
 from reports.comparison_plots import (
-    colors_of,
     plot_bits,
     plot_curves,
     plot_details,
     plot_loss,
-    plot_probabilities,
     plot_trajectories,
 )
 from reports.comparison_tables import (
@@ -40,26 +39,35 @@ from reports.comparison_tables import (
     codec_curves,
     curve_points,
     image_table,
+    mean_curve,
     mean_points,
     method_table,
     published_curves,
     rows_of_shared_images,
 )
-from reports.details import details_of
-from reports.equal_rate import equal_rate_cells, equal_rate_table
-from reports.page import markdown, markdown_of, write_page
+from reports.details import Detail, details_of
+from reports.equal_rate import equal_rate_table
+from reports.page import Shown, write_page
+from reports.page_data import picture_data
+from reports.page_tables import equal_rate_cells, markdown, markdown_of
+from reports.styles import Style, styles_of
 
 
 # pyarrow's strings refuse names that are no text.
 @pd.option_context("mode.string_storage", "python")
 def write_report(
-    config: CompareConfig, runs: Sequence[ComparedRun], refine_config: RefineConfig, images: Images
+    config: CompareConfig,
+    runs: Sequence[ComparedRun],
+    configs: dict[str, RefineConfig],
+    images: Images,
+    remark: str = "",
 ) -> Path | None:
-    """Write all tables and plots and the page; print the main table.
+    """Write all tables and plots and the page; print the result and the main table.
 
     Args:
-        refine_config: the config of any run with the first model.
+        configs: the config of any run with each model, by the model's label.
         images: the image set that was refined.
+        remark: what is not done yet, in words.
 
     Returns:
         The page's path, or None where no image was refined by every method.
@@ -69,7 +77,8 @@ def write_report(
         OSError: a file cannot be written.
     """
     folder = Path(config.output_dir) / config.name
-    rows = image_table(runs, images.names[: refine_config.image_count])
+    first = configs[runs[0].model]
+    rows = image_table(runs, images.names[: first.image_count])
     shared = rows_of_shared_images(rows)
     if shared.empty:
         print(f"error: {folder}: no image was refined by every method", file=sys.stderr)
@@ -97,13 +106,19 @@ def write_report(
     names: dict[str, Sequence[str]] = {
         model: list(own["image"].unique()) for model, own in shared.groupby("model")
     }
-    plots = all_plots(config, runs, refine_config, images, curves, names)
-    pictures = _write_plots(folder, plots)
-    shown = {"table": table, "bd": bd, "equal_rate": beside}
-    page = write_page(folder / "report.html", config, shared, shown, pictures)
+    trajectories = trajectories_of(runs, names)
+    details = details_by_image(config, runs, configs, images, names)
+    own_curves = curves.loc[~curves["dashed"].astype(bool), "curve"]
+    styles = styles_of([*config.methods, *own_curves])
+    _write_plots(folder, all_plots(runs[0].model, trajectories, curves, details, styles))
+    shown = Shown(
+        answer(shared, config, first.target), shared, table, bd, beside, curves, trajectories,
+        styles, [picture_data(name, by_model) for name, by_model in details.items()], remark,
+    )  # fmt: skip
+    page = write_page(folder / "report.html", config, shown)
     if len(beside):
-        text += "\n" + markdown_of(*equal_rate_cells(beside))
-    print(f"\n{text}\ntables:   {folder}\nreport:   {page}")
+        text += "\n" + markdown_of(equal_rate_cells(beside))
+    print(f"\n{shown.answer}\n\n{text}\ntables:   {folder}\nreport:   {page}")
     return page
 
 
@@ -139,44 +154,80 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
         write_json(path, {"name": curve, "description": str(image), "results": results})
 
 
-def all_plots(
+def trajectories_of(
+    runs: Sequence[ComparedRun], names: dict[str, Sequence[str]]
+) -> dict[ComparedRun, pd.DataFrame]:
+    """The mean trajectory of the run with the first seed of each method and model.
+
+    Args:
+        names: the compared images of each model.
+    """
+    found = {}
+    for model in dict.fromkeys(run.model for run in runs):
+        for run in first_seeds(runs, model):
+            curve = mean_curve(run, names.get(model, ()))
+            if not curve.empty:
+                found[run] = curve
+    return found
+
+
+def details_by_image(
     config: CompareConfig,
     runs: Sequence[ComparedRun],
-    refine_config: RefineConfig,
+    configs: dict[str, RefineConfig],
     images: Images,
-    curves: pd.DataFrame,
     names: dict[str, Sequence[str]],
+) -> dict[str, dict[str, Sequence[Detail]]]:
+    """The versions of each shown image with the first model; of the first image with every model.
+
+    Args:
+        configs, images: see `write_report`.
+        names: the compared images of each model.
+    """
+    found: dict[str, dict[str, Sequence[Detail]]] = {}
+    models = list(dict.fromkeys(run.model for run in runs))
+    shown = list(names.get(models[0], ()))[: config.shown]
+    for number, name in enumerate(shown):
+        for model in models if number == 0 else models[:1]:
+            done = [run for run in first_seeds(runs, model) if name in names.get(model, ())]
+            details = details_of(done, configs[model], images, name) if done else None
+            if details is not None:
+                found.setdefault(name, {})[model] = details
+    return found
+
+
+def all_plots(
+    model: str,
+    trajectories: dict[ComparedRun, pd.DataFrame],
+    curves: pd.DataFrame,
+    details: dict[str, dict[str, Sequence[Detail]]],
+    styles: dict[str, Style],
 ) -> dict[str, Figure]:
     """The plots of a report, by their file names without suffix.
 
     Args:
-        refine_config, images: see `write_report`.
+        model: the first model; plots of trajectories and details are of it.
+        trajectories, details: of `trajectories_of` and `details_by_image`.
         curves: see `comparison_plots`.
-        names: the compared images of each model.
     """
-    model = runs[0].model
-    own = names.get(model, [])
-    colors = colors_of([*config.methods, *curves.loc[~curves["dashed"].astype(bool), "curve"]])
-    of_model = first_seeds(runs, model)
-    plots = {"rate_distortion": plot_curves(curves, colors)}
-    if (loss := plot_loss(runs, names, colors)) is not None:
+    plots = {"rate_distortion": plot_curves(curves, styles)}
+    if (loss := plot_loss(trajectories, styles)) is not None:
         plots["loss"] = loss
-    plots["trajectories"] = plot_trajectories(runs, model, own, colors)
-    for number, name in enumerate(own[: config.shown], start=1):
-        details = details_of(of_model, refine_config, images, name)
-        if details is not None:
-            plots[f"detail_{number}"] = plot_details(name, details)
-            plots[f"bits_{number}"] = plot_bits(name, details)
-    return plots | {"probabilities": plot_probabilities()}
+    own = {run: curve for run, curve in trajectories.items() if run.model == model}
+    plots["trajectories"] = plot_trajectories(own, styles)
+    for number, (name, by_model) in enumerate(details.items(), start=1):
+        if model in by_model:
+            plots[f"detail_{number}"] = plot_details(name, by_model[model])
+            plots[f"bits_{number}"] = plot_bits(name, by_model[model])
+    return plots
 
 
-def _write_plots(folder: Path, plots: dict[str, Figure]) -> dict[str, bytes]:
-    """Write each plot as PNG and SVG; return the PNGs' bytes by name."""
-    for plot in (file for kind in ("detail_*", "bits_*", "loss.*") for file in folder.glob(kind)):
-        plot.unlink()  # an earlier comparison may have shown more
-    pictures = {}
+def _write_plots(folder: Path, plots: dict[str, Figure]) -> None:
+    """Write each plot as PNG and SVG."""
+    # An earlier comparison may have had more; older code drew the probabilities, too.
+    kinds = ("detail_*", "bits_*", "loss.*", "probabilities.*")
+    for plot in (file for kind in kinds for file in folder.glob(kind)):
+        plot.unlink()
     for key, figure in plots.items():
         for suffix in ("png", "svg"):
             write_whole(folder / f"{key}.{suffix}", figure.savefig)
-        pictures[key] = (folder / f"{key}.png").read_bytes()
-    return pictures

@@ -15,47 +15,35 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
-from common.files import printable
 from common.images import to_pixels
 from experimental_inference_methods import METHODS, rounding_logits
 from regions.measures import inside_of
-from reports.compared_run import ComparedRun, first_seeds
-from reports.comparison_tables import mean_curve
+from reports.compared_run import ComparedRun
 from reports.details import Detail
 from reports.run_plots import most_improved
+from reports.styles import Style, plot_text
 
 
-def colors_of(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name, the same in every plot; `base` is grey."""
-    colors = [f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
-    others = [name for name in dict.fromkeys(names) if name != "base"]
-    return {"base": "grey"} | dict(zip(others, cycle(colors), strict=False))
-
-
-def plot_text(text: str) -> str:
-    """A name as a text for matplotlib: printable, and not read as a formula between $."""
-    return printable(text).replace("$", r"\$")
-
-
-def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
+def plot_curves(curves: pd.DataFrame, styles: dict[str, Style]) -> Figure:
     """PSNR and MS-SSIM (dB) over bits per pixel; up and to the left is better.
 
     With maps there is also PSNR inside them.
-    The axes show the range of the methods' curves, which are solid. All others are dashed.
+    The axes show the range of the methods' curves. All others are thin.
     """
     panels = [("psnr", "PSNR (dB)"), ("ms_ssim_db", "MS-SSIM (dB)")]
     if "psnr_inside" in curves and curves["psnr_inside"].notna().any():
         panels.append(("psnr_inside", "PSNR inside the maps (dB)"))
     figure = Figure(figsize=(6 * len(panels), 4.8), dpi=130, layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        free = [one for one in (f"C{index}" for index in range(10)) if one not in colors.values()]
-        others = zip(cycle("sv^Dd<>"), cycle(free or ["black"]))
+        others = cycle(("#444444", "#888888", "#bbbbbb"))
         known = curves.dropna(subset=["bpp", key])
         for name, points in known.groupby("curve", sort=False):
-            style = {"marker": "o", "ms": 4, "lw": 1.6, "color": colors.get(name)}
+            style: dict[str, Any] = {"marker": "|", "ms": 7, "lw": 0.9, "ls": "--"}
             if points["dashed"].all():
-                marker, color = next(others)
-                style = {"marker": marker, "ms": 3.5, "lw": 1, "ls": "--", "color": color}
+                style["color"] = next(others)
+            else:
+                style |= {"ms": 4.5, "lw": 1.6, **styles[name].of_line}
+                style["marker"] = styles[name].marker
             points = points.sort_values("bpp")
             axis.plot(points["bpp"], points[key], label=plot_text(name), **style)
         axis.set(xlabel="bits per pixel", ylabel=label)
@@ -72,30 +60,27 @@ def plot_curves(curves: pd.DataFrame, colors: dict[str, str]) -> Figure:
 
 
 def plot_loss(
-    runs: Sequence[ComparedRun], names: dict[str, Sequence[str]], colors: dict[str, str]
+    trajectories: dict[ComparedRun, pd.DataFrame], styles: dict[str, Style]
 ) -> Figure | None:
     """The true loss of each method over steps and over seconds; None if no losses are comparable.
 
     There is one row of panels for each model and objective.
-
-    Args:
-        names: the compared images of each model.
     """
-    rows = list(dict.fromkeys((run.model, run.loss) for run in runs if run.loss is not None))
+    known = (run for run in trajectories if run.loss is not None)
+    rows = list(dict.fromkeys((run.model, run.loss) for run in known))
     if not rows:
         return None
     figure = Figure(figsize=(12, 4.4 * len(rows)), dpi=130, layout="constrained")
     all_axes = figure.subplots(len(rows), 2, squeeze=False)
     for (model, loss), axes in zip(rows, all_axes, strict=True):
         base = None
-        for run in (run for run in first_seeds(runs, model) if run.loss == loss):
-            curve = mean_curve(run, names.get(model, ()))
-            if curve.empty:
+        for run, curve in trajectories.items():
+            if (run.model, run.loss) != (model, loss):
                 continue
-            base, color = curve["true_loss"].iloc[0], colors[run.method]
+            base, style = curve["true_loss"].iloc[0], styles[run.method]
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
-                axis.plot(curve[key], curve["true_loss"], color=color, label=plot_text(run.method))
-                axis.plot(curve[key].iloc[-1], curve["true_loss"].iloc[-1], "o", color=color, ms=5)
+                axis.plot(curve[key], curve["true_loss"], **style.of_line, marker=style.marker,
+                          markevery=[-1], ms=6, label=plot_text(run.method))  # fmt: skip
         labels = ("step, or pass of the polish", "seconds per image")
         for axis, label in zip(axes, labels, strict=True):
             axis.set(xlabel=label, ylabel=plot_text(f"true loss, {loss}, mean over images"),
@@ -106,7 +91,7 @@ def plot_loss(
             axis.grid(alpha=0.3, which="both")
             if base is not None:
                 lowest = axis.get_ylim()[0]
-                axis.axhline(base, color=colors["base"], ls=":", label="base")
+                axis.axhline(base, **styles["base"].of_line, lw=1, label="base")
                 # Annealing may begin far above the base, but only what is below it matters.
                 axis.set_ylim(lowest, base + 0.1 * (base - lowest))
         axes[0].legend(fontsize=8)
@@ -114,34 +99,32 @@ def plot_loss(
 
 
 def plot_trajectories(
-    runs: Sequence[ComparedRun], model: str, names: Sequence[str], colors: dict[str, str]
+    trajectories: dict[ComparedRun, pd.DataFrame], styles: dict[str, Style]
 ) -> Figure:
-    """Losses, their gap, rate, quality and temperature of each method over the steps.
+    """Losses, their gap, rate, quality and temperature of one model's methods over the steps.
 
     It is like the second figure of arXiv 2401.17789. Losses are shown of the first objective.
     """
-    curves = {run: curve for run in first_seeds(runs, model)
-              if not (curve := mean_curve(run, names)).empty}  # fmt: skip
-    loss = next((run.loss for run in curves), None)
+    loss = next((run.loss for run in trajectories), None)
+    model = next((run.model for run in trajectories), "")
     panels = {"bpp": "bits per pixel", "psnr_raw": "PSNR (dB, raw floats)",
               "ms_ssim_db": "MS-SSIM (dB)", "temperature": "temperature"}  # fmt: skip
     if loss is not None:
         panels = {"loss": plot_text(f"loss, {loss}"), "gap": "true less relaxed loss", **panels}
     columns = -(-(len(panels) + 1) // 2)
     figure = Figure(figsize=(4.4 * columns, 7.4), dpi=110, layout="constrained")
-    figure.suptitle(f"{plot_text(model)}: true (solid) and relaxed (dashed)", fontsize=10)
+    figure.suptitle(f"{plot_text(model)}: true (thick) and relaxed (thin)", fontsize=10)
     *axes, legend = figure.subplots(2, columns).ravel()[: len(panels) + 1]
-    for run, curve in curves.items():
-        style = {"color": colors[run.method], "label": plot_text(run.method)}
-        curve["gap"] = curve["true_loss"] - curve["relaxed_loss"]
+    for run, curve in trajectories.items():
+        style, label = styles[run.method].of_line, plot_text(run.method)
+        curve = curve.assign(gap=curve["true_loss"] - curve["relaxed_loss"])
         for axis, key in zip(axes, panels, strict=True):
             if key in ("loss", "gap") and run.loss != loss:
                 continue
             known = key if key in curve else f"true_{key}"
-            axis.plot(curve["step"], curve[known], **style)
+            axis.plot(curve["step"], curve[known], **style, label=label)
             if key not in curve:
-                axis.plot(curve["step"], curve[f"relaxed_{key}"], color=style["color"], ls="--",
-                          lw=0.9)  # fmt: skip
+                axis.plot(curve["step"], curve[f"relaxed_{key}"], **style, lw=0.7, alpha=0.7)
     for axis, label in zip(axes, panels.values(), strict=True):
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)

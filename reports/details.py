@@ -12,7 +12,7 @@ from coding.adapted import adapted
 from common.errors import InputError
 from common.files import printable
 from common.images import Images
-from common.records import Record, rate_of, read_records
+from common.records import Record, rate_of, records_in
 from common.resuming import config_file_of
 from config import RefineConfig, load_config
 from models import freeze, load_checkpoint
@@ -57,25 +57,22 @@ def details_of(
 ) -> list[Detail] | None:
     """The versions of an image: the original, the base, and the result of each run.
 
-    If a run lacks the image, the image is too large, or the directions that it needs are missing or
-    others: None, and a line on the console.
+    If a run lacks the image, the image is too large, the model cannot be read, or the directions
+    that it needs are missing or others: None, and a line on the console.
 
     Args:
         runs: the runs with one model.
         config: the config of any of these runs.
         name: the image.
-
-    Raises:
-        InputError: the model cannot be read.
     """
-    found = [read_records(run.folder / "images.jsonl").get(name) for run in runs]
+    found = [records_in(run.folder).get(name) for run in runs]
     records = [record for record in found if record]
     (image,) = images.load([name], 0)
     if image.x is None or len(records) < len(runs) or image.x[0].numel() > LARGEST_SHOWN:
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
-    model = load_checkpoint(config.pretrain, architecture=config.architecture)
     try:
+        model = load_checkpoint(config.pretrain, architecture=config.architecture)
         decoders = _decoders(runs, records, model, config.coder_scales)
     except InputError as error:
         print(printable(f"{name}: no pictures: {error}"))

@@ -87,24 +87,3 @@ def quality_at(curve: pd.DataFrame | None, bpp: float, quality: str = "psnr") ->
     if len(curve) < 2 or not curve["bpp"].iloc[0] <= bpp <= curve["bpp"].iloc[-1]:
         return np.nan
     return float(PchipInterpolator(np.log(curve["bpp"]), curve[quality])(np.log(bpp)))
-
-
-def equal_rate_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The heads and the rows of an `equal_rate_table` as texts, with the leads in brackets."""
-    others = [key.removeprefix(LEAD) for key in table if key.startswith(LEAD)]
-    heads = ["model", "method", "quality", "images", "bpp", "dB", *others]
-    rows = [
-        [row["model"], row["curve"], QUALITY_NAMES[row["quality"]], str(row["images"]),
-         f"{row['bpp']:.4f}", f"{row['dB']:.2f}", *(_cell(row, other) for other in others)]
-        for _, row in table.iterrows() if any(row[f"images of {other}"] for other in others)
-    ]  # fmt: skip
-    return heads, rows
-
-
-def _cell(row: pd.Series, other: str) -> str:
-    """dB and lead; with the number of images if some have none; empty if all have none."""
-    images = row[f"images of {other}"]
-    if not images:
-        return ""
-    text = f"{row[f'dB of {other}']:.2f} ({row[LEAD + other]:+.2f})"
-    return text if images == row["images"] else f"{text}, {images:.0f} of {row['images']} images"

@@ -32,7 +32,8 @@ from reports.comparison_tables import (
     published_curves,
 )
 from reports.details import Detail, details_of
-from reports.equal_rate import equal_rate_cells, equal_rate_table, quality_at
+from reports.equal_rate import equal_rate_table, quality_at
+from reports.page_tables import equal_rate_cells
 from runs import leave_out_plots
 
 WEIGHTS = {
@@ -109,7 +110,7 @@ def compared(tmp_path_factory):
 
 def test_everything_is_in_the_folder(compared):
     _, folder = compared
-    names = ("rate_distortion", "loss", "trajectories", "detail_1", "bits_1", "probabilities")
+    names = ("rate_distortion", "loss", "trajectories", "detail_1", "bits_1")
     for name in names:
         assert min(Image.open(folder / f"{name}.png").size) > 300
         assert "<svg" in (folder / f"{name}.svg").read_text()[:600]
@@ -233,8 +234,8 @@ def test_a_codec_that_reaches_no_rate_hides_no_other():
     assert (row["images of WebP"], row["lead over WebP"]) == (1, pytest.approx(0))
     assert row["images of AVIF"] == 0
     assert (row["images of bpp"], row["lead over bpp"]) == (2, pytest.approx(2))
-    heads, (cells,) = equal_rate_cells(table)
-    shown = dict(zip(heads[6:], cells[6:], strict=True))
+    shown = equal_rate_cells(table)
+    shown = dict(zip(shown.heads[6:], shown.rows[0][6:], strict=True))
     assert shown == {"WebP": "31.00 (+0.00), 1 of 2 images", "AVIF": "", "bpp": "30.00 (+2.00)"}
     assert equal_rate_table(points, codecs.iloc[:0], pd.DataFrame()).empty
 
@@ -405,7 +406,7 @@ def test_quick_is_short_on_sample_photos(compared):
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(params=[(1400, 900), (390, 844)], ids=["desktop", "phone"])
+@pytest.fixture(params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
 def browser(request, tmp_path):
     if not (CHROMIUM and shutil.which("chromedriver")):
         pytest.skip("no Chromium and chromedriver here: apt install chromium chromium-driver")
@@ -426,32 +427,86 @@ def browser(request, tmp_path):
     driver.quit()
 
 
+def _plot(browser, section):
+    """The traces of a section's plot, as the script gave them to plotly."""
+    return browser.execute_script(
+        "const copy = values => values && JSON.parse(JSON.stringify([...values]));"
+        f"return document.querySelector('#{section} .plot').data.map(trace => ({{name: trace.name,"
+        "x: copy(trace.x), y: copy(trace.y), points: copy(trace.customdata)}))"
+    )
+
+
 @needs("selenium")
 def test_the_page_works_in_a_browser(compared, browser):
     _, folder = compared
     browser.get((folder / "report.html").as_uri())
-    pictures = browser.find_elements("tag name", "img")
-    assert len(pictures) == 6
-    assert all(int(picture.get_property("naturalWidth")) > 300 for picture in pictures)
-    assert all(picture.get_attribute("src").startswith("data:") for picture in pictures)
     width = browser.execute_script("return document.documentElement.clientWidth")
-    # Nothing but the tables, in boxes of their own, is wider than the window.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    first, *others = browser.find_elements("tag name", "table")
-    assert len(others) == 2
-    heads = [head.text for head in first.find_elements("tag name", "th")]
+    tables = browser.find_elements("class name", "scroll")
+    assert len(tables) == 3
+    for table in tables if width > 1000 else ():
+        assert int(table.get_property("scrollWidth")) <= int(table.get_property("clientWidth"))
+    table = pd.read_csv(folder / "table.csv")
+    (dots,) = [trace for trace in _plot(browser, "changes") if trace["name"] == "lambda 0.005"]
+    own = table[(table["model"] == "lambda 0.005") & (table["method"] != "base")]
+    assert sorted(dots["x"]) == pytest.approx(sorted(own["change_percent"]), rel=1e-5)
+    curves = {trace["name"]: trace for trace in _plot(browser, "curves")}
+    for name, points in pd.read_csv(folder / "curves.csv").groupby("curve"):
+        points = points.sort_values("bpp")
+        assert curves[name]["x"] == pytest.approx(list(points["bpp"]), rel=1e-5)
+        assert curves[name]["y"] == pytest.approx(list(points["psnr"]), rel=1e-5)
+    steps = [len(trace["x"]) for trace in _plot(browser, "way")]
+    assert len(steps) == 4 and min(steps) >= 4  # true and relaxed, of two methods
+    # A click on a point shows its pictures: the original, the base and the method's.
+    browser.execute_script("""
+        const plot = document.querySelector("#curves .plot");
+        const index = plot.data.findIndex(trace => trace.name === "polished");
+        plot.emit("plotly_click", {points: [{customdata: plot.data[index].customdata[0]}]});
+    """)
+    dialog = browser.find_element("id", "point")
+    assert dialog.find_element("tag name", "h2").text == "polished, lambda 0.0025"
+    labels = [label.text for label in dialog.find_elements("tag name", "strong")]
+    assert labels == ["original", "base", "polished"]
+    dialog.find_element("tag name", "button").click()
+    assert not dialog.is_displayed()
+    pictures = browser.find_elements("tag name", "img")
+    assert len(pictures) == 4 + 3
+    assert all(int(picture.get_property("naturalWidth")) == 160 for picture in pictures)
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+@needs("selenium")
+def test_the_page_has_choices(compared, browser):
+    """Sorting within each model, another quantity, and the dark scheme."""
+    _, folder = compared
+    browser.get((folder / "report.html").as_uri())
+    first = browser.find_element("tag name", "table")
+    heads = browser.execute_script(
+        "return [...arguments[0].querySelectorAll('thead th')].map(head => head.textContent)", first
+    )
     column = heads.index("loss, mse")
-
-    def losses():
-        rows = first.find_elements("css selector", "tbody tr")
-        return [float(row.find_elements("tag name", "td")[column].text) for row in rows]
-
-    unsorted = losses()
-    button = first.find_elements("css selector", "th button")[column]
-    browser.execute_script("arguments[0].click()", button)
-    assert losses() == sorted(unsorted) != unsorted
-    browser.execute_script("arguments[0].click()", button)
-    assert losses() == sorted(unsorted, reverse=True)
+    bodies = browser.execute_script(
+        "arguments[0].querySelectorAll('thead button')[arguments[1]].click();"
+        "return [...arguments[0].tBodies].map(body => [...body.rows].map("
+        "row => row.cells[arguments[1]]?.textContent))", first, column
+    )  # fmt: skip
+    assert len(bodies) == 3
+    for group, *losses in bodies:
+        assert group is None
+        assert losses == sorted(losses) and len(losses) == 3
+    quality = browser.find_element("css selector", "#curves select")
+    browser.execute_script(
+        "arguments[0].value = 'MS-SSIM (dB)'; arguments[0].dispatchEvent(new Event('change'))",
+        quality,
+    )
+    polished = next(trace for trace in _plot(browser, "curves") if trace["name"] == "polished")
+    points = pd.read_csv(folder / "curves.csv").query("curve == 'polished'").sort_values("bpp")
+    assert polished["y"] == pytest.approx(list(points["ms_ssim_db"]), rel=1e-5)
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    light = browser.execute_script(paper)
+    browser.find_element("id", "scheme").click()
+    assert browser.execute_script(paper) != light
     assert browser.get_log("browser") == []
 
 

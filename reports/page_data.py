@@ -1,0 +1,167 @@
+"""What the plots and pictures of a comparison's page show, as JSON values for its script."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from PIL import Image
+
+from common.files import printable
+from common.images import to_pixels
+from common.records import Record
+from regions.measures import inside_of
+from reports.compared_run import ComparedRun
+from reports.details import Detail
+from reports.run_plots import most_improved
+from reports.styles import Style
+
+# The quantities of a trajectory by the columns that hold them, true and relaxed.
+ON_THE_WAY = {
+    "loss": ("true_loss", "relaxed_loss"),
+    "bits per pixel": ("true_bpp", "relaxed_bpp"),
+    "PSNR (dB, raw floats)": ("true_psnr_raw", "relaxed_psnr_raw"),
+    "MS-SSIM (dB)": ("true_ms_ssim_db", "relaxed_ms_ssim_db"),
+    "true less relaxed loss": ("gap", ""),
+    "temperature": ("temperature", ""),
+}
+
+
+def style_data(styles: dict[str, Style]) -> Record:
+    """The styles by the names of the curves."""
+    return {printable(name): style._asdict() for name, style in styles.items()}
+
+
+def change_data(table: pd.DataFrame, images: pd.DataFrame, anchor: str) -> list[Record]:
+    """The changes of the loss against the anchor, one for each model, objective and method.
+
+    Each has model, objective, method, mean and half (the interval, in percent), and `images`: the
+    change of each image. Rows without a change are left out.
+
+    Args:
+        table, images: the tables of `method_table` and `rows_of_shared_images`.
+    """
+    found = []
+    for (model, objective), own in images.groupby(["model", "objective"], sort=False):
+        keys = ["method", "image"]
+        losses = own.groupby(keys, sort=False)["true_loss"].mean().unstack(0)
+        if anchor not in losses:
+            continue
+        changes = 100 * (losses.div(losses[anchor], axis=0) - 1)
+        rows = table[(table["model"] == model) & (table["objective"] == objective)]
+        for _, row in rows.dropna(subset=["change_percent"]).iterrows():
+            change = changes[row["method"]].dropna()
+            found.append({
+                "model": model, "objective": objective, "method": printable(row["method"]),
+                "mean": row["change_percent"], "half": row["half_interval"],
+                "images": {printable(name): value for name, value in change.items()},
+            })  # fmt: skip
+    return found
+
+
+def curve_data(curves: pd.DataFrame) -> list[Record]:
+    """The rate-distortion curves: a dictionary for each, with its name and its points' columns.
+
+    Args:
+        curves: see `comparison_plots`.
+    """
+    found = []
+    for name, points in curves.groupby("curve", sort=False):
+        points = points.sort_values("bpp")
+        columns = [key for key in ("bpp", "psnr", "ms_ssim_db", "psnr_inside") if key in points]
+        of_method = {key: list(points[key]) for key in ("model", "method") if key in points}
+        found.append({
+            "curve": printable(name), "other": bool(points["dashed"].all()), **of_method,
+            **{key: list(points[key]) for key in columns},
+        })  # fmt: skip
+    return found
+
+
+def trajectory_data(trajectories: dict[ComparedRun, pd.DataFrame]) -> list[Record]:
+    """The trajectories of runs, as means over images: a dictionary for each, with its columns."""
+    found = []
+    for run, curve in trajectories.items():
+        curve = curve.assign(gap=curve["true_loss"] - curve["relaxed_loss"])
+        values = {
+            name: [list(curve[key]) for key in keys if key in curve and curve[key].notna().any()]
+            for name, keys in ON_THE_WAY.items()
+            if run.loss is not None or "loss" not in name
+        }
+        found.append({
+            "model": run.model, "method": printable(run.method), "objective": run.loss or "",
+            "step": list(curve["step"]), "seconds": list(curve["seconds"]),
+            "values": {name: lists for name, lists in values.items() if lists},
+        })  # fmt: skip
+    return found
+
+
+def picture_data(name: str, details: dict[str, Sequence[Detail]]) -> Record:
+    """A detail of an image in each version, and the bits of y there, as PNGs in data URLs.
+
+    The detail is where the last method of the first model improved the base most; with a map,
+    where, inside it, the last method improved the first most.
+
+    Args:
+        details: the versions by model: the original, the base, and the result of each method.
+    """
+    first = next(iter(details.values()))
+    window = _window(first)
+    highest = max(one.bits.max().item() for one in first if one.bits is not None)
+    region = first[0].region
+    versions = [{"label": "original", "model": "", "words": printable(name),
+                 "picture": _part(first[0], window)}]  # fmt: skip
+    if region is not None:
+        shown = to_pixels(region.expand(3, -1, -1))[window]
+        versions.append({"label": "map", "model": "", "words": "white counts most",
+                         "picture": png_url(shown)})  # fmt: skip
+    for model, own in details.items():
+        versions += [
+            {"label": printable(one.label), "model": model, "words": one.in_words,
+             "picture": _part(one, window), "bits": _bits(one, highest)}
+            for one in own[1:]
+        ]  # fmt: skip
+    return {"image": printable(name), "versions": versions}
+
+
+def _window(details: Sequence[Detail]) -> tuple[slice, slice]:
+    """The rows and columns of the detail that is shown."""
+    pixels = [to_pixels(detail.x) for detail in details]
+    region = details[0].region
+    if region is None:
+        return most_improved(pixels[0], pixels[1], pixels[-1])
+    first = pixels[2] if len(pixels) > 3 else pixels[1]
+    return most_improved(pixels[0], first, pixels[-1], inside_of(region)[0].numpy())
+
+
+def _part(detail: Detail, window: tuple[slice, slice]) -> str:
+    return png_url(to_pixels(detail.x)[window])
+
+
+def _bits(detail: Detail, highest: float) -> str:
+    """The bits of y of the whole image, bright where they are many; `highest` is white."""
+    if detail.bits is None:
+        return ""
+    colors = colormaps["viridis"](detail.bits.numpy() / max(highest, 1e-9))[..., :3]
+    return png_url((255 * colors).round().astype(np.uint8))
+
+
+def png_url(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3] as a PNG in a data URL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def short(value: Any) -> Any:
+    """A JSON value with floats of six digits, and None for those that are not finite."""
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
