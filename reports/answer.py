@@ -75,9 +75,8 @@ def _next(change: pd.Series, name: str) -> str:
     mean, half = _mean_over_images(change)
     if pd.isna(half):
         return f"next is {name}, {mean:.2f} % above it"
-    if abs(mean) <= half:
-        return f"{name} is as good, as far as these images tell ({mean:+.2f} ± {half:.2f} %)"
-    return f"next is {name}, {mean:.2f} ± {half:.2f} % above it"
+    chance = ", which may be chance" if abs(mean) <= half else ""
+    return f"next is {name}, {mean:.2f} ± {half:.2f} % above it{chance}"
 
 
 def _mean_over_images(change: pd.Series) -> tuple[float, float]:

@@ -1,0 +1,134 @@
+"""The sentence that a comparison's page begins with, against numbers made by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from config import CompareConfig, Target
+from reports.answer import answer
+from reports.page_data import change_data
+from reports.page_tables import Cells, html_table
+
+MODELS = ("lambda 0.01", "lambda 0.02")
+# The loss of each image, for both models.
+LOSSES = {"base": [1.0, 2.0, 4.0], "slow": [0.9, 1.9, 3.7], "quick": [0.8, 1.7, 3.4]}
+
+
+def config_with(anchor):
+    """A comparison of the methods of LOSSES."""
+    return CompareConfig.model_validate({
+        "save_name": "a", "anchor": anchor, "models": [{"train_lambda": 1, "pretrain": "x"}],
+        "methods": {name: {"config": "x"} for name in LOSSES if name != "base"},
+    })  # fmt: skip
+
+
+def images_of(losses, models=MODELS[:1], objective="mse"):
+    """A table of `rows_of_shared_images`; the second model's losses are twice the first one's."""
+    return pd.DataFrame([
+        {"method": method, "model": model, "image": f"{image}.png", "seed": 0,
+         "objective": objective, "true_loss": (number + 1) * loss, "bpp": loss, "psnr": 30 + loss}
+        for number, model in enumerate(models)
+        for method, of_method in losses.items() for image, loss in enumerate(of_method)
+    ])  # fmt: skip
+
+
+def percent(first, second):
+    """The mean change of the first losses against the second, and Student's half interval."""
+    change = 100 * (np.divide(LOSSES[first], LOSSES[second]) - 1)
+    low, high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
+    return f"{abs(change.mean()):.2f} ± {(high - low) / 2:.2f} %"
+
+
+@pytest.mark.parametrize(("models", "words"), [(MODELS[:1], ""), (MODELS, " with all 2 models")])
+def test_the_best_its_lead_and_the_next(models, words):
+    assert answer(images_of(LOSSES, models), config_with("base")) == (
+        f"quick has the lowest loss{words}: {percent('quick', 'base')} less than base, lower on 3 "
+        f"of 3 images; next is slow, {percent('slow', 'quick')} above it."
+    )
+    # The next one is the anchor: it has been named.
+    assert answer(images_of(LOSSES, models), config_with("slow")) == (
+        f"quick has the lowest loss{words}: {percent('quick', 'slow')} less than slow, lower on 3 "
+        "of 3 images."
+    )
+
+
+def test_the_anchor_may_be_the_best():
+    text = answer(images_of(LOSSES), config_with("quick"))
+    assert text == (
+        f"quick has the lowest loss; next is slow, {percent('slow', 'quick')} above it."
+    )
+
+
+def test_a_lead_within_chance_is_no_lead():
+    close = LOSSES | {"slow": [0.79, 1.72, 3.42]}
+    text = answer(images_of(close), config_with("base"))
+    assert text.endswith("; next is slow, 0.17 ± 3.14 % above it, which may be chance.")
+    one = {name: losses[:1] for name, losses in LOSSES.items()}
+    assert answer(images_of(one), config_with("base")) == (
+        "quick has the lowest loss: 20.00 % less than base, lower on 1 of 1 images; next is slow, "
+        "12.50 % above it."
+    )
+
+
+def test_each_objective_has_a_sentence():
+    similar = images_of({"base": [1.0, 1.0], "similar": [0.5, 0.6]}, objective="ms-ssim")
+    text = answer(pd.concat([images_of(LOSSES), similar]), config_with("base"))
+    assert text.startswith("quick has the lowest loss: ")
+    assert "similar has the lowest loss for ms-ssim: 45.00 ± 63.53 % less than base" in text
+    # Without the anchor's loss there is no lead to tell.
+    assert answer(similar, config_with("quick")) == (
+        "similar has the lowest loss for ms-ssim; next is base, 83.33 ± 211.77 % above it, which "
+        "may be chance."
+    )
+    assert answer(similar[similar["method"] == "base"], config_with("base")) == ""
+
+
+def test_a_target_is_met_by_all():
+    images = images_of({name: LOSSES[name] for name in ("base", "slow", "quick")})
+    images["true_loss"] = math.nan
+    assert answer(images, config_with("base"), Target("bpp", 0.4)) == (
+        "At the rate of 0.4000 bpp, slow has the highest PSNR, 32.17 dB (next is quick, 31.97 dB)."
+    )
+    assert answer(images, config_with("base"), Target("psnr", 32)) == (
+        "At the quality of 32.00 dB, quick has the smallest files, 1.9667 bpp (next is slow, "
+        "2.1667 bpp)."
+    )
+    images["psnr_inside"] = images["psnr"].where(images["method"] == "slow", 40)
+    text = answer(images, config_with("base"), Target("bpp", 0.4))
+    assert text.endswith(
+        ", and quick has the highest inside maps, 40.00 dB (next is slow, 32.17 dB)."
+    )
+    alone = images[images["method"] != "quick"]
+    assert answer(alone, config_with("base"), Target("bpp", 0.4)) == ""
+
+
+def test_changes_of_images_are_against_the_anchor():
+    images = images_of(LOSSES)
+    table = pd.DataFrame([
+        {"model": MODELS[0], "objective": "mse", "method": "quick", "change_percent": -5.0,
+         "half_interval": 1.0}
+    ])  # fmt: skip
+    (found,) = change_data(table, images, "slow")
+    expected = 100 * (np.divide(LOSSES["quick"], LOSSES["slow"]) - 1)
+    assert list(found["images"].values()) == pytest.approx(list(expected))
+    assert (found["mean"], found["half"]) == (-5.0, 1.0)
+    assert change_data(table, images, "missing") == []
+
+
+def test_tables_leave_out_what_says_nothing():
+    heads = ["model", "method", "images", "bpp", "empty"]
+    rows = [
+        ["m 1", "a<b", "6", "0.1", ""],
+        ["m 2", "c", "6", "0.2", ""],
+        ["m 1", "d", "6", "1", ""],
+    ]
+    table, common = html_table(Cells(heads, rows, frozenset({1}), frozenset({"bpp"})))
+    assert common == "In all rows images: 6."
+    assert "empty" not in table and ">images<" not in table
+    assert table.count("<tbody>") == 2  # for each model, also if its rows are apart
+    first, second = table.split("<tbody>")[1:]
+    assert "m 1" in first and "a&lt;b" in first and ">d<" in first
+    assert '<tr class="best"><td>c</td><td class="minor">0.2</td></tr>' in second
