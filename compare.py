@@ -16,7 +16,6 @@ files in results/<save_name>/.
 import json
 import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -172,13 +171,14 @@ def report_on(
         InputError, OSError: see `write_report`.
     """
     over = [run.compared for run in tried]
-    compared, remark = runs_to_compare([run.compared for run in runs], runs[0].names, over)
+    compared, missing = runs_to_compare([run.compared for run in runs], runs[0].names, over)
+    remarks = [missing] if missing else []
     changed = [run for run in runs if run.compared in compared and changes_since(run.config)]
     if changed:
         changes = ", ".join(changes_since(changed[0].config))
         more = f" (and so {len(changed) - 1} more)" if changed[1:] else ""
-        remark += f"\n{changed[0].folder}: was refined with another config: {changes}{more}"
-    if remark := remark.strip():
+        remarks.append(f"{changed[0].folder}: was refined with another config: {changes}{more}")
+    for remark in remarks:
         print(remark)
     if not compared:
         folder = Path(config.output_dir) / config.name
@@ -189,7 +189,7 @@ def report_on(
     kept.sort(key=lambda run: run.config.dev_options.maps is None)
     configs = {run.model.label: run.config for run in reversed(kept)}
     images = open_images(configs[compared[0].model])
-    return write_report(config, compared, configs, images, remark)
+    return write_report(config, compared, configs, images, remarks)
 
 
 def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.device:
@@ -243,8 +243,8 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         InputError: a method's config is missing or wrong, or methods have different targets.
     """
     runs = []
-    combinations = product(config.methods.items(), config.models, config.used_seeds)
-    for (name, method), model, seed in combinations:
+    for name, model, seed in config.combinations:
+        method = config.methods[name]
         objective = _objective_of(config, method)
         values = {
             "batch_size": config.batch_size,

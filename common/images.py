@@ -101,6 +101,7 @@ class Images(Protocol):
 
 
 BLACK = "is black all over the image: paint white what counts most"
+BLACK_IN_CROP = "is black all over the crop: paint white what counts most there"
 
 
 class UnreadableError(Exception):
@@ -223,7 +224,8 @@ def load_image(
             return LoadedImage(name, to_tensor(part), notes)
         grey = region.image if crop is None else crop.of(name, region.image)
         if is_black(grey):
-            raise UnreadableError(f"{region.source} {BLACK}")
+            where = BLACK if crop is None else BLACK_IN_CROP
+            raise UnreadableError(f"{region.source} {where}")
     except UnreadableError as error:
         return LoadedImage(name, None, error=str(error))
     return LoadedImage(name, to_tensor(part), notes + region.notes, region=to_tensor(grey))

@@ -68,7 +68,9 @@ FREE_KEYS = frozenset((
     "batch_size", "tracker", "device", "max_memory_gb", "cuda_graphs",
 ))  # fmt: skip
 # Keys that may differ as well where results of several machines are only looked at.
-PATHS = frozenset(("pretrain", "dev_options.path_test", "dev_options.path_weights"))
+PATHS = frozenset((
+    "pretrain", "dev_options.path_test", "dev_options.path_weights", "adapt.directions",
+))  # fmt: skip
 RECORDS = "images*.jsonl"  # of one process or of each rank
 # The facts of a run that must be the same for all its images, and those that each record repeats.
 # Runs without directions, and older ones, have no such fact.

@@ -1,19 +1,20 @@
 """The result of a comparison in a sentence or two: which method is best, and by how much."""
 
-from collections.abc import Sequence
+import math
 
+import numpy as np
 import pandas as pd
 
 from config import CompareConfig, Target
-from reports.comparison_tables import half_interval
+from reports.comparison_tables import changes_against, half_interval
 
 
 def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = None) -> str:
     """One sentence for each objective, or for the target: the best method, its lead, the next one.
 
-    Methods are ranked by the mean over models and images of the loss, relative to the anchor's.
-    With a target there are no losses: then the rate counts at equal quality, and PSNR at equal
-    rate.
+    Methods are ranked by the mean over models and images of the loss's logarithm, so that all
+    models count alike. With a target there are no losses: then the rate counts at equal quality,
+    and PSNR at equal rate. Methods that lack a model are only named.
 
     Args:
         images: the table of `rows_of_shared_images`.
@@ -23,66 +24,74 @@ def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = 
         return _answer_at_target(images, target)
     sentences = []
     for objective, own in images.dropna(subset=["true_loss"]).groupby("objective", sort=False):
-        counted = own.rename(columns={"true_loss": "value"})
         what = "the lowest loss" if objective == "mse" else f"the lowest loss for {objective}"
-        sentences.append(_answer_of_loss(_by_method(counted), what, config.anchor))
+        sentences.append(_answer_of_loss(_by_method(own, "true_loss"), what, config.anchor))
     return " ".join(filter(None, sentences))
 
 
-def _by_method(images: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model and image, a column for each method that has them all; seeds averaged.
+def _by_method(images: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column's values: a row for each model and image, a column for each method.
+
+    The seeds are averaged.
+    """
+    return images.pivot_table(column, ["model", "image"], "method", sort=False)
+
+
+def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
+    """Which column is lowest, by how much less than the anchor, and how far the next one is.
 
     Args:
-        images: the columns model, image, method and value.
+        of_all: losses as of `_by_method`.
     """
-    return images.pivot_table("value", ["model", "image"], "method", sort=False).dropna(axis=1)
-
-
-def _answer_of_loss(losses: pd.DataFrame, what: str, anchor: str) -> str:
-    """Which column is lowest, by how much less than the anchor, and how far the next one is."""
+    losses = of_all.dropna(axis=1)
     if losses.shape[1] < 2:
         return ""
-    known = losses if anchor not in losses else losses.div(losses[anchor], axis=0)
-    best, second = known.mean().sort_values(kind="stable").index[:2]
-    models = losses.index.unique("model")
-    lowest = losses.groupby("model", sort=False).mean().idxmin(axis=1)
-    wins = [model for model in models if lowest[model] == best]
-    text = f"{best} has {what}"
-    if len(models) > 1:
-        with_all = len(wins) == len(models)
-        text += f" with {'all' if with_all else f'{len(wins)} of'} {len(models)} models"
+    best = np.log(losses).mean().idxmin()
+    text = f"{best} has {what}{_wins(of_all, best)}"
     if anchor in losses and anchor != best:
-        change = 100 * (losses[best] / losses[anchor] - 1)
-        better = (change.groupby("image").mean() < 0).sum()
-        text += (
-            f": {_less(change)} than {anchor}, lower on {better} of "
-            f"{losses.index.unique('image').size} images"
-        )
+        text += f": {_lead(changes_against(losses, anchor)[best], anchor)}"
+    behind = changes_against(losses, best).drop(columns=best)
+    second = behind.mean().idxmin()
     if second != anchor:
-        text += f"; {_next(100 * (losses[second] / losses[best] - 1), second)}"
+        mean, half = _mean_over_images(behind[second])
+        text += f"; next is {second}, {_percent(mean, half)} above it{_chance(mean, half)}"
+    if lacking := [name for name in of_all if name not in losses]:
+        text += f"; not ranked, for a model is missing: {', '.join(lacking)}"
     return f"{text}."
 
 
-def _less(change: pd.Series) -> str:
-    """A mean change in percent, with its interval over images, as `1.20 ± 0.30 % less`."""
-    mean, half = _mean_over_images(change)
-    interval = "" if pd.isna(half) else f" ± {half:.2f}"
-    return f"{abs(mean):.2f}{interval} % {'less' if mean <= 0 else 'more'}"
+def _wins(losses: pd.DataFrame, best: str) -> str:
+    """With how many of several models the mean loss of a method is the lowest of all methods."""
+    means = losses.groupby("model", sort=False).mean()
+    count, wins = len(means), (means.idxmin(axis=1) == best).sum()
+    if count == 1 or wins == 0:
+        return "" if count == 1 else f" over {count} models"
+    return f" with {'all' if wins == count else f'{wins} of'} {count} models"
 
 
-def _next(change: pd.Series, name: str) -> str:
-    """How far the second method is behind, and whether that is more than chance."""
+def _lead(change: pd.Series, anchor: str) -> str:
+    """The change against the anchor, and how often it is below 0."""
     mean, half = _mean_over_images(change)
-    if pd.isna(half):
-        return f"next is {name}, {mean:.2f} % above it"
-    chance = ", which may be chance" if abs(mean) <= half else ""
-    return f"next is {name}, {mean:.2f} ± {half:.2f} % above it{chance}"
+    cases = "cases" if change.index.unique("model").size > 1 else "images"
+    return (
+        f"{_percent(abs(mean), half)} {'less' if mean <= 0 else 'more'} than {anchor}, lower in "
+        f"{(change < 0).sum()} of {len(change)} {cases}{_chance(mean, half)}"
+    )
 
 
 def _mean_over_images(change: pd.Series) -> tuple[float, float]:
-    """The mean of changes, and half its 95 % confidence interval; models are averaged first."""
-    of_images: Sequence[float] = list(change.groupby("image").mean())
-    return float(change.groupby("image").mean().mean()), half_interval(of_images)
+    """A mean of changes, and half its 95 % confidence interval; models are averaged first."""
+    of_images = change.groupby("image").mean()
+    return float(of_images.mean()), half_interval(list(of_images))
+
+
+def _percent(mean: float, half: float) -> str:
+    return f"{mean:.2f} %" if math.isnan(half) else f"{mean:.2f} ± {half:.2f} %"
+
+
+def _chance(mean: float, half: float) -> str:
+    """A warning, if 0 is in the interval."""
+    return ", which may be chance" if abs(mean) <= half else ""
 
 
 def _answer_at_target(images: pd.DataFrame, target: Target) -> str:
@@ -101,11 +110,12 @@ def _answer_at_target(images: pd.DataFrame, target: Target) -> str:
 
 def _first_two(images: pd.DataFrame, key: str, what: str) -> str:
     """The best and the second method by a column's mean; "" if there are no two."""
-    means = _by_method(images.rename(columns={key: "value"})).mean()
+    # A picture without error has no finite PSNR.
+    known = images.assign(psnr=images["psnr"].fillna(math.inf))
+    means = _by_method(known, key).dropna(axis=1).mean()
     means = means.sort_values(ascending=key == "bpp", kind="stable")
     if len(means) < 2:
         return ""
-    first, second = (
-        f"{value:.4f} bpp" if key == "bpp" else f"{value:.2f} dB" for value in means[:2]
-    )
+    form = "{:.4f} bpp" if key == "bpp" else "{:.2f} dB"
+    first, second = (form.format(value) for value in means[:2])
     return f"{means.index[0]} has {what}, {first} (next is {means.index[1]}, {second})"

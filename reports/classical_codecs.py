@@ -35,14 +35,19 @@ def codec_table(
     Args:
         names: the images to code.
         codecs: keys of `CODECS`.
-        known: the CSV file of an earlier comparison, if there is one; its rows are reused.
+        known: the CSV file of an earlier comparison, if there is one; its rows are reused if they
+            are of the same crop.
 
     Returns:
-        The columns image, method, model, bpp, psnr and ms_ssim_db.
+        The columns image, crop (empty for whole images), method, model, bpp, psnr and ms_ssim_db.
     """
-    done = pd.DataFrame(columns=["image", "method"])
+    crop = "" if images.crop is None else str(images.crop)
+    done = pd.DataFrame(columns=["image", "crop", "method"])
     with suppress(OSError, ValueError, KeyError):  # a damaged table is computed again
-        done = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
+        stored = pd.read_csv(known, dtype={"image": str} | dict.fromkeys(QUALITIES, float))
+        of_older = pd.Series("", index=stored.index)  # older tables are of whole images
+        stored["crop"] = stored.get("crop", of_older).fillna("")
+        done = stored[stored["crop"] == crop].copy()
     raw = {printable(name): name for name in names}  # by their names in the file
     done["image"] = done["image"].map(lambda name: raw.get(name, name))
     have = set(zip(done["image"], done["method"], strict=True))
@@ -53,7 +58,7 @@ def codec_table(
             continue
         for codec in codecs:
             if (image.name, codec) not in have:
-                rows += coded_by(codec, image.name, image.x)
+                rows += [{**row, "crop": crop} for row in coded_by(codec, image.name, image.x)]
     table = pd.concat([done, pd.DataFrame(rows)]) if rows else done
     return table[table["image"].isin(names) & table["method"].isin(codecs)].reset_index(drop=True)
 

@@ -35,6 +35,7 @@ from reports.comparison_plots import (
     plot_trajectories,
 )
 from reports.comparison_tables import (
+    Tables,
     bd_table,
     codec_curves,
     curve_points,
@@ -60,14 +61,14 @@ def write_report(
     runs: Sequence[ComparedRun],
     configs: dict[str, RefineConfig],
     images: Images,
-    remark: str = "",
+    remarks: Sequence[str] = (),
 ) -> Path | None:
     """Write all tables and plots and the page; print the result and the main table.
 
     Args:
         configs: the config of any run with each model, by the model's label.
         images: the image set that was refined.
-        remark: what is not done yet, in words.
+        remarks: what the page shall say, such as what is not done yet.
 
     Returns:
         The page's path, or None where no image was refined by every method.
@@ -76,8 +77,7 @@ def write_report(
         InputError: a published curve cannot be read.
         OSError: a file cannot be written.
     """
-    folder = Path(config.output_dir) / config.name
-    first = configs[runs[0].model]
+    folder, first = Path(config.output_dir) / config.name, configs[runs[0].model]
     rows = image_table(runs, images.names[: first.image_count])
     shared = rows_of_shared_images(rows)
     if shared.empty:
@@ -87,39 +87,42 @@ def write_report(
     if dropped:
         lost = printable(", ".join(dropped))
         print(f"not compared, for some method lacks them: {lost}")
-    table, points = method_table(shared, config), curve_points(shared, config)
-    bd = bd_table(points, config)
-    codecs = codec_table(images, _names_of_all_models(shared), config.codecs, folder / "codecs.csv")
-    published = published_curves(config.published)
-    curves = pd.concat([mean_points(points), codec_curves(codecs), published])
-    beside = equal_rate_table(points, codecs, published)
-    tables = {"images": rows, "table": table, "bd": bd, "curves": curves}
-    for key, values in {"codecs": codecs, "equal_rate": beside}.items():
-        if len(values):
-            tables[key] = values
-        else:  # an earlier comparison may have had codecs
-            (folder / f"{key}.csv").unlink(missing_ok=True)
-    _write_tables(folder, tables)
-    text = markdown(table)
-    write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
-    write_for_compressai(folder, points)
+    tables = tables_of(config, shared, images, folder / "codecs.csv")
+    text = _write_tables(folder, rows, tables)
     names: dict[str, Sequence[str]] = {
         model: list(own["image"].unique()) for model, own in shared.groupby("model")
     }
     trajectories = trajectories_of(runs, names)
     details = details_by_image(config, runs, configs, images, names)
-    own_curves = curves.loc[~curves["dashed"].astype(bool), "curve"]
+    own_curves = tables.curves.loc[~tables.curves["dashed"].astype(bool), "curve"]
     styles = styles_of([*config.methods, *own_curves])
-    _write_plots(folder, all_plots(runs[0].model, trajectories, curves, details, styles))
-    shown = Shown(
-        answer(shared, config, first.target), shared, table, bd, beside, curves, trajectories,
-        styles, [picture_data(name, by_model) for name, by_model in details.items()], remark,
-    )  # fmt: skip
+    _write_plots(folder, all_plots(runs[0].model, trajectories, tables.curves, details, styles))
+    pictures = [picture_data(name, by_model) for name, by_model in details.items()]
+    result = answer(shared, config, first.target)
+    shown = Shown(result, tables, trajectories, styles, pictures, remarks)
     page = write_page(folder / "report.html", config, shown)
-    if len(beside):
-        text += "\n" + markdown_of(equal_rate_cells(beside))
-    print(f"\n{shown.answer}\n\n{text}\ntables:   {folder}\nreport:   {page}")
+    print(f"\n{result}\n\n{text}\ntables:   {folder}\nreport:   {page}")
     return page
+
+
+def tables_of(config: CompareConfig, shared: pd.DataFrame, images: Images, known: Path) -> Tables:
+    """The tables of a report.
+
+    Args:
+        shared: the table of `rows_of_shared_images`.
+        known: see `codec_table`.
+
+    Raises:
+        InputError: a published curve cannot be read.
+    """
+    points = curve_points(shared, config)
+    codecs = codec_table(images, _names_of_all_models(shared), config.codecs, known)
+    published = published_curves(config.published)
+    return Tables(
+        shared, method_table(shared, config), points, bd_table(points, config), codecs,
+        curves=pd.concat([mean_points(points), codec_curves(codecs), published]),
+        equal_rate=equal_rate_table(points, codecs, published),
+    )  # fmt: skip
 
 
 def _names_of_all_models(shared: pd.DataFrame) -> list[str]:
@@ -128,11 +131,27 @@ def _names_of_all_models(shared: pd.DataFrame) -> list[str]:
     return [name for name in counts.index if counts[name] == shared["model"].nunique()]
 
 
-def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    for key, values in tables.items():
+def _write_tables(folder: Path, rows: pd.DataFrame, tables: Tables) -> str:
+    """Write the tables; returns those that are printed, as Markdown.
+
+    Args:
+        rows: the table of `image_table`.
+    """
+    files = {"images": rows, "table": tables.methods, "bd": tables.bd, "curves": tables.curves,
+             "codecs": tables.codecs, "equal_rate": tables.equal_rate}  # fmt: skip
+    for key, values in files.items():
+        if key in ("codecs", "equal_rate") and values.empty:
+            (folder / f"{key}.csv").unlink(missing_ok=True)  # an earlier comparison may have some
+            continue
         if "image" in values:
             values = values.assign(image=values["image"].map(printable))
         write_whole(folder / f"{key}.csv", partial(values.to_csv, index=False))
+    text = markdown(tables.methods)
+    write_whole(folder / "table.md", lambda file: file.write_text(text, "utf-8"))
+    write_for_compressai(folder, tables.points)
+    if tables.equal_rate.empty:
+        return text
+    return f"{text}\n{markdown_of(equal_rate_cells(tables.equal_rate))}"
 
 
 def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
@@ -227,7 +246,7 @@ def _write_plots(folder: Path, plots: dict[str, Figure]) -> None:
     # An earlier comparison may have had more; older code drew the probabilities, too.
     kinds = ("detail_*", "bits_*", "loss.*", "probabilities.*")
     for plot in (file for kind in kinds for file in folder.glob(kind)):
-        plot.unlink()
+        plot.unlink(missing_ok=True)  # another report of the same folder may be written now
     for key, figure in plots.items():
         for suffix in ("png", "svg"):
             write_whole(folder / f"{key}.{suffix}", figure.savefig)

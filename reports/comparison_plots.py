@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from common.images import to_pixels
-from experimental_inference_methods import METHODS, rounding_logits
-from regions.measures import inside_of
 from reports.compared_run import ComparedRun
-from reports.details import Detail
-from reports.run_plots import most_improved
+from reports.details import Detail, windows_of
 from reports.styles import Style, plot_text
 
 
@@ -134,58 +129,10 @@ def plot_trajectories(
     return figure
 
 
-def plot_probabilities() -> Figure:
-    """The probability of each rounding candidate over v, at temperature 1.
-
-    There is a panel for each registered function, with its default hyper-parameters, like the first
-    figure of arXiv 2401.17789.
-    """
-    scored = [(name, function) for (name, function), method in METHODS.items() if method.score]
-    figure = Figure(figsize=(13, 2.7 * -(-len(scored) // 4)), dpi=110, layout="constrained")
-    axes = figure.subplots(-(-len(scored) // 4), 4, squeeze=False).ravel()
-    for axis, (name, function) in zip(axes, scored, strict=False):
-        v, probability, candidates = candidate_probabilities(name, function)
-        for one, label in zip(probability, candidates, strict=True):
-            axis.plot(v, one, label=label)
-        axis.set(title=f"{name}\n{function}" if function else name, ylim=(-0.03, 1.03))
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    for axis in axes[len(scored) :]:
-        axis.axis("off")
-    figure.supxlabel("v", fontsize=9)
-    return figure
-
-
-def candidate_probabilities(
-    name: str, function: str | None
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Values v [n], the probabilities [K, n] at temperature 1, and the names of K candidates."""
-    candidates, _ = rounding_logits(torch.tensor([0.25]), name, function)
-    three = candidates.size(-1) == 3
-    v = torch.linspace(-0.499, 0.499, 400) if three else torch.linspace(0.001, 0.999, 400)
-    _, logits = rounding_logits(v.double(), name, function)  # [n, K]
-    names = ["round(v) - 1", "round(v)", "round(v) + 1"] if three else ["floor(v)", "ceil(v)"]
-    return v.numpy(), torch.softmax(logits, dim=-1).movedim(-1, 0).numpy(), names
-
-
 def plot_details(name: str, details: Sequence[Detail]) -> Figure:
-    """A detail of an image: the original, the base, and the result of each method.
-
-    It is where the last method improved the base most. With a map there are two details: inside,
-    where the last method improved the first one most, and outside, where it fell behind most.
-    """
+    """Details of an image, see `windows_of`: the original, the base, and each method's result."""
     pixels = [to_pixels(detail.x) for detail in details]
-    region = details[0].region
-    if region is None:
-        windows = {"": most_improved(pixels[0], pixels[1], pixels[-1])}
-    else:
-        first = pixels[2] if len(pixels) > 3 else pixels[1]
-        inside = inside_of(region)[0].numpy()
-        windows = {
-            "inside the map: ": most_improved(pixels[0], first, pixels[-1], inside),
-            "outside: ": most_improved(pixels[0], pixels[-1], first, 1 - inside),
-        }
+    windows = windows_of(details)
     columns = min(len(details), 4)
     rows = -(-len(details) // columns)
     size = (3.3 * columns, (3.7 * rows) * len(windows) + 0.3)

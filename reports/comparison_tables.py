@@ -5,6 +5,7 @@ Most functions take tables, or runs, and return a table (pandas).
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,22 @@ from reports.run_tables import mean_trajectory
 CONFIDENCE = 0.95
 QUALITIES = ("bpp", "psnr", "ms_ssim_db")
 REGION_KEYS = ("psnr_inside", "psnr_outside")  # dB; only of runs with maps
+
+
+class Tables(NamedTuple):
+    """What a report tells: the tables of the functions of the same names.
+
+    shared: of `rows_of_shared_images`. points: of `curve_points`. curves: the points of all curves,
+    see `comparison_plots`. codecs, equal_rate: empty if there are none.
+    """
+
+    shared: pd.DataFrame
+    methods: pd.DataFrame
+    points: pd.DataFrame
+    bd: pd.DataFrame
+    codecs: pd.DataFrame
+    curves: pd.DataFrame
+    equal_rate: pd.DataFrame
 
 
 def image_table(runs: Sequence[ComparedRun], names: Sequence[str]) -> pd.DataFrame:
@@ -134,6 +151,11 @@ def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) ->
             for name, part in groups.items()
         },
     }
+
+
+def changes_against(losses: pd.DataFrame, anchor: str) -> pd.DataFrame:
+    """The change of each column against one of them, in percent of it."""
+    return 100 * (losses.div(losses[anchor], axis=0) - 1)
 
 
 def half_interval(values: Sequence[float]) -> float:

@@ -11,13 +11,15 @@ from architectures import Architecture, Latents
 from coding.adapted import adapted
 from common.errors import InputError
 from common.files import printable
-from common.images import Images
+from common.images import Images, to_pixels
 from common.records import Record, rate_of, records_in
 from common.resuming import config_file_of
 from config import RefineConfig, load_config
 from models import freeze, load_checkpoint
 from refinement.told import stored_symbols, told_of, use_directions_of
+from regions.measures import inside_of
 from reports.compared_run import ComparedRun
+from reports.run_plots import most_improved
 
 LARGEST_SHOWN = 4_000_000  # pixels; larger images are only in the tables
 
@@ -71,6 +73,9 @@ def details_of(
     if image.x is None or len(records) < len(runs) or image.x[0].numel() > LARGEST_SHOWN:
         print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
         return None
+    if any((record["height"], record["width"]) != image.x.shape[1:] for record in records):
+        print(f"{printable(name)}: no pictures, for some method refined another size of it")
+        return None
     try:
         model = load_checkpoint(config.pretrain, architecture=config.architecture)
         decoders = _decoders(runs, records, model, config.coder_scales)
@@ -85,6 +90,24 @@ def details_of(
         symbols = stored_symbols(run.folder, name)
         details.append(_detail(own, run.method, symbols, record["refined"], x))
     return details
+
+
+def windows_of(details: Sequence[Detail]) -> dict[str, tuple[slice, slice]]:
+    """The rows and columns of the details that a report shows, by where they are.
+
+    Without a map it is one, where the last method improved the base most. With a map it is where,
+    inside, the last method improved the first one most, and where, outside, it fell behind most.
+    """
+    pixels = [to_pixels(detail.x) for detail in details]
+    region = details[0].region
+    if region is None:
+        return {"": most_improved(pixels[0], pixels[1], pixels[-1])}
+    first = pixels[2] if len(pixels) > 3 else pixels[1]
+    inside = inside_of(region)[0].numpy()
+    return {
+        "inside the map: ": most_improved(pixels[0], first, pixels[-1], inside),
+        "outside: ": most_improved(pixels[0], pixels[-1], first, 1 - inside),
+    }
 
 
 def _decoders(

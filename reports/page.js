@@ -14,6 +14,9 @@ const element = (name, attributes = {}, ...children) => {
   return made;
 };
 
+// plotly reads tags and entities in its texts; a template is never made of a name.
+const safe = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
 // A select with a label; calls `redraw` when another value is chosen. One value needs no select.
 const choice = (section, label, values, redraw) => {
   const select = element("select", {onchange: () => redraw()});
@@ -36,7 +39,8 @@ const draw = (section, traces, layout) => {
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   }, {responsive: true, displayModeBar: false});
   plot.removeAllListeners("plotly_click");
-  plot.on("plotly_click", event => showPoint(...event.points[0].customdata));
+  plot.on("plotly_click", ({points: [point]}) => point.customdata &&
+    showPoint(...point.customdata));
 };
 
 // --- the changes of the loss ---------------------------------------------------------------------
@@ -62,22 +66,22 @@ const drawChanges = (section, objective) => {
       type: "scatter", mode: "markers", showlegend: false,
       x: Object.values(row.images), y: Object.keys(row.images).map(() => height(row, 0) - 0.22),
       marker: {size: 5, opacity: 0.55, color: colorOf(data.styles[row.method])},
-      text: Object.keys(row.images), customdata: Object.keys(row.images).map(
-        image => [row.method, row.model, image]),
-      hovertemplate: `${row.method}<br>%{text}: %{x:+.2f} %<extra></extra>`,
+      text: Object.keys(row.images).map(image => `${safe(row.method)}<br>${safe(image)}`),
+      customdata: Object.keys(row.images).map(image => [row.method, row.model, image]),
+      hovertemplate: "%{text}: %{x:+.2f} %<extra></extra>",
     })));
   }
   models.forEach((model, index) => {
     const own = rows.filter(row => row.model === model);
     traces.push({
-      type: "scatter", mode: "markers", name: model, showlegend: models.length > 1,
+      type: "scatter", mode: "markers", name: safe(model), showlegend: models.length > 1,
       x: own.map(row => row.mean), y: own.map(row => height(row, index)),
       error_x: {type: "data", array: own.map(row => row.half ?? 0), thickness: 1.2, width: 3,
                 color: color("--soft")},
       marker: {size: 9, symbol: MODEL_SYMBOLS[index % MODEL_SYMBOLS.length],
                color: own.map(row => colorOf(data.styles[row.method]))},
       customdata: own.map(row => [row.method, row.model]),
-      text: own.map(row => `${row.method}, ${row.model}<br>${row.mean.toFixed(2)}` +
+      text: own.map(row => `${safe(row.method)}, ${safe(row.model)}<br>${row.mean.toFixed(2)}` +
         `${row.half === null ? "" : ` ± ${row.half.toFixed(2)}`} %`),
       hovertemplate: "%{text}<extra></extra>",
     });
@@ -85,9 +89,9 @@ const drawChanges = (section, objective) => {
   const room = models.length > 1 ? 15 + 9 * models.length : 40;
   draw(section, traces, {
     height: Math.max(150, 75 + room * methods.length) + (narrow() ? 20 * models.length : 0),
-    xaxis: {title: {text: `change of the loss against ${data.anchor}, %`}, zeroline: true,
+    xaxis: {title: {text: `change of the loss against ${safe(data.anchor)}, %`}, zeroline: true,
             zerolinewidth: 2},
-    yaxis: {tickvals: methods.map((_, index) => index), ticktext: methods, showgrid: false,
+    yaxis: {tickvals: methods.map((_, index) => index), ticktext: methods.map(safe), showgrid: false,
             range: [-0.6, methods.length - 0.4], zeroline: false},
   });
 };
@@ -109,13 +113,13 @@ const drawCurves = (section, title) => {
     const bpp = at.map(index => curve.bpp[index]), quality = at.map(index => curve[key][index]);
     if (!curve.other) { own.bpp.push(...bpp); own.quality.push(...quality); }
     traces.push({
-      type: "scatter", mode: at.length > 1 ? "lines+markers" : "markers", name: curve.curve,
+      type: "scatter", mode: at.length > 1 ? "lines+markers" : "markers", name: safe(curve.curve),
       x: bpp, y: quality,
       line: {color: paint, dash: style?.dash ?? "dot", width: style ? 2 : 1.2},
       marker: {color: paint, symbol: style?.symbol ?? "line-ns-open", size: style ? 8 : 7},
-      customdata: at.map(index => [curve.method?.[index] ?? curve.curve, curve.model?.[index] ?? ""]),
-      text: at.map(index => [curve.curve, curve.other ? "" : curve.model?.[index]]
-        .filter(Boolean).join(", ")),
+      customdata: curve.other ? [] : at.map(index => [curve.method[index], curve.model[index]]),
+      text: at.map(index => safe([curve.curve, curve.other ? "" : curve.model[index]]
+        .filter(Boolean).join(", "))),
       hovertemplate: "%{text}<br>%{x:.4f} bpp, %{y:.2f} dB<extra></extra>",
     });
   }
@@ -153,11 +157,11 @@ const drawWay = (section, {quantity, over, model, objective}) => {
     const style = data.styles[run.method], paint = colorOf(style);
     run.values[quantity].forEach((values, index) => traces.push({
       type: "scatter", mode: "lines", legendgroup: run.method, showlegend: index === 0,
-      name: run.method, x: run[over], y: values, opacity: index ? 0.55 : 1,
+      name: safe(run.method), x: run[over], y: values, opacity: index ? 0.55 : 1,
       line: {color: paint, dash: style.dash, width: index ? 1 : 2},
       customdata: values.map(() => [run.method, model]),
-      hovertemplate: `${run.method}${index ? ", relaxed" : ""}<br>%{x:.4g} ${over}: ` +
-                     "%{y:.5g}<extra></extra>",
+      text: values.map(() => safe(run.method) + (index ? ", relaxed" : "")),
+      hovertemplate: `%{text}<br>${over} %{x:.4g}: %{y:.5g}<extra></extra>`,
     }));
   }
   const layout = {
@@ -191,12 +195,11 @@ const card = (version, original, kind) => {
     version.words ? `\n${version.words}` : ""));
 };
 
-const drawPictures = (section, {image, model, kind}) => {
-  const {versions} = data.pictures.find(one => one.image === image);
-  const shown = versions.filter(one => (one.model === model || !one.model) &&
+const drawPictures = (section, {shown: {versions, model}, kind}) => {
+  const chosen = versions.filter(one => (one.model === model || !one.model) &&
     (kind === "picture" || one.bits));
   section.querySelector(".cards").replaceChildren(
-    ...shown.map(version => card(version, versions[0], kind)));
+    ...chosen.map(version => card(version, versions[0], kind)));
 };
 
 // The pictures of a point of a plot: the original, the base and the method.
@@ -204,15 +207,17 @@ const showPoint = (method, model, image) => {
   const dialog = document.getElementById("point");
   const chosen = data.pictures.filter(one => image === undefined || one.image === image);
   const cards = chosen.flatMap(({versions}) => {
-    const found = versions.filter(one => one.model === model &&
-      (one.label === method || one.label === "base"));
-    return found.some(one => one.label === method) ?
-      [versions[0], ...found].map(version => card(version, versions[0], "picture")) : [];
+    // A base that was refined for several lambdas is one point, and its pictures are all the same.
+    const own = versions.find(one => one.label === method &&
+      (one.model === model || method === "base" && one.model.startsWith(`${model} at `)));
+    const base = versions.find(one => one.label === "base" && one.model === own?.model);
+    return own ?
+      [...new Set([versions[0], base, own])].map(version => card(version, versions[0], "picture")) : [];
   });
   dialog.querySelector("h2").textContent = [method, model, image].filter(Boolean).join(", ");
   dialog.querySelector("p").textContent = cards.length ?
     "Press on a picture to see the original in its place." :
-    "The page has no picture of this point: it has those of the first images.";
+    "The page has pictures of the first images alone; of the very first with every model.";
   dialog.querySelector(".cards").replaceChildren(...cards);
   dialog.showModal();
 };
@@ -223,8 +228,9 @@ const valueOf = cell => {
   const number = parseFloat(cell.textContent);
   return isNaN(number) ? cell.textContent : number;
 };
-const compare = (x, y) =>
-  typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? -1 : 1;
+// Numbers come before texts, in both directions.
+const compare = (x, y, sign) =>
+  typeof x === typeof y ? sign * ((x > y) - (x < y)) : typeof x === "number" ? -1 : 1;
 const sortBy = button => {
   const head = button.parentNode, heads = [...head.parentNode.children];
   const column = heads.indexOf(head), up = head.getAttribute("aria-sort") !== "ascending";
@@ -232,7 +238,7 @@ const sortBy = button => {
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   for (const body of head.closest("table").tBodies) {
     const rows = [...body.rows].filter(row => !row.classList.contains("group"));
-    rows.sort((a, b) => (up ? 1 : -1) * compare(valueOf(a.cells[column]), valueOf(b.cells[column])));
+    rows.sort((a, b) => compare(valueOf(a.cells[column]), valueOf(b.cells[column]), up ? 1 : -1));
     body.append(...rows);
   }
 };
@@ -255,7 +261,7 @@ show("changes", data.changes.some(row => row.method !== data.anchor), section =>
   const redraw = () => drawChanges(section, objective());
   return redraw;
 });
-show("curves", data.curves.length, section => {
+show("curves", data.curves.some(curve => !curve.other), section => {
   const known = Object.keys(QUALITIES).filter(
     key => data.curves.some(curve => !curve.other && curve[key]?.some(isKnown)));
   const title = choice(section, "quality", known.map(key => QUALITIES[key]), () => redraw());
@@ -274,11 +280,12 @@ show("way", data.trajectories.length, section => {
   return redraw;
 });
 show("pictures", data.pictures.length, section => {
-  const image = choice(section, "image", data.pictures.map(one => one.image), () => redraw());
-  const models = unique(data.pictures.flatMap(one => one.versions.map(version => version.model)));
-  const model = choice(section, "model", models.filter(Boolean), () => redraw());
+  const found = Object.fromEntries(data.pictures.flatMap(({image, versions}) =>
+    unique(versions.map(version => version.model)).filter(Boolean).map(
+      model => [`${image}, ${model}`, {versions, model}])));
+  const name = choice(section, "image", Object.keys(found), () => redraw());
   const kind = choice(section, "show", ["picture", "bits"], () => redraw());
-  const redraw = () => drawPictures(section, {image: image(), model: model(), kind: kind()});
+  const redraw = () => drawPictures(section, {shown: found[name()], kind: kind()});
   return redraw;
 });
 

@@ -18,7 +18,7 @@ from common.files import printable, write_whole
 from common.records import Record
 from config import CompareConfig
 from reports.compared_run import ComparedRun
-from reports.comparison_tables import REGION_KEYS
+from reports.comparison_tables import REGION_KEYS, Tables
 from reports.page_data import (
     change_data,
     curve_data,
@@ -35,22 +35,16 @@ FRAME = Path(__file__).parent
 class Shown(NamedTuple):
     """What a page shows.
 
-    answer: see `answer.answer`. images: the table of `rows_of_shared_images`. table, bd,
-    equal_rate, curves: those of `method_table`, `bd_table`, `equal_rate_table` and
-    `comparison_plots`. trajectories: the mean trajectory of each run. styles: of all curves.
-    pictures: of `picture_data`. remark: what is not done yet, in words.
+    answer: see `answer.answer`. trajectories: the mean trajectory of each run. styles: of all
+    curves. pictures: of `picture_data`. remarks: such as what is not done yet.
     """
 
     answer: str
-    images: pd.DataFrame
-    table: pd.DataFrame
-    bd: pd.DataFrame
-    equal_rate: pd.DataFrame
-    curves: pd.DataFrame
+    tables: Tables
     trajectories: dict[ComparedRun, pd.DataFrame]
     styles: dict[str, Style]
     pictures: Sequence[Record]
-    remark: str = ""
+    remarks: Sequence[str] = ()
 
 
 def write_page(path: Path, config: CompareConfig, shown: Shown) -> Path:
@@ -59,19 +53,20 @@ def write_page(path: Path, config: CompareConfig, shown: Shown) -> Path:
     Raises:
         OSError: it cannot be written.
     """
+    remarks = [f"{printable(remark[:1].upper() + remark[1:])}." for remark in shown.remarks]
     data = short({
         "anchor": printable(config.anchor),
         "styles": style_data(shown.styles),
-        "changes": change_data(shown.table, shown.images, config.anchor),
-        "curves": curve_data(shown.curves),
+        "changes": change_data(shown.tables.methods, shown.tables.shared, config.anchor),
+        "curves": curve_data(shown.tables.curves),
         "trajectories": trajectory_data(shown.trajectories),
         "pictures": shown.pictures,
     })  # fmt: skip
     text = Template((FRAME / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(f"Comparison {config.name}"),
         answer=html.escape(printable(shown.answer)),
-        summary=html.escape(f"{_summary(config, shown.images)} {printable(shown.remark)}"),
-        tables="\n".join(_tables(config, shown)),
+        summary=html.escape(" ".join([_summary(config, shown.tables.shared), *remarks])),
+        tables="\n".join(_sections(config, shown.tables)),
         style=(FRAME / "page.css").read_text(encoding="utf-8"),
         script=(FRAME / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
@@ -100,15 +95,15 @@ def _number(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
-def _tables(config: CompareConfig, shown: Shown) -> list[str]:
+def _sections(config: CompareConfig, tables: Tables) -> list[str]:
     """The sections with tables; those without rows are left out."""
     anchor = printable(config.anchor)
     sections = [
-        ("Methods", method_cells(shown.table), _note_on_methods(shown.table, anchor)),
-        (f"Bjøntegaard deltas to {anchor}", bd_cells(shown.bd),
+        ("Methods", method_cells(tables.methods), _note_on_methods(tables.methods, anchor)),
+        (f"Bjøntegaard deltas to {anchor}", bd_cells(tables.bd),
          "Akima interpolation; per image: the mean of the images' BD-rates with its 95 % interval. "
          "bd.csv has PCHIP, overlaps and every image. "),
-        ("Quality of others at equal rates", equal_rate_cells(shown.equal_rate),
+        ("Quality of others at equal rates", equal_rate_cells(tables.equal_rate),
          "Our lead is in brackets. Codecs are compared at the rate of each image, on the images "
          "that they reach; published curves at the mean rate, perhaps of other images. "),
     ]  # fmt: skip

@@ -14,10 +14,9 @@ from PIL import Image
 from common.files import printable
 from common.images import to_pixels
 from common.records import Record
-from regions.measures import inside_of
 from reports.compared_run import ComparedRun
-from reports.details import Detail
-from reports.run_plots import most_improved
+from reports.comparison_tables import changes_against
+from reports.details import Detail, windows_of
 from reports.styles import Style
 
 # The quantities of a trajectory by the columns that hold them, true and relaxed.
@@ -51,7 +50,7 @@ def change_data(table: pd.DataFrame, images: pd.DataFrame, anchor: str) -> list[
         losses = own.groupby(keys, sort=False)["true_loss"].mean().unstack(0)
         if anchor not in losses:
             continue
-        changes = 100 * (losses.div(losses[anchor], axis=0) - 1)
+        changes = changes_against(losses, anchor)
         rows = table[(table["model"] == model) & (table["objective"] == objective)]
         for _, row in rows.dropna(subset=["change_percent"]).iterrows():
             change = changes[row["method"]].dropna()
@@ -73,7 +72,10 @@ def curve_data(curves: pd.DataFrame) -> list[Record]:
     for name, points in curves.groupby("curve", sort=False):
         points = points.sort_values("bpp")
         columns = [key for key in ("bpp", "psnr", "ms_ssim_db", "psnr_inside") if key in points]
-        of_method = {key: list(points[key]) for key in ("model", "method") if key in points}
+        of_method = {
+            key: list(points[key].map(printable)) for key in ("model", "method")
+            if key in points and points[key].notna().all()
+        }  # fmt: skip
         found.append({
             "curve": printable(name), "other": bool(points["dashed"].all()), **of_method,
             **{key: list(points[key]) for key in columns},
@@ -100,49 +102,33 @@ def trajectory_data(trajectories: dict[ComparedRun, pd.DataFrame]) -> list[Recor
 
 
 def picture_data(name: str, details: dict[str, Sequence[Detail]]) -> Record:
-    """A detail of an image in each version, and the bits of y there, as PNGs in data URLs.
-
-    The detail is where the last method of the first model improved the base most; with a map,
-    where, inside it, the last method improved the first most.
+    """A detail of an image in each version, and the bits of y, as PNGs in data URLs.
 
     Args:
-        details: the versions by model: the original, the base, and the result of each method.
+        details: the versions by model: the original, the base, and the result of each method. The
+            detail is where the last method of the first model is best, see `windows_of`.
     """
     first = next(iter(details.values()))
-    window = _window(first)
-    highest = max(one.bits.max().item() for one in first if one.bits is not None)
-    region = first[0].region
+    window = next(iter(windows_of(first).values()))
     versions = [{"label": "original", "model": "", "words": printable(name),
-                 "picture": _part(first[0], window)}]  # fmt: skip
-    if region is not None:
-        shown = to_pixels(region.expand(3, -1, -1))[window]
-        versions.append({"label": "map", "model": "", "words": "white counts most",
-                         "picture": png_url(shown)})  # fmt: skip
+                 "picture": png_url(to_pixels(first[0].x)[window])}]  # fmt: skip
+    if (region := first[0].region) is not None:
+        shown = png_url(to_pixels(region.expand(3, -1, -1))[window])
+        versions.append(
+            {"label": "map", "model": "", "words": "white counts most", "picture": shown}
+        )
     for model, own in details.items():
+        highest = max(one.bits.max().item() for one in own if one.bits is not None)
         versions += [
             {"label": printable(one.label), "model": model, "words": one.in_words,
-             "picture": _part(one, window), "bits": _bits(one, highest)}
+             "picture": png_url(to_pixels(one.x)[window]), "bits": _bits(one, highest)}
             for one in own[1:]
         ]  # fmt: skip
     return {"image": printable(name), "versions": versions}
 
 
-def _window(details: Sequence[Detail]) -> tuple[slice, slice]:
-    """The rows and columns of the detail that is shown."""
-    pixels = [to_pixels(detail.x) for detail in details]
-    region = details[0].region
-    if region is None:
-        return most_improved(pixels[0], pixels[1], pixels[-1])
-    first = pixels[2] if len(pixels) > 3 else pixels[1]
-    return most_improved(pixels[0], first, pixels[-1], inside_of(region)[0].numpy())
-
-
-def _part(detail: Detail, window: tuple[slice, slice]) -> str:
-    return png_url(to_pixels(detail.x)[window])
-
-
 def _bits(detail: Detail, highest: float) -> str:
-    """The bits of y of the whole image, bright where they are many; `highest` is white."""
+    """The bits of y over the whole image: dark for 0, yellow for `highest`."""
     if detail.bits is None:
         return ""
     colors = colormaps["viridis"](detail.bits.numpy() / max(highest, 1e-9))[..., :3]

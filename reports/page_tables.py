@@ -82,7 +82,7 @@ def method_cells(table: pd.DataFrame, bold: str = "{}") -> Cells:
         ]  # fmt: skip
         rows.append([
             row["model"], row["method"], *([row["objective"]] if mixed else []),
-            f"{row['images']:.0f}", f"{row['bpp']:.4f}", f"{row['psnr']:.2f}",
+            f"{row['images']:.0f}", f"{row['bpp']:.4f}", _digits(row["psnr"], 2),
             *(_digits(row[key], 2) for key in regions), _digits(row["ms_ssim_db"], 2),
             *(cells_of_loss if losses else []), *(_percent(row[key]) for key in groups),
             _seeds(row), _digits(row["steps"]), _digits(row["seconds"]),

@@ -1,6 +1,7 @@
 """The schema of the config of `compare.py`."""
 
 import re
+from itertools import product
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -105,7 +106,8 @@ class CompareConfig(ScriptConfig):
     """The side of the square in the centre of each image that is refined, in pixels. null: whole
     images."""
     batch_size: Count = 1
-    """The number of consecutive images of equal size that are refined together."""
+    """The number of consecutive images of equal size that are refined together, whatever the
+    methods' configs say."""
     methods: dict[ShortName, ComparedMethod] = Field(min_length=1)
     """The methods, by their names in tables and plots."""
     models: list[ComparedModel] = Field(min_length=1)
@@ -160,6 +162,11 @@ class CompareConfig(ScriptConfig):
     def used_seeds(self) -> list[int]:
         """The seeds, after `quick`."""
         return self.seeds[:1] if self.quick else self.seeds
+
+    @property
+    def combinations(self) -> list[tuple[str, ComparedModel, int]]:
+        """Each run's method, model and seed."""
+        return list(product(self.methods, self.models, self.used_seeds))
 
     def save_name_of(self, method: str, model: ComparedModel, seed: int) -> str:
         """The folder of a run below `output_dir`."""

@@ -42,17 +42,36 @@ def percent(first, second):
     return f"{abs(change.mean()):.2f} ± {(high - low) / 2:.2f} %"
 
 
-@pytest.mark.parametrize(("models", "words"), [(MODELS[:1], ""), (MODELS, " with all 2 models")])
-def test_the_best_its_lead_and_the_next(models, words):
+@pytest.mark.parametrize(
+    ("models", "words", "cases"),
+    [(MODELS[:1], "", "3 of 3 images"), (MODELS, " with all 2 models", "6 of 6 cases")],
+)
+def test_the_best_its_lead_and_the_next(models, words, cases):
     assert answer(images_of(LOSSES, models), config_with("base")) == (
-        f"quick has the lowest loss{words}: {percent('quick', 'base')} less than base, lower on 3 "
-        f"of 3 images; next is slow, {percent('slow', 'quick')} above it."
+        f"quick has the lowest loss{words}: {percent('quick', 'base')} less than base, lower in "
+        f"{cases}; next is slow, {percent('slow', 'quick')} above it."
     )
     # The next one is the anchor: it has been named.
     assert answer(images_of(LOSSES, models), config_with("slow")) == (
-        f"quick has the lowest loss{words}: {percent('quick', 'slow')} less than slow, lower on 3 "
-        "of 3 images."
+        f"quick has the lowest loss{words}: {percent('quick', 'slow')} less than slow, lower in "
+        f"{cases}."
     )
+
+
+def test_a_method_that_lacks_a_model_is_not_ranked_but_named():
+    images = images_of(LOSSES | {"partial": [0.1, 0.1, 0.1]}, MODELS)
+    images = images[(images["method"] != "partial") | (images["model"] == MODELS[0])]
+    text = answer(images, config_with("base"))
+    assert text.startswith("quick has the lowest loss with 1 of 2 models: ")
+    assert text.endswith(" above it; not ranked, for a model is missing: partial.")
+
+
+def test_the_next_is_never_below_the_best():
+    """One image where the second is far better does not turn the order of the means."""
+    losses = {"base": [1.0, 1.0, 1.0], "slow": [0.3, 1.1, 1.1], "quick": [0.7, 0.72, 0.71]}
+    text = answer(images_of(losses), config_with("base"))
+    assert text.startswith("quick has the lowest loss: 29.00 ± ")
+    assert "; next is slow, 16.85 ± " in text and text.endswith(" above it, which may be chance.")
 
 
 def test_the_anchor_may_be_the_best():
@@ -68,7 +87,7 @@ def test_a_lead_within_chance_is_no_lead():
     assert text.endswith("; next is slow, 0.17 ± 3.14 % above it, which may be chance.")
     one = {name: losses[:1] for name, losses in LOSSES.items()}
     assert answer(images_of(one), config_with("base")) == (
-        "quick has the lowest loss: 20.00 % less than base, lower on 1 of 1 images; next is slow, "
+        "quick has the lowest loss: 20.00 % less than base, lower in 1 of 1 images; next is slow, "
         "12.50 % above it."
     )
 
@@ -100,6 +119,10 @@ def test_a_target_is_met_by_all():
     text = answer(images, config_with("base"), Target("bpp", 0.4))
     assert text.endswith(
         ", and quick has the highest inside maps, 40.00 dB (next is slow, 32.17 dB)."
+    )
+    exact = images.assign(psnr=images["psnr"].where(images["method"] != "quick"))
+    assert "quick has the highest PSNR, inf dB (next is slow, 32.17 dB)" in answer(
+        exact, config_with("base"), Target("bpp", 0.4)
     )
     alone = images[images["method"] != "quick"]
     assert answer(alone, config_with("base"), Target("bpp", 0.4)) == ""

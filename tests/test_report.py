@@ -1,6 +1,6 @@
 """A comparison's report: curves, deltas, pictures, and the page in a real browser."""
 
-import io
+import html
 import json
 import math
 import shutil
@@ -15,25 +15,21 @@ from compressai.utils.plot import __main__ as compressai_plot
 from forks import Fork
 from PIL import Image
 
-from common.errors import InputError
 from compare import main, plan_runs
 from config import CompareConfig, load_config
-from conftest import ROOT, needs, read_jsonl, to_x
+from conftest import ROOT, needs, read_jsonl
 from datasets import open_images
-from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
-from reports.classical_codecs import coded_by
+from metrics import Curve, bd_psnr, bd_rate
 from reports.compared_run import ComparedRun
-from reports.comparison_plots import candidate_probabilities, plot_details
+from reports.comparison_plots import plot_details
 from reports.comparison_tables import (
     bd_table,
     curve_points,
     image_table,
     mean_points,
-    published_curves,
 )
 from reports.details import Detail, details_of
 from reports.equal_rate import equal_rate_table, quality_at
-from reports.page_tables import equal_rate_cells
 from runs import leave_out_plots
 
 WEIGHTS = {
@@ -41,44 +37,7 @@ WEIGHTS = {
     for lmbda in (0.0025, 0.005, 0.01)
 }
 PUBLISHED = ROOT / "example_files/compare/published"
-
-
-def _published(name):
-    table = pd.read_csv(PUBLISHED / f"yang2020_{name}_kodak.csv", comment="#")
-    return Curve(list(table["bpp"]), list(table["psnr"]))
-
-
-@pytest.mark.parametrize("method", ["akima", "pchip"])
-def test_bd_rate_of_the_published_curves(method):
-    """-15.2 % is what follows from the figures of arXiv 2006.04240."""
-    base, sga = _published("base"), _published("sga")
-    assert bd_rate(base, sga, method) == pytest.approx(-15.2, abs=0.1)
-    assert bd_psnr(base, sga, method) > 0.5
-    shuffled = Curve(sga.bpp[::-1], sga.db[::-1])
-    assert bd_rate(base, shuffled, method) == bd_rate(base, sga, method)
-    # A tenth less rate everywhere is a BD-rate of -10 %; a dB more everywhere is 1 dB.
-    cheaper = Curve([0.9 * bpp for bpp in base.bpp], base.db)
-    assert bd_rate(base, cheaper, method) == pytest.approx(-10)
-    better = Curve(base.bpp, [db + 1 for db in base.db])
-    assert bd_psnr(base, better, method) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("curve", "reason"),
-    [
-        (Curve([0.1, 0.2], [30, 31]), "2 points: at least 3"),
-        (Curve([0.1, 0.2, 0.3], [40, 41, 42]), "do not overlap: 26.47 to 38.33 dB and 40 to 42 dB"),
-        (Curve([0.1, 0.2, 0.3], [30, 29, 32]), "does not rise"),
-    ],
-)
-def test_curves_that_do_not_compare_are_refused(curve, reason):
-    with pytest.raises(CurvesDoNotCompareError, match=reason):
-        bd_rate(_published("base"), curve)
-
-
-def test_overlap_is_the_common_part():
-    assert overlap([0, 2], [1, 3]) == pytest.approx(1 / 3)
-    assert overlap([0, 1], [2, 3]) == 0
+PLAIN = "not <i>polished</i> &amp; %{x}"  # a name, not markup
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +54,7 @@ def compared(tmp_path_factory):
     other = {**method, "set": {**short, "polish_passes": 0}}
     values = {
         "save_name": "two", "output_dir": str(folder / "results"), "data_set": "folder",
-        "path": str(photos), "methods": {"polished": method, "not polished": other},
+        "path": str(photos), "methods": {"polished": method, PLAIN: other},
         "models": [{"train_lambda": lmbda, "pretrain": path} for lmbda, path in WEIGHTS.items()],
         "codecs": ["JPEG", "AVIF"], "shown": 1, "set": {"save_bitstreams": True},
         "published": {"SGA, Kodak": str(PUBLISHED / "yang2020_sga_kodak.csv")},
@@ -117,7 +76,7 @@ def test_everything_is_in_the_folder(compared):
     assert not (folder / "detail_2.png").exists()
     curves = pd.read_csv(folder / "curves.csv")
     assert set(curves["curve"]) == {
-        "base", "polished", "not polished", "JPEG", "AVIF", "SGA, Kodak",
+        "base", "polished", PLAIN, "JPEG", "AVIF", "SGA, Kodak",
     }  # fmt: skip
     images = pd.read_csv(folder / "images.csv")
     assert set(images["rate"]) == {"file"}
@@ -169,22 +128,6 @@ def test_deltas_are_those_of_the_images_curves(compared):
     assert len(reasons) == 12 and reasons.str.contains("1 points: at least 3").all()
 
 
-def test_codecs_at_equal_rates_are_as_good_as_files_of_such_a_rate():
-    """A file of a quality between the settings lies near the interpolated curve."""
-    picture = Image.fromarray(skimage.data.chelsea())
-    curve = pd.DataFrame(coded_by("WebP", "cat", to_x(skimage.data.chelsea())[0]))
-    for quality in (17, 35, 55, 72):
-        file = io.BytesIO()
-        picture.save(file, "WEBP", quality=quality, method=6)
-        decoded = np.asarray(Image.open(file).convert("RGB"), dtype=float)
-        mse = ((decoded - np.asarray(picture, dtype=float)) ** 2).mean()
-        bpp = 8 * len(file.getvalue()) / (picture.width * picture.height)
-        assert quality_at(curve, bpp) == pytest.approx(10 * math.log10(255**2 / mse), abs=0.06)
-    assert math.isnan(quality_at(curve, 2 * curve["bpp"].max()))
-    assert math.isnan(quality_at(curve, curve["bpp"].min() / 2))
-    assert math.isnan(quality_at(None, 0.5))
-
-
 def test_leads_are_those_at_each_image_s_rate(compared):
     """By hand, from the CSV files of the same report."""
     _, folder = compared
@@ -215,29 +158,6 @@ def test_leads_are_those_at_each_image_s_rate(compared):
         else:
             assert row["images of SGA, Kodak"] == 0 and math.isnan(row["lead over SGA, Kodak"])
     assert (beside["images of AVIF"] == 2).any()
-
-
-def test_a_codec_that_reaches_no_rate_hides_no_other():
-    """Neither does a curve with a column's name, nor an image that was decoded exactly."""
-    points = pd.DataFrame({
-        "model": "m", "curve": "c", "image": ["a", "b"], "bpp": [0.2, 0.4], "psnr": [31.0, 33.0],
-        "ms_ssim_db": [None, None],
-    })  # fmt: skip
-    files = [("WebP", "a", 0.1, 29.0), ("WebP", "a", 0.4, 33.0), ("AVIF", "a", 1.0, 40.0),
-             ("AVIF", "a", 2.0, None), ("AVIF", "b", 1.0, 40.0)]  # fmt: skip
-    codecs = pd.DataFrame(files, columns=["method", "image", "bpp", "psnr"])
-    published = pd.DataFrame({"curve": "bpp", "bpp": [0.1, 0.9], "psnr": [30.0, 30.0]})
-    table = equal_rate_table(points, codecs, published)
-    row, unknown = table.to_dict("records")
-    assert unknown["quality"] == "ms_ssim_db" and math.isnan(unknown["lead over bpp"])
-    assert (row["images"], row["bpp"], row["dB"]) == (2, pytest.approx(0.3), 32)
-    assert (row["images of WebP"], row["lead over WebP"]) == (1, pytest.approx(0))
-    assert row["images of AVIF"] == 0
-    assert (row["images of bpp"], row["lead over bpp"]) == (2, pytest.approx(2))
-    shown = equal_rate_cells(table)
-    shown = dict(zip(shown.heads[6:], shown.rows[0][6:], strict=True))
-    assert shown == {"WebP": "31.00 (+0.00), 1 of 2 images", "AVIF": "", "bpp": "30.00 (+2.00)"}
-    assert equal_rate_table(points, codecs.iloc[:0], pd.DataFrame()).empty
 
 
 def test_several_inference_lambdas_make_a_curve_for_each_model(compared):
@@ -278,7 +198,7 @@ def test_compressais_own_tool_reads_the_points(compared, tmp_path, monkeypatch):
 
 def test_details_are_what_the_run_decoded(compared):
     config, _ = compared
-    run = next(run for run in plan_runs(config) if run.method == "not polished")
+    run = next(run for run in plan_runs(config) if run.method == PLAIN)
     done = ComparedRun(run.method, run.model.label, run.seed, run.folder)
     original, base, refined = details_of([done], run.config, open_images(run.config), "cat.png")
     record = read_jsonl(run.folder / "images.jsonl")[0]
@@ -291,46 +211,15 @@ def test_details_are_what_the_run_decoded(compared):
         assert bpp_y == pytest.approx(record[side]["bpp_y"], rel=1e-4)
 
 
-def test_codecs_are_measured_on_their_whole_files():
-    pixels = skimage.data.chelsea()[:200, :301]
-    rows = coded_by("JPEG", "cat", to_x(pixels)[0])
-    assert [row["model"] for row in rows][:2] == ["quality 5", "quality 10"]
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=35, optimize=True)
-    row = next(row for row in rows if row["model"] == "quality 35")
-    assert row["bpp"] == pytest.approx(8 * len(file.getvalue()) / (200 * 301))
-    decoded = np.asarray(Image.open(file))
-    psnr = skimage.metrics.peak_signal_noise_ratio(pixels, decoded)
-    assert row["psnr"] == pytest.approx(psnr, abs=1e-3)
-    for codec in ("JPEG 2000", "WebP", "AVIF"):
-        rates = [row["bpp"] for row in coded_by(codec, "cat", to_x(pixels)[0])]
-        assert rates == sorted(rates) and rates[0] < 0.5 < rates[-1]
-
-
-@pytest.mark.parametrize(
-    ("name", "function", "ceil"),
-    [
-        ("sga_logits", "logx", lambda v: v),
-        ("sga_logits", "cosx", lambda v: np.sin(np.pi * v / 2) ** 2),
-        ("sga_logits", "ssl", lambda v: 1 / (1 + ((1 - v) / v) ** (4 / 3))),
-    ],
-)
-def test_probabilities_are_the_papers(name, function, ceil):
-    v, probability, candidates = candidate_probabilities(name, function)
-    assert candidates == ["floor(v)", "ceil(v)"]
-    assert probability[1] == pytest.approx(ceil(v.astype(float)), abs=1e-4)
-
-
-def test_wrong_published_curves_are_refused(tmp_path):
-    wrong = tmp_path / "wrong.csv"
-    wrong.write_text("rate,psnr\n0.1,30\n")
-    with pytest.raises(InputError, match="needs columns bpp and psnr, has rate, psnr"):
-        published_curves({"mine": str(wrong)})
-    wrong.write_text("bpp,psnr\n0.1,thirty\n")
-    with pytest.raises(InputError, match="a value is no number"):
-        published_curves({"mine": str(wrong)})
-    with pytest.raises(InputError, match=r"published.mine none.csv: cannot be read"):
-        published_curves({"mine": "none.csv"})
+def test_details_of_another_size_are_not_shown(compared, capsys):
+    """The stored symbols are of the whole image; so a crop of it has no pictures."""
+    config, _ = compared
+    run = plan_runs(config)[0]
+    options = run.config.dev_options.model_copy(update={"centre_crop": 64})
+    cropped = run.config.model_copy(update={"dev_options": options})
+    assert details_of([run.compared], cropped, open_images(cropped), "cat.png") is None
+    words = "cat.png: no pictures, for some method refined another size of it"
+    assert words in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_run_plots")
@@ -380,7 +269,7 @@ def test_quick_is_short_on_sample_photos(compared):
     for steps, long, passes in ((6, 6, 0), (40, 12, 4)):
         values = config.model_dump() | {"quick": True, "quick_steps": steps, "seeds": [3, 1]}
         runs = plan_runs(CompareConfig.model_validate(values))
-        assert _schedules(runs) == {("polished", long, passes), ("not polished", long, 0)}
+        assert _schedules(runs) == {("polished", long, passes), (PLAIN, long, 0)}
         assert {run.seed for run in runs} == {3}
         assert {run.config.dev_options.data_set for run in runs} == {"sample"}
         assert {run.config.image_count for run in runs} == {2}
@@ -450,7 +339,7 @@ def test_the_page_works_in_a_browser(compared, browser):
     (dots,) = [trace for trace in _plot(browser, "changes") if trace["name"] == "lambda 0.005"]
     own = table[(table["model"] == "lambda 0.005") & (table["method"] != "base")]
     assert sorted(dots["x"]) == pytest.approx(sorted(own["change_percent"]), rel=1e-5)
-    curves = {trace["name"]: trace for trace in _plot(browser, "curves")}
+    curves = {html.unescape(trace["name"]): trace for trace in _plot(browser, "curves")}
     for name, points in pd.read_csv(folder / "curves.csv").groupby("curve"):
         points = points.sort_values("bpp")
         assert curves[name]["x"] == pytest.approx(list(points["bpp"]), rel=1e-5)
@@ -474,6 +363,31 @@ def test_the_page_works_in_a_browser(compared, browser):
     assert all(int(picture.get_property("naturalWidth")) == 160 for picture in pictures)
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
+
+
+@needs("selenium")
+def test_names_are_shown_as_they_are(compared, browser):
+    _, folder = compared
+    browser.get((folder / "report.html").as_uri())
+    for place in (
+        "#changes .ytick text",
+        "#curves .legendtext",
+        "#way .legendtext",
+        "td",
+        "figure",
+    ):
+        texts = browser.execute_script(
+            f"return [...document.querySelectorAll('{place}')].map(one => one.textContent)"
+        )
+        assert any(text.startswith(PLAIN) for text in texts), place
+    assert browser.find_elements("css selector", "i") == []
+    hover = browser.execute_script("""
+        const plot = document.querySelector("#curves .plot");
+        const curve = plot.data.findIndex(trace => trace.name.startsWith("not"));
+        Plotly.Fx.hover(plot, [{curveNumber: curve, pointNumber: 0}]);
+        return plot.querySelector(".hoverlayer").textContent;
+    """)
+    assert hover.startswith(f"{PLAIN}, lambda 0.0025")
 
 
 @needs("selenium")
