@@ -86,7 +86,9 @@ const drawChanges = (section, objective) => {
       hovertemplate: "%{text}<extra></extra>",
     });
   });
-  const room = models.length > 1 ? 15 + 9 * models.length : 40;
+  // All rows should be on the first screen, if they can be read there.
+  const [least, most] = models.length > 1 ? [6, 9].map(each => 15 + each * models.length) : [20, 40];
+  const room = Math.min(most, Math.max(least, 520 / methods.length));
   draw(section, traces, {
     height: Math.max(150, 75 + room * methods.length) + (narrow() ? 20 * models.length : 0),
     xaxis: {title: {text: `change of the loss against ${safe(data.anchor)}, %`}, zeroline: true,
