@@ -75,7 +75,7 @@ def plot_loss(
             base, style = curve["true_loss"].iloc[0], styles[run.method]
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot(curve[key], curve["true_loss"], **style.of_line, marker=style.marker,
-                          markevery=[-1], ms=6, label=plot_text(run.method))  # fmt: skip
+                          markevery=_some(curve), ms=5, label=plot_text(run.method))  # fmt: skip
         labels = ("step, or pass of the polish", "seconds per image")
         for axis, label in zip(axes, labels, strict=True):
             axis.set(xlabel=label, ylabel=plot_text(f"true loss, {loss}, mean over images"),
@@ -91,6 +91,11 @@ def plot_loss(
                 axis.set_ylim(lowest, base + 0.1 * (base - lowest))
         axes[0].legend(fontsize=8)
     return figure
+
+
+def _some(curve: pd.DataFrame) -> int:
+    """Of how many points of a trajectory one has a marker."""
+    return max(len(curve) // 6, 1)
 
 
 def plot_trajectories(
@@ -112,12 +117,13 @@ def plot_trajectories(
     *axes, legend = figure.subplots(2, columns).ravel()[: len(panels) + 1]
     for run, curve in trajectories.items():
         style, label = styles[run.method].of_line, plot_text(run.method)
+        marks = {"marker": styles[run.method].marker, "ms": 4, "markevery": _some(curve)}
         curve = curve.assign(gap=curve["true_loss"] - curve["relaxed_loss"])
         for axis, key in zip(axes, panels, strict=True):
             if key in ("loss", "gap") and run.loss != loss:
                 continue
             known = key if key in curve else f"true_{key}"
-            axis.plot(curve["step"], curve[known], **style, label=label)
+            axis.plot(curve["step"], curve[known], **style, **marks, label=label)
             if key not in curve:
                 axis.plot(curve["step"], curve[f"relaxed_{key}"], **style, lw=0.7, alpha=0.7)
     for axis, label in zip(axes, panels.values(), strict=True):

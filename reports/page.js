@@ -158,7 +158,9 @@ const drawWay = (section, {quantity, over, model, objective}) => {
   for (const run of shown) {
     const style = data.styles[run.method], paint = colorOf(style);
     run.values[quantity].forEach((values, index) => traces.push({
-      type: "scatter", mode: "lines", legendgroup: run.method, showlegend: index === 0,
+      type: "scatter", mode: index ? "lines" : "lines+markers", legendgroup: run.method,
+      showlegend: index === 0, marker: {symbol: style.symbol, size: 7, color: paint,
+                                        maxdisplayed: 9},
       name: safe(run.method), x: run[over], y: values, opacity: index ? 0.55 : 1,
       line: {color: paint, dash: style.dash, width: index ? 1 : 2},
       customdata: values.map(() => [run.method, model]),
