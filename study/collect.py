@@ -1,0 +1,125 @@
+"""Collect the losses of the study's comparisons from their folders into two small tables.
+
+python -m study.collect results -o docs/study
+
+It reads the runs of example_files/compare/study_*.json that are below `results`, also of a study
+that is not finished, and writes losses.csv and curves.csv.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from common.command_line import script_parser
+from common.errors import InputError, exits_with_one_line
+from common.files import user_path, write_whole
+from common.records import records_in, result_file
+from config import CompareConfig, load_config
+from reports.compared_run import ComparedRun
+from reports.run_tables import mean_trajectory
+
+CONFIGS = Path("example_files/compare")
+EARLY = 500  # steps; the paper has tables for 500 and for 2,000
+WITH_CURVES = ("study_methods", "study_whole")
+CURVE = ["study", "method", "model", "step", "loss"]
+DIGITS = 6  # significant ones
+
+
+class ImageRows(NamedTuple):
+    """What a run has of one image: the rows of `losses` without and with refinement, and a curve.
+
+    lowest: the lowest true loss so far, `loss`, at each evaluated `step`.
+    """
+
+    base: dict[str, Any]
+    refined: dict[str, Any]
+    lowest: pd.DataFrame
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the two tables; exit code 0, 2 where no run is found."""
+    parser = script_parser(__doc__)
+    parser.add_argument("results", type=user_path, help="the folder of the comparisons")
+    parser.add_argument("-o", "--out", type=user_path, default="docs/study", help="its CSV files")
+    arguments = parser.parse_args(argv)
+    losses, curves = collect(Path(arguments.results), CONFIGS)
+    for name, table in (("losses", losses), ("curves", curves)):
+        path = Path(arguments.out) / f"{name}.csv"
+        write_whole(path, partial(table.to_csv, index=False, float_format=f"%.{DIGITS}g"))
+        print(f"{path}: {len(table)} rows, {path.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+def collect(results: Path, configs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The losses of each image in each run, and the mean curves of some comparisons.
+
+    Raises:
+        InputError: `results` has no run of these configs, or one of them is wrong.
+
+    Returns:
+        losses: study, method, model, seed, image; the true losses `loss_500`, the lowest of the
+        first 500 steps, and `loss`, the lowest of all; bpp, psnr and ms_ssim_db, estimates of the
+        refined image. The unrefined images are the method `base`, once for each study and model.
+        curves: study, method, model, step, and `loss`: the mean over images of the lowest true loss
+        so far. Only of the first seed.
+    """
+    losses: list[dict[str, Any]] = []
+    curves: list[pd.DataFrame] = []
+    for path in sorted(configs.glob("study_*.json")):
+        config = load_config(path, CompareConfig, [f"output_dir={json.dumps(str(results))}"])
+        for run, images in whole_runs(config).items():
+            of_run = {"study": config.name, "method": run.method, "model": run.model}
+            for base, refined, _ in images:
+                losses += [{**of_run, "method": "base", **base}, {**of_run, **refined}]
+            if config.name in WITH_CURVES and run.seed == config.seeds[0]:
+                curve = mean_trajectory([lowest for *_, lowest in images])
+                curves.append(curve.assign(**of_run)[CURVE])
+    if not losses:
+        raise InputError(f"{results}: no run of {configs}/study_*.json is in it")
+    table = pd.DataFrame(losses).drop_duplicates(["study", "method", "model", "seed", "image"])
+    return table, pd.concat([pd.DataFrame(columns=CURVE), *curves])
+
+
+def whole_runs(config: CompareConfig) -> dict[ComparedRun, list[ImageRows]]:
+    """What a comparison's runs have of each image; a run with fewer images than others is left out.
+
+    So all means of a study are over the same images. What is left out is named on the console.
+    """
+    found: dict[ComparedRun, list[ImageRows]] = {}
+    for method, model, seed in config.combinations:
+        folder = Path(config.output_dir) / config.save_name_of(method, model, seed)
+        run = ComparedRun(method, model.label, seed, folder)
+        if images := list(_images_of(run, config.centre_crop)):
+            found[run] = images
+    most = max(map(len, found.values()), default=0)
+    for run in [run for run, images in found.items() if len(images) < most]:
+        print(f"left out, with {len(found.pop(run))} of {most} images: {run.folder}")
+    return found
+
+
+def _images_of(run: ComparedRun, crop: int | None) -> Iterator[ImageRows]:
+    """The rows of each image of a run that was refined as a crop of this side; None: whole."""
+    for name, record in records_in(run.folder).items():
+        if crop is not None and {record["width"], record["height"]} != {crop}:
+            continue
+        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
+        lowest = pd.DataFrame({"step": table["step"], "loss": table["true_loss"].cummin()})
+        base, refined = (
+            {"seed": seed, "image": name, "loss_500": early, "loss": side["true_loss"],
+             **{key: side[key] for key in ("bpp", "psnr", "ms_ssim_db")}}
+            for side, seed, early in (
+                (record["base"], 0, record["base"]["true_loss"]),
+                (record["refined"], run.seed, lowest.loc[lowest["step"] <= EARLY, "loss"].iloc[-1]),
+            )
+        )  # fmt: skip
+        yield ImageRows(base, refined, lowest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
