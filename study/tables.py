@@ -141,7 +141,7 @@ def of_settings(
     table = settings_of(losses, study, setting, anchor, column)
     values = sorted({*table.index.get_level_values(1)}) if len(table) else []
     rows = []
-    for function in table.index.unique(0) if len(table) else ():
+    for function in table.index.unique(0) if len(values) > 1 else ():
         own = table.loc[function]
         means = own.map(lambda images: images.mean())
         cells = [interval(own[value]) if value in own else "" for value in values]
