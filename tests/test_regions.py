@@ -264,13 +264,13 @@ def test_a_map_that_is_black_in_the_crop_alone_is_named(config_values, write_con
     )
     images = open_images(config)
     (image,) = images.load(images.names)
-    assert image.error.startswith(f"its map {maps} is black all over the image")
+    assert image.error.startswith(f"its map {maps} is black all over the crop")
     config_values["dev_options"] |= {"pathology": False, "centre_crop": 48}
     images = open_images(
         config_of(config_values, write_config, "tecnick", maps, tmp_path / "slides")
     )
     (image,) = images.load(images.names)
-    assert image.error.startswith(f"its map {maps} is black all over the image")
+    assert image.error.startswith(f"its map {maps} is black all over the crop")
 
 
 def test_only_the_maps_of_the_data_set_that_is_true_are_opened(
