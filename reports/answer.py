@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from config import CompareConfig, Target
-from reports.comparison_tables import changes_against, half_interval
+from reports.comparison_tables import by_method, changes_against, half_interval
 
 
 def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = None) -> str:
@@ -25,23 +25,15 @@ def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = 
     sentences = []
     for objective, own in images.dropna(subset=["true_loss"]).groupby("objective", sort=False):
         what = "the lowest loss" if objective == "mse" else f"the lowest loss for {objective}"
-        sentences.append(_answer_of_loss(_by_method(own, "true_loss"), what, config.anchor))
+        sentences.append(_answer_of_loss(by_method(own, "true_loss"), what, config.anchor))
     return " ".join(filter(None, sentences))
-
-
-def _by_method(images: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A column's values: a row for each model and image, a column for each method.
-
-    The seeds are averaged.
-    """
-    return images.pivot_table(column, ["model", "image"], "method", sort=False)
 
 
 def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
     """Which column is lowest, by how much less than the anchor, and how far the next one is.
 
     Args:
-        of_all: losses as of `_by_method`.
+        of_all: losses as of `by_method`.
     """
     losses = of_all.dropna(axis=1)
     if losses.shape[1] < 2:
@@ -112,7 +104,7 @@ def _first_two(images: pd.DataFrame, key: str, what: str) -> str:
     """The best and the second method by a column's mean; "" if there are no two."""
     # A picture without error has no finite PSNR.
     known = images.assign(psnr=images["psnr"].fillna(math.inf))
-    means = _by_method(known, key).dropna(axis=1).mean()
+    means = by_method(known, key).dropna(axis=1).mean()
     means = means.sort_values(ascending=key == "bpp", kind="stable")
     if len(means) < 2:
         return ""

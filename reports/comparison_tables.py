@@ -153,6 +153,14 @@ def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) ->
     }
 
 
+def by_method(images: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column's values: a row for each model and image, a column for each method.
+
+    The seeds are averaged.
+    """
+    return images.pivot_table(column, ["model", "image"], "method", sort=False)
+
+
 def changes_against(losses: pd.DataFrame, anchor: str) -> pd.DataFrame:
     """The change of each column against one of them, in percent of it."""
     return 100 * (losses.div(losses[anchor], axis=0) - 1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
-from reports.comparison_tables import changes_against, half_interval
+from reports.comparison_tables import by_method, changes_against, half_interval
 from reports.page_tables import Cells
 
 STEPS = {"500 steps": "loss_500", "2,000 steps": "loss"}
@@ -61,16 +61,10 @@ def changes(losses: pd.DataFrame, study: str, anchor: str, column: str = "loss")
 
     Empty if the study has no result of the anchor.
     """
-    of_images = by_method(losses, study, column)
+    of_images = by_method(losses[losses["study"] == study], column)
     if anchor not in of_images:
         return pd.DataFrame()
     return changes_against(of_images, anchor)
-
-
-def by_method(losses: pd.DataFrame, study: str, column: str) -> pd.DataFrame:
-    """A column's values of a study: a row for each model and image, a column for each method."""
-    own = losses[losses["study"] == study]
-    return own.pivot_table(column, ["model", "image"], "method", sort=False)
 
 
 def interval(values: Sequence[float] | pd.Series) -> str:
