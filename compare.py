@@ -48,7 +48,7 @@ from refinement.descent import cost_in_steps
 from refinement.forecast import Forecast, Work, passes_of
 from refinement.run import RECORDS, changes_since, folder_of
 from refinement.told import check_adapt, use_directions_of
-from reports.compared_run import ComparedRun, runs_to_compare
+from reports.compared_run import ComparedRun, runs_to_compare, unlike
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
 from schemas.base import MS_SSIM_LAMBDAS
@@ -171,13 +171,12 @@ def report_on(
         InputError, OSError: see `write_report`.
     """
     over = [run.compared for run in tried]
-    compared, missing = runs_to_compare([run.compared for run in runs], runs[0].names, over)
+    # Maps, which another machine may lack, do not change the names.
+    names = min(tried or runs, key=lambda run: run.config.dev_options.maps is not None).names
+    compared, missing = runs_to_compare([run.compared for run in runs], names, over)
     remarks = [missing] if missing else []
-    changed = [run for run in runs if run.compared in compared and changes_since(run.config)]
-    if changed:
-        changes = ", ".join(changes_since(changed[0].config))
-        more = f" (and so {len(changed) - 1} more)" if changed[1:] else ""
-        remarks.append(f"{changed[0].folder}: was refined with another config: {changes}{more}")
+    kept = [run for run in runs if run.compared in compared]
+    remarks += remarks_on(kept)
     for remark in remarks:
         print(remark)
     if not compared:
@@ -185,11 +184,27 @@ def report_on(
         print(f"error: {folder}: no image was refined yet", file=sys.stderr)
         return None
     # With each model the config of the first method; but if a method has maps, they are shown.
-    kept = [run for run in runs if run.compared in compared]
     kept.sort(key=lambda run: run.config.dev_options.maps is None)
     configs = {run.model.label: run.config for run in reversed(kept)}
     images = open_images(configs[compared[0].model])
     return write_report(config, compared, configs, images, remarks)
+
+
+def remarks_on(runs: Sequence[PlannedRun]) -> list[str]:
+    """Lines that name results of another config, other weights, images, or another precision.
+
+    Runs may come from several machines, and be older than the config.
+    """
+    lines = [unlike([run.compared for run in runs], key) for key in ("weights", "picture")]
+    # A precision that a method names is a part of the method.
+    auto = [run.compared for run in runs if run.config.precision == "auto"]
+    lines.append(unlike(auto, "precision"))
+    changed = [run for run in runs if changes_since(run.config)]
+    if changed:
+        changes = ", ".join(changes_since(changed[0].config))
+        more = f" (and so {len(changed) - 1} more)" if changed[1:] else ""
+        lines.append(f"{changed[0].folder}: was refined with another config: {changes}{more}")
+    return [line for line in lines if line]
 
 
 def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.device:

@@ -48,7 +48,7 @@ def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
         mean, half = _mean_over_images(behind[second])
         text += f"; next is {second}, {_percent(mean, half)} above it{_chance(mean, half)}"
     if lacking := [name for name in of_all if name not in losses]:
-        text += f"; not ranked, for a model is missing: {', '.join(lacking)}"
+        text += f"; not ranked, for some of their losses are missing: {', '.join(lacking)}"
     return f"{text}."
 
 
@@ -58,7 +58,9 @@ def _wins(losses: pd.DataFrame, best: str) -> str:
     count, wins = len(means), (means.idxmin(axis=1) == best).sum()
     if count == 1 or wins == 0:
         return "" if count == 1 else f" over {count} models"
-    return f" with {'all' if wins == count else f'{wins} of'} {count} models"
+    if wins == count:
+        return " with both models" if count == 2 else f" with all {count} models"
+    return f" with {wins} of {count} models"
 
 
 def _lead(change: pd.Series, anchor: str) -> str:
@@ -87,10 +89,10 @@ def _chance(mean: float, half: float) -> str:
 
 
 def _answer_at_target(images: pd.DataFrame, target: Target) -> str:
-    """Which method has the best picture at the wanted rate, or the smallest file for a quality."""
+    """Which method has the best picture at the wanted rate, or the lowest rate for a quality."""
     refined = images[images["method"] != "base"]
     if target.kind != "bpp":
-        at, ranked = "quality", {"bpp": "the smallest files"}
+        at, ranked = "quality", {"bpp": "the lowest rate"}
     else:
         at, ranked = "rate", {"psnr": "the highest PSNR", "psnr_inside": "the highest inside maps"}
     found = [

@@ -6,9 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from common.records import records_in
+from common.files import printable
+from common.records import Record, records_in
 
 MOST_NAMED = 5  # runs in a message
+# Unrefined results of one picture and model differ less than this between machines.
+SAME_BPP = 0.02  # of the rate
+SAME_PSNR = 0.2  # dB
 
 
 class ComparedRun(NamedTuple):
@@ -59,6 +63,58 @@ def runs_to_compare(
     start = "not done yet, and left out" if kept else "not done yet"
     kept = kept or [run for run in runs if counts[run]]
     return kept, f"{start}: {_in_words(unfinished, len(names))}"
+
+
+def unlike(runs: Sequence[ComparedRun], key: str) -> str:
+    """A line that names results which cannot be compared with those of the first run; "" if none.
+
+    The first run is that with the same model.
+
+    Args:
+        key: what must be equal, a key of records such as `weights`; or `picture`: the images' sizes
+            and their unrefined results must be alike.
+    """
+    first: dict[str, tuple[ComparedRun, dict[str, Record]]] = {}
+    lines = []
+    for run in runs:
+        records = records_in(run.folder)
+        other, expected = first.setdefault(run.model, (run, records))
+        for name in [name for name in records if name in expected]:
+            if words := _difference(records[name], expected[name], key):
+                lines.append(f"{run.folder}: {words} in {other.folder}")
+                break
+    return (lines[0] + (f" (and so {len(lines) - 1} more)" if lines[1:] else "")) if lines else ""
+
+
+def _difference(own: Record, other: Record, key: str) -> str:
+    """How two records of an image differ, in words; "" where they do not."""
+    if key != "picture":
+        same = own.get(key) == other.get(key)
+        return "" if same else f"its {key} is {own.get(key)}, but {other.get(key)}"
+    if not _is_another_picture(own, other):
+        return ""
+    name = printable(own["name"])
+    return f"its {name} is another picture: {_in_pixels(own)}, but {_in_pixels(other)}"
+
+
+def _is_another_picture(own: Record, other: Record) -> bool:
+    (size, bpp, psnr), (other_size, other_bpp, other_psnr) = _unrefined(own), _unrefined(other)
+    return (
+        size != other_size
+        or abs(bpp - other_bpp) > SAME_BPP * other_bpp
+        or abs(psnr - other_psnr) > SAME_PSNR
+    )
+
+
+def _in_pixels(record: Record) -> str:
+    size, bpp, psnr = _unrefined(record)
+    return f"{size}, unrefined {bpp:.4f} bpp and {psnr:.2f} dB"
+
+
+def _unrefined(record: Record) -> tuple[str, float, float]:
+    """The size, rate and PSNR of an unrefined image; 0 in place of what is not finite."""
+    base = record["base"]
+    return f"{record['width']}x{record['height']}", base["bpp"] or 0, base["psnr"] or 0
 
 
 def _failed_in(folder: Path) -> set[str]:

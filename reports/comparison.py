@@ -11,7 +11,6 @@ results/<save_name>/
     *.png, *.svg             the plots
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -160,8 +159,8 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    # An earlier comparison may have written files of methods that are no longer in the config.
-    shutil.rmtree(folder / "compressai", ignore_errors=True)
+    folder = folder / "compressai"
+    written = set()
     every = pd.concat([points, mean_points(points).assign(image="mean")])
     for (image, curve), own in every.groupby(["image", "curve"], sort=False):
         own = own.sort_values("bpp")
@@ -169,8 +168,13 @@ def write_for_compressai(folder: Path, points: pd.DataFrame) -> None:
         if own["ms_ssim_db"].notna().all():
             # The plot tool converts MS-SSIM to dB itself.
             results["ms-ssim-rgb"] = list(1 - 10 ** (-own["ms_ssim_db"] / 10))
-        path = folder / "compressai" / short_enough(str(image)) / f"{folder_name(curve)}.json"
-        write_json(path, {"name": curve, "description": str(image), "results": results})
+        path = folder / short_enough(str(image)) / f"{folder_name(curve)}.json"
+        written.add(
+            write_json(path, {"name": curve, "description": str(image), "results": results})
+        )
+    # An earlier comparison may have written files of methods that are no longer in the config.
+    for old in {*folder.rglob("[!.]*.json")} - written:
+        old.unlink(missing_ok=True)
 
 
 def trajectories_of(

@@ -5,7 +5,7 @@ Most functions take tables, or runs, and return a table (pandas).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ from config import CompareConfig
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.compared_run import ComparedRun
 from reports.run_tables import mean_trajectory
+
+Losses = TypeVar("Losses", float, pd.Series)
 
 CONFIDENCE = 0.95
 QUALITIES = ("bpp", "psnr", "ms_ssim_db")
@@ -138,12 +140,12 @@ def method_table(images: pd.DataFrame, config: CompareConfig) -> pd.DataFrame:
 def _changes(own: pd.Series, anchor: pd.Series, groups: dict[str, list[str]]) -> dict[str, float]:
     """The changes of losses by image against the anchor's, by the names of `method_table`."""
     members = {name: own.index.isin(part).sum() for name, part in groups.items()}
-    own, anchor = own.align(anchor, join="inner")
-    change = 100 * (own / anchor - 1)
+    own, anchor = own.dropna().align(anchor.dropna(), join="inner")
+    change = change_percent(own, anchor)
     return {
         "change_percent": change.mean(),
         "half_interval": half_interval(change),
-        "change_of_mean_percent": 100 * (own.mean() / anchor.mean() - 1),
+        "change_of_mean_percent": change_percent(own.mean(), anchor.mean()),
         "least_change": change.min(),
         "most_change": change.max(),
         **{
@@ -163,7 +165,12 @@ def by_method(images: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def changes_against(losses: pd.DataFrame, anchor: str) -> pd.DataFrame:
     """The change of each column against one of them, in percent of it."""
-    return 100 * (losses.div(losses[anchor], axis=0) - 1)
+    return losses.apply(change_percent, other=losses[anchor])
+
+
+def change_percent(value: Losses, other: Losses) -> Losses:
+    """The change of losses against others, 100 (value / other - 1)."""
+    return 100 * (value / other - 1)
 
 
 def half_interval(values: Sequence[float]) -> float:

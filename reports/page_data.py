@@ -15,7 +15,7 @@ from common.files import printable
 from common.images import to_pixels
 from common.records import Record
 from reports.compared_run import ComparedRun
-from reports.comparison_tables import changes_against
+from reports.comparison_tables import by_method, changes_against
 from reports.details import Detail, windows_of
 from reports.styles import Style
 
@@ -46,8 +46,7 @@ def change_data(table: pd.DataFrame, images: pd.DataFrame, anchor: str) -> list[
     """
     found = []
     for (model, objective), own in images.groupby(["model", "objective"], sort=False):
-        keys = ["method", "image"]
-        losses = own.groupby(keys, sort=False)["true_loss"].mean().unstack(0)
+        losses = by_method(own, "true_loss").droplevel("model")
         if anchor not in losses:
             continue
         changes = changes_against(losses, anchor)

@@ -202,7 +202,7 @@ def html_table(cells: Cells) -> tuple[str, str]:
     )
     table = f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
     common = ", ".join(f"{head}: {value}" for head, value in constant.items())
-    return table, f"In all rows {common}." if common else ""
+    return table, f"Wherever known {common}." if common else ""
 
 
 def _line(row: Sequence[str], minor: Sequence[bool], bold: bool) -> str:

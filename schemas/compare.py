@@ -131,7 +131,7 @@ class CompareConfig(ScriptConfig):
     """`auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one."""
     only: list[ShortName] = Field([])
     """Refine by these methods alone. The report has what is done by all. []: all methods. `--only
-    METHOD` on the command line adds one."""
+    METHOD` on the command line, perhaps several times, replaces the list."""
     report: bool = False
     """Refine nothing; report what is done so far, also while another process goes on. `--report` on
     the command line switches it on."""

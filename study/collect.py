@@ -19,13 +19,14 @@ from common.command_line import script_parser
 from common.errors import InputError, exits_with_one_line
 from common.files import user_path, write_whole
 from common.records import records_in, result_file
+from compare import plan_runs, remarks_on
 from config import CompareConfig, load_config
 from reports.compared_run import ComparedRun
 from reports.run_tables import mean_trajectory
 
 CONFIGS = Path("example_files/compare")
 EARLY = 500  # steps; the paper has tables for 500 and for 2,000
-WITH_CURVES = ("study_methods", "study_whole")
+WITH_CURVES = "study_methods"
 CURVE = ["study", "method", "model", "step", "loss"]
 DIGITS = 6  # significant ones
 
@@ -77,7 +78,7 @@ def collect(results: Path, configs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             of_run = {"study": config.name, "method": run.method, "model": run.model}
             for base, refined, _ in images:
                 losses += [{**of_run, "method": "base", **base}, {**of_run, **refined}]
-            if config.name in WITH_CURVES and run.seed == config.seeds[0]:
+            if config.name == WITH_CURVES and run.seed == config.seeds[0]:
                 curve = mean_trajectory([lowest for *_, lowest in images])
                 curves.append(curve.assign(**of_run)[CURVE])
     if not losses:
@@ -87,24 +88,33 @@ def collect(results: Path, configs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def whole_runs(config: CompareConfig) -> dict[ComparedRun, list[ImageRows]]:
-    """What a comparison's runs have of each image; a run with fewer images than others is left out.
+    """What a comparison's runs have of each image.
 
-    So all means of a study are over the same images. What is left out is named on the console.
+    Runs without all images of the run that has most are left out, and so are those with others. So
+    all means of a study are over the same images. The console names what is left out, and runs
+    that were refined with another config, other weights or other pictures.
     """
-    found: dict[ComparedRun, list[ImageRows]] = {}
-    for method, model, seed in config.combinations:
-        folder = Path(config.output_dir) / config.save_name_of(method, model, seed)
-        run = ComparedRun(method, model.label, seed, folder)
-        if images := list(_images_of(run, config.centre_crop)):
+    runs = plan_runs(config)
+    for remark in remarks_on(runs):
+        print(remark)
+    found: dict[ComparedRun, dict[str, ImageRows]] = {}
+    for run in (run.compared for run in runs):
+        if images := dict(_images_of(run, config.centre_crop)):
             found[run] = images
-    most = max(map(len, found.values()), default=0)
-    for run in [run for run, images in found.items() if len(images) < most]:
-        print(f"left out, with {len(found.pop(run))} of {most} images: {run.folder}")
-    return found
+    most = max(found.values(), key=len, default={})
+    for run, images in list(found.items()):
+        if images.keys() != most.keys():
+            shared = len(images.keys() & most.keys())
+            print(f"left out, with {shared} of the {len(most)} images: {run.folder}")
+            del found[run]
+    return {run: list(images.values()) for run, images in found.items()}
 
 
-def _images_of(run: ComparedRun, crop: int | None) -> Iterator[ImageRows]:
-    """The rows of each image of a run that was refined as a crop of this side; None: whole."""
+def _images_of(run: ComparedRun, crop: int | None) -> Iterator[tuple[str, ImageRows]]:
+    """The name and the rows of each image of a run that was refined as a crop of this side.
+
+    None: of each image.
+    """
     for name, record in records_in(run.folder).items():
         if crop is not None and {record["width"], record["height"]} != {crop}:
             continue
@@ -118,7 +128,7 @@ def _images_of(run: ComparedRun, crop: int | None) -> Iterator[ImageRows]:
                 (record["refined"], run.seed, lowest.loc[lowest["step"] <= EARLY, "loss"].iloc[-1]),
             )
         )  # fmt: skip
-        yield ImageRows(base, refined, lowest)
+        yield name, ImageRows(base, refined, lowest)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ def plot_sensitivity(bounds: pd.Series, rates: pd.Series) -> Figure:
 
 
 def draw_settings(axis: Axes, table: pd.Series, styles: dict[str, Style]) -> None:
-    """A line for each function over the values of a setting, with 95 % intervals."""
+    """A line for each function over the values of a setting, with 95 % intervals.
+
+    Args:
+        table: see `settings_of`.
+    """
     for function in table.index.unique(0):
         own = table.loc[function]
         axis.errorbar(

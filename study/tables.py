@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
-from reports.comparison_tables import by_method, changes_against, half_interval
+from reports.comparison_tables import by_method, change_percent, changes_against, half_interval
 from reports.page_tables import Cells
 
 STEPS = {"500 steps": "loss_500", "2,000 steps": "loss"}
@@ -22,6 +22,8 @@ def tables_of(losses: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str,
         "Methods against SGA, 500 steps": lambda: of_methods(losses, "SGA", "loss_500"),
         "Methods against SGA+ SSL, 2,000 steps": lambda: of_methods(losses, "SGA+ SSL", "loss"),
         "Steps to the loss that SGA has after 2,000": lambda: of_steps(curves, "SGA"),
+        "Function and temperature": lambda: of_temperatures(losses),
+        "Three classes against two": lambda: of_classes(losses),
         "Three seeds": lambda: of_seeds(losses),
         "Upper bound of the temperature": lambda: of_settings(
             losses, "study_temperature", "bound", "SSL, bound 1"
@@ -60,6 +62,11 @@ def changes(losses: pd.DataFrame, study: str, anchor: str, column: str = "loss")
     """Changes in percent: a row for each model and image, a column for each method.
 
     Empty if the study has no result of the anchor.
+
+    Args:
+        losses: see `study.collect.collect`.
+        anchor: the method that the others are compared with.
+        column: `loss` or `loss_500`.
     """
     of_images = by_method(losses[losses["study"] == study], column)
     if anchor not in of_images:
@@ -146,7 +153,10 @@ def of_settings(
 def settings_of(
     losses: pd.DataFrame, study: str, setting: str, anchor: str, column: str = "loss"
 ) -> pd.Series:
-    """The changes of images against the anchor, by function and by the setting's value."""
+    """The changes of images against the anchor, by function and by the setting's value.
+
+    Its methods are named as `of_settings` says; the functions are `FUNCTIONS` and SGA.
+    """
     table, found = changes(losses, study, anchor, column), {}
     for method in table:
         function, _, words = str(method).partition(", ")
@@ -160,6 +170,35 @@ def settings_of(
         [found[key] for key in order],
         index=pd.MultiIndex.from_tuples(order or [("", 0)])[: len(order)],
     )
+
+
+def of_temperatures(losses: pd.DataFrame) -> Cells:
+    """The change of each function against SGA, with SGA's temperature and with SGA+'s.
+
+    The study's methods are named `function, temperature of SGA` and `function, bound 1`.
+    """
+    kinds = {"SGA's": "temperature of SGA", "SGA+'s": "bound 1"}
+    rows: dict[str, list[str]] = {function: [function] for function in FUNCTIONS}
+    heads = ["function"]
+    for steps, column in STEPS.items():
+        table = changes(losses, "study_temperature", "atanh, temperature of SGA", column)
+        for kind, words in kinds.items() if len(table) else ():
+            heads.append(f"{steps}, {kind}")
+            for function in FUNCTIONS:
+                rows[function].append(interval(table.get(f"{function}, {words}", ())))
+    return Cells(heads, list(rows.values()) if heads[1:] else [])
+
+
+def of_classes(losses: pd.DataFrame) -> Cells:
+    """The change of each function with three classes against the same one with two."""
+    models, rows = [], []
+    for function in FUNCTIONS:
+        for steps, column in STEPS.items():
+            table = changes(losses, "study_methods", f"SGA+ {function}", column)
+            if (three := f"three-class {function}") in table:
+                models = list(table.index.unique("model"))
+                rows.append([function, steps, *(interval(table.loc[m, three]) for m in models)])
+    return Cells(["function", "after", *models], rows)
 
 
 def of_scales(losses: pd.DataFrame) -> Cells:
@@ -191,7 +230,7 @@ def of_lambdas(losses: pd.DataFrame) -> Cells:
             rows.append([
                 wanted, checkpoint, method, f"{part['bpp'].mean():.4f}",
                 f"{part['psnr'].mean():.2f}", f"{part['loss'].mean():.4f}",
-                *(interval(100 * (part["loss"] / other - 1)) for other in (same, base)),
+                *(interval(change_percent(part["loss"], other)) for other in (same, base)),
             ])  # fmt: skip
     heads = ["wanted lambda", "model", "method", "bpp", "PSNR (dB)", "loss",
              "against its own model", "against that, unrefined"]  # fmt: skip

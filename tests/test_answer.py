@@ -44,7 +44,7 @@ def percent(first, second):
 
 @pytest.mark.parametrize(
     ("models", "words", "cases"),
-    [(MODELS[:1], "", "3 of 3 images"), (MODELS, " with all 2 models", "6 of 6 cases")],
+    [(MODELS[:1], "", "3 of 3 images"), (MODELS, " with both models", "6 of 6 cases")],
 )
 def test_the_best_its_lead_and_the_next(models, words, cases):
     assert answer(images_of(LOSSES, models), config_with("base")) == (
@@ -63,7 +63,7 @@ def test_a_method_that_lacks_a_model_is_not_ranked_but_named():
     images = images[(images["method"] != "partial") | (images["model"] == MODELS[0])]
     text = answer(images, config_with("base"))
     assert text.startswith("quick has the lowest loss with 1 of 2 models: ")
-    assert text.endswith(" above it; not ranked, for a model is missing: partial.")
+    assert text.endswith(" above it; not ranked, for some of their losses are missing: partial.")
 
 
 def test_the_next_is_never_below_the_best():
@@ -112,7 +112,7 @@ def test_a_target_is_met_by_all():
         "At the rate of 0.4000 bpp, slow has the highest PSNR, 32.17 dB (next is quick, 31.97 dB)."
     )
     assert answer(images, config_with("base"), Target("psnr", 32)) == (
-        "At the quality of 32.00 dB, quick has the smallest files, 1.9667 bpp (next is slow, "
+        "At the quality of 32.00 dB, quick has the lowest rate, 1.9667 bpp (next is slow, "
         "2.1667 bpp)."
     )
     images["psnr_inside"] = images["psnr"].where(images["method"] == "slow", 40)
@@ -149,7 +149,7 @@ def test_tables_leave_out_what_says_nothing():
         ["m 1", "d", "6", "1", ""],
     ]
     table, common = html_table(Cells(heads, rows, frozenset({1}), frozenset({"bpp"})))
-    assert common == "In all rows images: 6."
+    assert common == "Wherever known images: 6."
     assert "empty" not in table and ">images<" not in table
     assert table.count("<tbody>") == 2  # for each model, also if its rows are apart
     first, second = table.split("<tbody>")[1:]

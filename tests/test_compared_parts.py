@@ -1,5 +1,6 @@
 """Comparisons in parts: some methods alone, a report before the end, results of two machines."""
 
+import html
 import json
 import re
 import shutil
@@ -279,6 +280,43 @@ def test_results_of_another_config_are_named(whole, capsys):
     changes = "eval_freq (3 then, 9 now), optimizer.lr (0.02 then, 0.5 now)"
     line = f"{run_folder(whole, 'long')}: was refined with another config: {changes}\n"
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": "00ff"}, r"its weights is 00ff, but \w{16} in .*/short/lambda 0\.01"),
+        ({"precision": "bfloat16"}, "its precision is bfloat16, but float32 in"),
+        ({"width": 999}, r"its \S+ is another picture: 999x\d+, unrefined .* dB, but \d+x"),
+        ({"base": {"bpp": 0.9}}, r"another picture: \d+x\d+, unrefined 0\.9000 bpp and"),
+    ],
+)
+def test_results_of_other_weights_pictures_or_precision_are_named(whole, change, words, capsys):
+    """On the page, too. Numbers that are only rounded differently are not."""
+    whole["set"] = {"precision": "auto"}
+    path = run_folder(whole, "long") / "images.jsonl"
+    records = read_jsonl(path)
+    for record in records:
+        record["base"]["bpp"] *= 1.001
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert compare(whole, "--report") == 0
+    assert ", but " not in capsys.readouterr().out
+    for key, value in change.items():
+        records[1][key] = records[1][key] | value if isinstance(value, dict) else value
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert compare(whole, "--report") == 0
+    (line,) = re.findall(r".*, but .*", capsys.readouterr().out)
+    assert line.startswith(f"{run_folder(whole, 'long')}: ") and re.search(words, line)
+    page = (Path(whole["output_dir"]) / "parts/report.html").read_text()
+    assert html.escape(line[1:]) in page
+
+
+def test_a_precision_that_a_method_names_is_no_difference(whole, capsys):
+    whole["methods"] = json.loads(json.dumps(whole["methods"]))  # other tests have them, too
+    whole["methods"]["long"]["set"]["precision"] = "bfloat16"
+    shutil.rmtree(run_folder(whole, "long"))
+    assert compare(whole) == 0
+    assert ", but " not in capsys.readouterr().out
 
 
 def test_before_any_run_is_done_all_that_have_images_are_compared(whole, capsys):

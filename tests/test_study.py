@@ -17,7 +17,16 @@ from study.collect import collect, main
 from study.draw import main as draw_main
 from study.draw import read_table
 from study.probabilities import candidate_probabilities
-from study.tables import changes, of_lambdas, of_methods, of_settings, of_steps, tables_of
+from study.tables import (
+    changes,
+    of_classes,
+    of_lambdas,
+    of_methods,
+    of_settings,
+    of_steps,
+    of_temperatures,
+    tables_of,
+)
 
 STEPS = [0, 250, 500, 1000, 2000]
 IMAGES = ["a.png", "b.png", "c.png"]
@@ -106,7 +115,7 @@ def test_settings_are_read_from_the_methods_names(results):
     _, made, losses, _ = results
     cells = of_settings(losses, "study_learning_rate", "rate", "SSL, rate 0.005")
     assert cells.heads == ["rate:", "0.0025", "0.005", "0.01", "0.02", "0.04", "range"]
-    assert [row[0] for row in cells.rows] == ["linear", "cosine", "SSL", "SGA"]
+    assert [row[0] for row in cells.rows] == ["atanh", "linear", "cosine", "SSL", "SGA"]
 
     def mean_change(method):
         own, anchor = (
@@ -117,13 +126,48 @@ def test_settings_are_read_from_the_methods_names(results):
         return 100 * (own / anchor - 1).mean()
 
     means = [mean_change(f"SGA, rate {rate}") for rate in cells.heads[1:-1]]
-    assert [float(cell.split()[0]) for cell in cells.rows[3][1:-1]] == pytest.approx(
+    assert [float(cell.split()[0]) for cell in cells.rows[4][1:-1]] == pytest.approx(
         means, abs=0.005
     )
-    assert cells.rows[3][-1] == f"{max(means) - min(means):.2f} %"
+    assert cells.rows[4][-1] == f"{max(means) - min(means):.2f} %"
     rates = of_settings(losses, "study_temperature", "rate", "SSL, bound 1")
     assert rates.heads[1:-1] == ["0.0005", "0.001", "0.002", "0.004"]
     assert rates.rows[3][2] == "+0.00 ± 0.00 %"  # SSL at 0.001 is the anchor
+
+
+def test_functions_are_compared_at_equal_temperature(results):
+    _, made, losses, _ = results
+
+    def lowest(method):
+        return np.array([min(v) for v in made["study_temperature", method, "lambda 0.01"].values()])
+
+    cells = of_temperatures(losses)
+    assert [row[0] for row in cells.rows] == ["atanh", "linear", "cosine", "SSL"]
+    row = dict(zip(cells.heads, cells.rows[2], strict=True))
+    sga = lowest("atanh, temperature of SGA")
+    for kind, method in {
+        "SGA's": "cosine, temperature of SGA",
+        "SGA+'s": "cosine, bound 1",
+    }.items():
+        change = 100 * (lowest(method) / sga - 1).mean()
+        assert float(row[f"2,000 steps, {kind}"].split()[0]) == pytest.approx(change, abs=0.005)
+    assert cells.rows[0][1] == "+0.00 ± 0.00 %"
+
+
+def test_three_classes_are_compared_with_two_of_the_same_function(results):
+    _, made, losses, _ = results
+    cells = of_classes(losses)
+    assert [row[:2] for row in cells.rows] == [
+        [function, after] for function in ("linear", "cosine", "SSL")
+        for after in ("500 steps", "2,000 steps")
+    ]  # fmt: skip
+    two, three = (
+        np.array([min(v) for v in made["study_methods", name, "lambda 0.02"].values()])
+        for name in ("SGA+ linear", "three-class linear")
+    )
+    row = dict(zip(cells.heads, cells.rows[1], strict=True))
+    change = 100 * (three / two - 1).mean()
+    assert float(row["lambda 0.02"].split()[0]) == pytest.approx(change, abs=0.005)
 
 
 def test_another_lambda_is_compared_with_the_model_that_was_trained_for_it(results):
@@ -172,9 +216,15 @@ def test_runs_that_are_not_done_are_left_out(tmp_path, capsys):
     write_run(folders[0], losses)
     write_run(folders[1], {name: losses[name] for name in IMAGES[:2]})
     write_run(folders[2], losses, side=768)
+    write_run(
+        tmp_path / config.save_name_of(*config.combinations[3]), dict.fromkeys("xyz", [1.0] * 5)
+    )
     table, curves = collect(tmp_path, ROOT / "example_files/compare")
     assert set(table["method"]) == {"base", config.combinations[0][0]}
-    assert f"left out, with 2 of 3 images: {folders[1]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"left out, with 2 of the 3 images: {folders[1]}" in printed
+    assert "left out, with 0 of the 3 images: " in printed
+    assert f"{folders[2]}: its a.png is another picture: 768x768" in printed
     assert list(curves.columns) == ["study", "method", "model", "step", "loss"] and curves.empty
 
 
