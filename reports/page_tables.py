@@ -201,8 +201,8 @@ def html_table(cells: Cells) -> tuple[str, str]:
         for one, is_minor in zip(heads, minor, strict=True)
     )
     table = f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
-    common = ", ".join(f"{head}: {value}" for head, value in constant.items())
-    return table, f"Wherever known {common}." if common else ""
+    common = ", ".join(f"{head} {value}" for head, value in constant.items())
+    return table, f"Wherever known: {common}." if common else ""
 
 
 def _line(row: Sequence[str], minor: Sequence[bool], bold: bool) -> str:

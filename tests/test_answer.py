@@ -9,6 +9,7 @@ from scipy import stats
 
 from config import CompareConfig, Target
 from reports.answer import answer
+from reports.comparison_tables import method_table
 from reports.page_data import change_data
 from reports.page_tables import Cells, html_table
 
@@ -64,6 +65,14 @@ def test_a_method_that_lacks_a_model_is_not_ranked_but_named():
     text = answer(images, config_with("base"))
     assert text.startswith("quick has the lowest loss with 1 of 2 models: ")
     assert text.endswith(" above it; not ranked, for some of their losses are missing: partial.")
+
+
+def test_an_image_without_a_loss_is_in_no_change():
+    """Its loss is missing on one side only: means over different images would mislead."""
+    images = images_of({"base": [1.0, 2.0, 4.0], "quick": [0.5, 1.0, math.nan]})
+    table = method_table(images, config_with("base")).set_index("method")
+    for key in ("change_percent", "change_of_mean_percent"):
+        assert table.loc["quick", key] == pytest.approx(-50)
 
 
 def test_the_next_is_never_below_the_best():
@@ -149,7 +158,7 @@ def test_tables_leave_out_what_says_nothing():
         ["m 1", "d", "6", "1", ""],
     ]
     table, common = html_table(Cells(heads, rows, frozenset({1}), frozenset({"bpp"})))
-    assert common == "Wherever known images: 6."
+    assert common == "Wherever known: images 6."
     assert "empty" not in table and ">images<" not in table
     assert table.count("<tbody>") == 2  # for each model, also if its rows are apart
     first, second = table.split("<tbody>")[1:]

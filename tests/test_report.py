@@ -366,6 +366,15 @@ def test_the_page_works_in_a_browser(compared, browser):
 
 
 @needs("selenium")
+def test_the_printed_page_has_the_whole_tables(compared, browser):
+    browser.get((compared[1] / "report.html").as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    heads = browser.find_elements("css selector", "th button")
+    assert heads and all(head.is_displayed() for head in heads)
+    assert not any(one.is_displayed() for one in browser.find_elements("class name", "choices"))
+
+
+@needs("selenium")
 def test_names_are_shown_as_they_are(compared, browser):
     _, folder = compared
     browser.get((folder / "report.html").as_uri())
