@@ -65,7 +65,7 @@ def plot_curves_of_loss(own: pd.DataFrame) -> Figure:
                   marker=styles[method].marker, markevery=[-1], ms=5, label=method)  # fmt: skip
     axis.set(xlabel="step", ylabel="lowest true loss so far, mean over images", xscale="log")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

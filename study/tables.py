@@ -257,7 +257,8 @@ def of_ms_ssim(losses: pd.DataFrame) -> Cells:
     own = losses[losses["study"] == "study_ms_ssim"]
     table = changes(losses, "study_ms_ssim", "SGA")
     rows = []
-    for (model, method), part in own.groupby(["model", "method"], sort=False):
+    of_model = own["model"].map(list(own["model"].unique()).index)
+    for (_, model, method), part in own.groupby([of_model, "model", "method"], sort=False):
         change = table.loc[model, method] if len(table) and method in table else []
         rows.append([
             model, method, f"{part['bpp'].mean():.4f}", f"{part['psnr'].mean():.2f}",
