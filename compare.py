@@ -48,7 +48,13 @@ from refinement.descent import cost_in_steps
 from refinement.forecast import Forecast, Work, passes_of
 from refinement.run import RECORDS, changes_since, folder_of
 from refinement.told import check_adapt, use_directions_of
-from reports.compared_run import ComparedRun, runs_to_compare, unlike
+from reports.compared_run import (
+    ComparedRun,
+    failures_of,
+    mixed_precision,
+    runs_to_compare,
+    unlike,
+)
 from reports.comparison import write_report
 from reports.comparison_tables import published_curves
 from schemas.base import MS_SSIM_LAMBDAS
@@ -168,21 +174,23 @@ def report_on(
         tried: the runs of this call. Images that they lack have failed, so none is left out.
 
     Raises:
-        InputError, OSError: see `write_report`.
+        InputError: no image was refined yet; see also `write_report`.
+        OSError: see `write_report`.
     """
     over = [run.compared for run in tried]
     # Maps, which another machine may lack, do not change the names.
     names = min(tried or runs, key=lambda run: run.config.dev_options.maps is not None).names
     compared, missing = runs_to_compare([run.compared for run in runs], names, over)
     remarks = [missing] if missing else []
-    kept = [run for run in runs if run.compared in compared]
-    remarks += remarks_on(kept)
+    remarks += remarks_on([run for run in runs if run.compared in compared])
     for remark in remarks:
         print(remark)
+    spoiled = unlike(compared)
+    compared = [run for run in compared if run not in spoiled]
+    kept = [run for run in runs if run.compared in compared]
     if not compared:
         folder = Path(config.output_dir) / config.name
-        print(f"error: {folder}: no image was refined yet", file=sys.stderr)
-        return None
+        raise InputError(f"{folder}: no image was refined yet; run it without --report first")
     # With each model the config of the first method; but if a method has maps, they are shown.
     kept.sort(key=lambda run: run.config.dev_options.maps is None)
     configs = {run.model.label: run.config for run in reversed(kept)}
@@ -191,20 +199,29 @@ def report_on(
 
 
 def remarks_on(runs: Sequence[PlannedRun]) -> list[str]:
-    """Lines that name results of another config, other weights, images, or another precision.
+    """Lines that name what failed, and what came from other configs, weights, images, precisions.
 
     Runs may come from several machines, and be older than the config.
     """
-    lines = [unlike([run.compared for run in runs], key) for key in ("weights", "picture")]
-    # A precision that a method names is a part of the method.
-    auto = [run.compared for run in runs if run.config.precision == "auto"]
-    lines.append(unlike(auto, "precision"))
-    changed = [run for run in runs if changes_since(run.config)]
-    if changed:
-        changes = ", ".join(changes_since(changed[0].config))
-        more = f" (and so {len(changed) - 1} more)" if changed[1:] else ""
-        lines.append(f"{changed[0].folder}: was refined with another config: {changes}{more}")
+    compared = [run.compared for run in runs]
+    changed = {run.folder: ", ".join(changes_since(run.config)) for run in runs}
+    lines = [
+        failures_of(compared), mixed_precision(compared),
+        _first_of({run.folder: f"left out: {words}" for run, words in unlike(compared).items()}),
+        _first_of({
+            folder: f"was refined with another config: {changes}"
+            for folder, changes in changed.items() if changes
+        }),
+    ]  # fmt: skip
     return [line for line in lines if line]
+
+
+def _first_of(lines: dict[Path, str]) -> str:
+    """The first of some remarks on folders, and the number of the others; "" if there is none."""
+    if not lines:
+        return ""
+    folder, words = next(iter(lines.items()))
+    return f"{folder}: {words}" + (f" (and so {len(lines) - 1} more)" if len(lines) > 1 else "")
 
 
 def check_inputs(config: CompareConfig, runs: Sequence[PlannedRun]) -> torch.device:

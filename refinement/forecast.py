@@ -38,7 +38,6 @@ class Forecast:
 
     def __init__(self, works: Sequence[Work], processes: int):
         self.works, self.processes = works, processes
-        self._last_cost: Cost | None = None
         self._started = time.monotonic()
         self._begin_at(0)
         self._done_before = self._done
@@ -50,7 +49,7 @@ class Forecast:
             for work, left in zip(self.works, self._left, strict=True)
         )
         self._left[:number] = [0] * number  # what has no record there has failed
-        self._number = number
+        self._number, self._in_batch = number, 0
 
     def work_left(self) -> str:
         """The work that is left, in words: `24 refinements to do, 52,800 decoder passes`."""
@@ -62,10 +61,11 @@ class Forecast:
         return self.in_words()
 
     def print_after(self, cost: Cost) -> None:
-        """Count a batch of the current run and print `in_words`, once for all images of a batch."""
-        if cost is self._last_cost:  # the images of a batch have one cost
+        """Count an image of the current run; after the last image of a batch print `in_words`."""
+        self._in_batch += 1
+        if self._in_batch < cost.batch:
             return
-        self._last_cost = cost
+        self._in_batch = 0
         images = min(cost.batch * self.processes, self._left[self._number])
         self._left[self._number] -= images
         self._done += images * self.works[self._number].passes

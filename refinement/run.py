@@ -56,6 +56,7 @@ from common.resuming import (
     remove_leftovers,
     stored_precision,
 )
+from common.trajectories import read_trajectory
 from config import RefineConfig, load_config, read_json_object, resolved
 from refinement.result import Refined
 from refinement.told import told_of
@@ -385,15 +386,15 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
 def changes_since(config: RefineConfig) -> list[str]:
     """The keys in which a config differs from that of the results in its folder, with both values.
 
-    Paths may differ, and `auto` stands for any precision. If there is no sound config.json, nothing
-    is known to differ.
+    Paths may differ, and `auto` stands for any precision. If there is no config.json, nothing is
+    known to differ.
     """
     folder = folder_of(config)
     free = FREE_KEYS | PATHS | ({"precision"} if config.precision == "auto" else set())
     try:
         return differences(_stored_config(folder, config), resolved(config), free)
     except InputError:
-        return []
+        return ["config.json cannot be read"] if (folder / "config.json").exists() else []
 
 
 def _stored_config(folder: Path, config: RefineConfig) -> Record:
@@ -420,11 +421,7 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
     """Whether the run's folder has all files that belong to a record, and they can be read."""
     name = record["name"]
     try:
-        table = pd.read_csv(result_file(folder, "trajectories", name, ".csv"))
-        steps = table["step"]
-        sound = {"temperature", "true_loss", "relaxed_loss"} <= {*table.columns} and all(
-            kind.kind in "biuf" for kind in table.dtypes
-        )
+        steps = read_trajectory(folder, name)["step"]
         with np.load(result_file(folder, "latents", name, ".npz")) as arrays:
             shapes = [array.shape for array in arrays.values()]
         told_of(record)
@@ -441,8 +438,7 @@ def is_whole(folder: Path, record: Record, config: RefineConfig) -> bool:
     except Exception:  # readers of damaged files raise dozens of types
         return False
     rows = len(record.get("clock", steps))  # records of older runs have no clock
-    sound = sound and bool(shapes) and all(shapes)
-    return sound and len(steps) == rows and steps.iloc[-1] == record["steps"]
+    return bool(shapes) and all(shapes) and len(steps) == rows and steps.iloc[-1] == record["steps"]
 
 
 # --- records as dicts and words -------------------------------------------------------------------

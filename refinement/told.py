@@ -1,6 +1,7 @@
 """What a run tells the decoder beside the latents: before the run, in its facts, in its records."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -142,7 +143,11 @@ def stored_symbols(folder: Path, name: str) -> Latents:
     """The refined integers of an image, [1, C, h, w] of each latent, from a run's folder.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        InputError: there is no such file, or it is damaged.
     """
-    with np.load(result_file(folder, "latents", name, ".npz")) as arrays:
-        return {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
+    path = result_file(folder, "latents", name, ".npz")
+    try:
+        with np.load(path) as arrays:
+            return {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); refine this image again") from None

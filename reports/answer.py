@@ -13,8 +13,8 @@ def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = 
     """One sentence for each objective, or for the target: the best method, its lead, the next one.
 
     Methods are ranked by the mean over models and images of the loss's logarithm, so that all
-    models count alike. With a target there are no losses: then the rate counts at equal quality,
-    and PSNR at equal rate. Methods that lack a model are only named.
+    models count alike. A model that some method lacks is not counted, and named. With a target
+    there are no losses: then the rate counts at equal quality, and PSNR at equal rate.
 
     Args:
         images: the table of `rows_of_shared_images`.
@@ -32,14 +32,18 @@ def answer(images: pd.DataFrame, config: CompareConfig, target: Target | None = 
 def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
     """Which column is lowest, by how much less than the anchor, and how far the next one is.
 
+    Only rows that all columns have are counted; if there are none, only whole columns.
+
     Args:
         of_all: losses as of `by_method`.
     """
-    losses = of_all.dropna(axis=1)
+    whole = of_all.dropna()
+    counted = of_all if whole.empty else whole
+    losses = counted.dropna(axis=1)
     if losses.shape[1] < 2:
         return ""
     best = np.log(losses).mean().idxmin()
-    text = f"{best} has {what}{_wins(of_all, best)}"
+    text = f"{best} has {what}{_wins(counted, best)}"
     if anchor in losses and anchor != best:
         text += f": {_lead(changes_against(losses, anchor)[best], anchor)}"
     behind = changes_against(losses, best).drop(columns=best)
@@ -49,6 +53,8 @@ def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
         text += f"; next is {second}, {_percent(mean, half)} above it{_chance(mean, half)}"
     if lacking := [name for name in of_all if name not in losses]:
         text += f"; not ranked, for some of their losses are missing: {', '.join(lacking)}"
+    if left := sorted({*of_all.index.unique("model")} - {*counted.index.unique("model")}):
+        text += f"; not counted, for not all methods have it: {', '.join(left)}"
     return f"{text}."
 
 

@@ -65,36 +65,35 @@ def runs_to_compare(
     return kept, f"{start}: {_in_words(unfinished, len(names))}"
 
 
-def unlike(runs: Sequence[ComparedRun], key: str) -> str:
-    """A line that names results which cannot be compared with those of the first run; "" if none.
+def unlike(runs: Sequence[ComparedRun]) -> dict[ComparedRun, str]:
+    """The runs whose results are not of the weights and pictures of most others, and why.
 
-    The first run is that with the same model.
-
-    Args:
-        key: what must be equal, a key of records such as `weights`; or `picture`: the images' sizes
-            and their unrefined results must be alike.
+    Runs are compared with those of the same model. Pictures are the same if their sizes are, and
+    their unrefined results are alike.
     """
-    first: dict[str, tuple[ComparedRun, dict[str, Record]]] = {}
-    lines = []
-    for run in runs:
-        records = records_in(run.folder)
-        other, expected = first.setdefault(run.model, (run, records))
-        for name in [name for name in records if name in expected]:
-            if words := _difference(records[name], expected[name], key):
-                lines.append(f"{run.folder}: {words} in {other.folder}")
-                break
-    return (lines[0] + (f" (and so {len(lines) - 1} more)" if lines[1:] else "")) if lines else ""
+    found = {}
+    for model in dict.fromkeys(run.model for run in runs):
+        known = {run: records_in(run.folder) for run in runs if run.model == model}
+        differences = {
+            run: {other: _difference(known[run], known[other]) for other in known} for run in known
+        }
+        usual = min(known, key=lambda run: sum(map(bool, differences[run].values())))
+        for run in known:
+            if words := differences[run][usual]:
+                found[run] = f"{words} in {usual.folder}"
+    return found
 
 
-def _difference(own: Record, other: Record, key: str) -> str:
-    """How two records of an image differ, in words; "" where they do not."""
-    if key != "picture":
-        same = own.get(key) == other.get(key)
-        return "" if same else f"its {key} is {own.get(key)}, but {other.get(key)}"
-    if not _is_another_picture(own, other):
-        return ""
-    name = printable(own["name"])
-    return f"its {name} is another picture: {_in_pixels(own)}, but {_in_pixels(other)}"
+def _difference(records: dict[str, Record], others: dict[str, Record]) -> str:
+    """The first difference of two runs' results, in words; "" where there is none."""
+    for name in [name for name in records if name in others]:
+        own, other = records[name], others[name]
+        if own.get("weights") != other.get("weights"):
+            return f"it has other weights: {own.get('weights')}, but {other.get('weights')}"
+        if _is_another_picture(own, other):
+            words = f"{_in_pixels(own)}, but {_in_pixels(other)}"
+            return f"its {printable(name)} is another picture: {words}"
+    return ""
 
 
 def _is_another_picture(own: Record, other: Record) -> bool:
@@ -115,6 +114,24 @@ def _unrefined(record: Record) -> tuple[str, float, float]:
     """The size, rate and PSNR of an unrefined image; 0 in place of what is not finite."""
     base = record["base"]
     return f"{record['width']}x{record['height']}", base["bpp"] or 0, base["psnr"] or 0
+
+
+def mixed_precision(runs: Sequence[ComparedRun]) -> str:
+    """In which precision the networks of each method computed, in words; "" if it is one."""
+    methods: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for record in records_in(run.folder).values():
+            methods.setdefault(str(record.get("precision", "float32")), {})[run.method] = None
+    if len(methods) < 2:
+        return ""
+    words = [f"{name} ({', '.join(own)})" for name, own in methods.items()]
+    return f"networks computed in {', '.join(words)}"
+
+
+def failures_of(runs: Sequence[ComparedRun]) -> str:
+    """The images that some run could not refine, in words; "" if there is none."""
+    names = dict.fromkeys(name for run in runs for name in sorted(_failed_in(run.folder)))
+    return f"failed, and not compared: {', '.join(map(printable, names))}" if names else ""
 
 
 def _failed_in(folder: Path) -> set[str]:

@@ -80,7 +80,8 @@ def write_report(
     rows = image_table(runs, images.names[: first.image_count])
     shared = rows_of_shared_images(rows)
     if shared.empty:
-        print(f"error: {folder}: no image was refined by every method", file=sys.stderr)
+        whom = "" if rows.empty else " by every method"
+        print(f"error: {folder}: no image was refined{whom}; see above", file=sys.stderr)
         return None
     dropped = sorted({*rows["image"]} - {*shared["image"]})
     if dropped:

@@ -12,7 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from common.errors import InputError
-from common.records import Record, loss_name, records_in, result_file
+from common.records import Record, loss_name, records_in
+from common.trajectories import read_trajectory
 from config import CompareConfig
 from metrics import Curve, CurvesDoNotCompareError, bd_psnr, bd_rate, overlap
 from reports.compared_run import ComparedRun
@@ -174,9 +175,12 @@ def change_percent(value: Losses, other: Losses) -> Losses:
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of Student's 95 % confidence interval of the mean; NaN for one value."""
+    """Half the width of Student's 95 % confidence interval of the mean.
+
+    NaN for one value, and for two: it would be 13 standard errors wide.
+    """
     count = len(values)
-    if count < 2:
+    if count < 3:
         return math.nan
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
     return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
@@ -296,11 +300,14 @@ def mean_curve(run: ComparedRun, names: Sequence[str]) -> pd.DataFrame:
     """A run's trajectory over steps, with `seconds`, as the mean over the images of these names.
 
     If an image ended early, its last row counts at later steps, too.
+
+    Raises:
+        InputError: a trajectory is missing or damaged.
     """
     tables = []
     records = records_in(run.folder)
     for name, record in ((name, records[name]) for name in names if name in records):
-        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
+        table = read_trajectory(run.folder, name)
         # Records of older runs have no clock.
         clock = record.get("clock") or table["step"] * record["seconds_per_step"]
         tables.append(table.assign(seconds=clock))

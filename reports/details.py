@@ -59,8 +59,8 @@ def details_of(
 ) -> list[Detail] | None:
     """The versions of an image: the original, the base, and the result of each run.
 
-    If a run lacks the image, the image is too large, the model cannot be read, or the directions
-    that it needs are missing or others: None, and a line on the console.
+    If the image, the model or a result cannot be read, the image is too large, a run lacks it, or
+    the directions that it needs are missing or others: None, and a line on the console.
 
     Args:
         runs: the runs with one model.
@@ -70,8 +70,14 @@ def details_of(
     found = [records_in(run.folder).get(name) for run in runs]
     records = [record for record in found if record]
     (image,) = images.load([name], 0)
-    if image.x is None or len(records) < len(runs) or image.x[0].numel() > LARGEST_SHOWN:
-        print(f"{printable(name)}: no pictures, for it is too large or some method lacks it")
+    reason = (
+        "it cannot be read" if image.x is None
+        else "some method lacks it" if len(records) < len(runs)
+        else "it is too large" if image.x[0].numel() > LARGEST_SHOWN
+        else None
+    )  # fmt: skip
+    if image.x is None or reason:
+        print(f"{printable(name)}: no pictures, for {reason}")
         return None
     if any((record["height"], record["width"]) != image.x.shape[1:] for record in records):
         print(f"{printable(name)}: no pictures, for some method refined another size of it")
@@ -79,6 +85,7 @@ def details_of(
     try:
         model = load_checkpoint(config.pretrain, architecture=config.architecture)
         decoders = _decoders(runs, records, model, config.coder_scales)
+        symbols = [stored_symbols(run.folder, name) for run in runs]
     except InputError as error:
         print(printable(f"{name}: no pictures: {error}"))
         return None
@@ -86,9 +93,8 @@ def details_of(
     details = [Detail("original", image.x, region=image.region)]
     base = model.symbols(model.analyze(x), (x.size(2), x.size(3)))
     details.append(_detail(model, "base", base, records[0]["base"], x))
-    for run, record, own in zip(runs, records, decoders, strict=True):
-        symbols = stored_symbols(run.folder, name)
-        details.append(_detail(own, run.method, symbols, record["refined"], x))
+    for run, record, own, latents in zip(runs, records, decoders, symbols, strict=True):
+        details.append(_detail(own, run.method, latents, record["refined"], x))
     return details
 
 

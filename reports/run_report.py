@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
-
 from common.files import write_whole
 from common.logs import log
 from common.records import Record, loss_name, result_file, write_json
+from common.trajectories import read_trajectory
 from reports.run_plots import plot_comparison, plot_rate_distortion, plot_trajectory
 from reports.run_tables import format_regions, format_table, mean_trajectory, summarize
 
@@ -37,13 +36,14 @@ def write_run_report(
         The exit code: 0, or 1 if an image failed or none was refined.
 
     Raises:
+        InputError: a trajectory is missing or damaged.
         OSError: a file cannot be written.
     """
     if not records:
         log.error("no image was refined")
         return 1
     names = [record["name"] for record in records]
-    tables = [pd.read_csv(result_file(folder, "trajectories", name, ".csv")) for name in names]
+    tables = [read_trajectory(folder, name) for name in names]
     trajectory = mean_trajectory(tables)
     write_whole(folder / "trajectory.csv", partial(trajectory.to_csv, index=False))
     summary = summarize(records, failed) | facts

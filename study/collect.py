@@ -1,6 +1,6 @@
 """Collect the losses of the study's comparisons from their folders into two small tables.
 
-python -m study.collect results -o docs/study
+python -m study.collect results -o my_study
 
 It reads the runs of example_files/compare/study_*.json that are below `results`, also of a study
 that is not finished, and writes losses.csv and curves.csv.
@@ -18,10 +18,11 @@ import pandas as pd
 from common.command_line import script_parser
 from common.errors import InputError, exits_with_one_line
 from common.files import user_path, write_whole
-from common.records import records_in, result_file
+from common.records import records_in
+from common.trajectories import read_trajectory
 from compare import plan_runs, remarks_on
 from config import CompareConfig, load_config
-from reports.compared_run import ComparedRun
+from reports.compared_run import ComparedRun, unlike
 from reports.run_tables import mean_trajectory
 
 CONFIGS = Path("example_files/compare")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the two tables; exit code 0, 2 where no run is found."""
     parser = script_parser(__doc__)
     parser.add_argument("results", type=user_path, help="the folder of the comparisons")
-    parser.add_argument("-o", "--out", type=user_path, default="docs/study", help="its CSV files")
+    parser.add_argument("-o", "--out", type=user_path, required=True, help="where to write")
     arguments = parser.parse_args(argv)
     losses, curves = collect(Path(arguments.results), CONFIGS)
     for name, table in (("losses", losses), ("curves", curves)):
@@ -97,10 +98,13 @@ def whole_runs(config: CompareConfig) -> dict[ComparedRun, list[ImageRows]]:
     runs = plan_runs(config)
     for remark in remarks_on(runs):
         print(remark)
+    compared = [run.compared for run in runs]
     found: dict[ComparedRun, dict[str, ImageRows]] = {}
-    for run in (run.compared for run in runs):
+    for run in [run for run in compared if run not in unlike(compared)]:
         if images := dict(_images_of(run, config.centre_crop)):
             found[run] = images
+    if found and len(found) < len(runs):
+        print(f"{config.name}: {len(found)} of {len(runs)} runs have results")
     most = max(found.values(), key=len, default={})
     for run, images in list(found.items()):
         if images.keys() != most.keys():
@@ -118,7 +122,7 @@ def _images_of(run: ComparedRun, crop: int | None) -> Iterator[tuple[str, ImageR
     for name, record in records_in(run.folder).items():
         if crop is not None and {record["width"], record["height"]} != {crop}:
             continue
-        table = pd.read_csv(result_file(run.folder, "trajectories", name, ".csv"))
+        table = read_trajectory(run.folder, name)
         lowest = pd.DataFrame({"step": table["step"], "loss": table["true_loss"].cummin()})
         base, refined = (
             {"seed": seed, "image": name, "loss_500": early, "loss": side["true_loss"],

@@ -1,6 +1,6 @@
 """Draw the plots of docs/study.md, and print its tables, from the CSV files beside them.
 
-python -m study.draw docs/study
+python -m study.draw my_study
 """
 
 import sys
@@ -17,6 +17,15 @@ from common.files import user_path, write_whole
 from reports.page_tables import markdown_of
 from study.plots import figures_of
 from study.tables import tables_of
+
+# The columns of a table, by the name of its file; the second ones have real numbers.
+COLUMNS = {
+    "losses": (
+        ("study", "method", "model", "seed", "image"),
+        ("loss_500", "loss", "bpp", "psnr", "ms_ssim_db"),
+    ),
+    "curves": (("study", "method", "model", "step"), ("loss",)),
+}
 
 
 @exits_with_one_line
@@ -41,12 +50,20 @@ def read_table(path: Path) -> pd.DataFrame:
     """A CSV file of `study.collect`.
 
     Raises:
-        InputError: it is missing, or no table.
+        InputError: it is missing or damaged.
     """
+    names, numbers = COLUMNS[path.stem]
     try:
-        return pd.read_csv(path)
+        table = pd.read_csv(path, dtype=dict.fromkeys(numbers, float))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); see study/collect.py") from None
+        raise InputError(
+            f"{path}: cannot be read ({error}); study.collect writes such a file"
+        ) from None
+    if lacking := [name for name in (*names, *numbers) if name not in table]:
+        raise InputError(
+            f"{path}: has no column {', '.join(lacking)}; study.collect writes such a file"
+        )
+    return table
 
 
 if __name__ == "__main__":

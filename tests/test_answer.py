@@ -59,12 +59,34 @@ def test_the_best_its_lead_and_the_next(models, words, cases):
     )
 
 
-def test_a_method_that_lacks_a_model_is_not_ranked_but_named():
-    images = images_of(LOSSES | {"partial": [0.1, 0.1, 0.1]}, MODELS)
+def test_a_model_that_a_method_lacks_is_not_counted_but_named():
+    images = images_of(LOSSES | {"partial": [0.1, 0.2, 0.4]}, MODELS)
     images = images[(images["method"] != "partial") | (images["model"] == MODELS[0])]
     text = answer(images, config_with("base"))
-    assert text.startswith("quick has the lowest loss with 1 of 2 models: ")
-    assert text.endswith(" above it; not ranked, for some of their losses are missing: partial.")
+    assert text.startswith(
+        "partial has the lowest loss: 90.00 ± 0.00 % less than base, lower in 3 of 3"
+    )
+    assert text.endswith(" above it; not counted, for not all methods have it: lambda 0.02.")
+
+
+def test_without_a_model_that_all_have_methods_with_all_models_are_ranked():
+    images = images_of(LOSSES | {"one": [0.1, 0.1, 0.1], "other": [0.1, 0.1, 0.1]}, MODELS)
+    lacks = {"one": MODELS[1], "other": MODELS[0]}
+    images = images[
+        [lacks.get(m) != model for m, model in zip(images["method"], images["model"], strict=True)]
+    ]
+    text = answer(images, config_with("base"))
+    assert text.startswith("quick has the lowest loss over 2 models: ")
+    assert text.endswith(" above it; not ranked, for some of their losses are missing: one, other.")
+
+
+def test_two_images_have_no_interval():
+    images = images_of({name: losses[:2] for name, losses in LOSSES.items()})
+    text = answer(images, config_with("base"))
+    assert text.startswith(
+        "quick has the lowest loss: 17.50 % less than base, lower in 2 of 2 images; "
+    )
+    assert "±" not in text and "chance" not in text
 
 
 def test_an_image_without_a_loss_is_in_no_change():
@@ -102,10 +124,10 @@ def test_a_lead_within_chance_is_no_lead():
 
 
 def test_each_objective_has_a_sentence():
-    similar = images_of({"base": [1.0, 1.0], "similar": [0.5, 0.6]}, objective="ms-ssim")
+    similar = images_of({"base": [1.0] * 3, "similar": [0.5, 0.6, 0.55]}, objective="ms-ssim")
     text = answer(pd.concat([images_of(LOSSES), similar]), config_with("base"))
     assert text.startswith("quick has the lowest loss: ")
-    assert "similar has the lowest loss for ms-ssim: 45.00 ± 63.53 % less than base" in text
+    assert "similar has the lowest loss for ms-ssim: 45.00 ± 12.42 % less than base" in text
     # Without the anchor's loss there is no lead to tell.
     assert answer(similar, config_with("quick")) == (
         "similar has the lowest loss for ms-ssim; next is base, 83.33 ± 211.77 % above it, which "

@@ -166,7 +166,8 @@ def test_time_left_follows_the_passes_of_all_processes(tmp_path, monkeypatch, ca
     # Now 70 + 30 of 310 passes; 80 in 20 minutes, so 210 take 52.5.
     assert forecast.at_run(1).startswith("done: 1 of 2 runs, 32 % of the decoder passes; about 52")
     now[0] = 1800
-    forecast.print_after(cost._replace(seconds=2.0))
+    for _ in range(3):
+        forecast.print_after(cost)
     # 6 of the 7 images: 280 of 310 passes, and 260 of them in half an hour.
     assert capsys.readouterr().out.startswith(
         "done: 1 of 2 runs, 90 % of the decoder passes; about 3 min left, until about "
@@ -285,15 +286,18 @@ def test_results_of_another_config_are_named(whole, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weights": "00ff"}, r"its weights is 00ff, but \w{16} in .*/short/lambda 0\.01"),
-        ({"precision": "bfloat16"}, "its precision is bfloat16, but float32 in"),
+        ({"weights": "00ff"}, r"it has other weights: 00ff, but \w{16} in .*/short/lambda 0\.01"),
         ({"width": 999}, r"its \S+ is another picture: 999x\d+, unrefined .* dB, but \d+x"),
         ({"base": {"bpp": 0.9}}, r"another picture: \d+x\d+, unrefined 0\.9000 bpp and"),
     ],
 )
-def test_results_of_other_weights_pictures_or_precision_are_named(whole, change, words, capsys):
-    """On the page, too. Numbers that are only rounded differently are not."""
-    whole["set"] = {"precision": "auto"}
+def test_results_of_other_weights_or_pictures_are_left_out(whole, change, words, capsys):
+    """They are named, on the page, too. Numbers that are only rounded differently do not matter.
+
+    What two of three runs have is right, be it not the first one's.
+    """
+    whole["methods"] = {"zero": whole["methods"]["short"]} | whole["methods"]
+    shutil.copytree(run_folder(whole, "short"), run_folder(whole, "zero"))
     path = run_folder(whole, "long") / "images.jsonl"
     records = read_jsonl(path)
     for record in records:
@@ -306,17 +310,38 @@ def test_results_of_other_weights_pictures_or_precision_are_named(whole, change,
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert compare(whole, "--report") == 0
     (line,) = re.findall(r".*, but .*", capsys.readouterr().out)
-    assert line.startswith(f"{run_folder(whole, 'long')}: ") and re.search(words, line)
+    assert line.startswith(f"{run_folder(whole, 'long')}: left out: ")
+    assert re.search(words.replace("short", "zero"), line)
+    assert set(table_of(whole)["method"]) == {"base", "zero", "short"}
     page = (Path(whole["output_dir"]) / "parts/report.html").read_text()
     assert html.escape(line[1:]) in page
 
 
-def test_a_precision_that_a_method_names_is_no_difference(whole, capsys):
+def test_methods_of_different_precision_are_named(whole, capsys):
     whole["methods"] = json.loads(json.dumps(whole["methods"]))  # other tests have them, too
     whole["methods"]["long"]["set"]["precision"] = "bfloat16"
     shutil.rmtree(run_folder(whole, "long"))
     assert compare(whole) == 0
-    assert ", but " not in capsys.readouterr().out
+    assert "\nnetworks computed in float32 (short), bfloat16 (long)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "code"),
+    [
+        ("trajectories/{}.csv", "garb", 2), ("trajectories/{}.csv", "step,true_loss\n0,1\n", 2),
+        ("latents/{}.npz", "garb", 0), ("config.json", "{", 0),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(whole, kind, content, code, capsys):
+    path = run_folder(whole, "long") / kind.format(NAMES[0])
+    path.write_text(content)
+    assert compare(whole | {"shown": 1}, "--report") == code
+    out, error = capsys.readouterr()
+    (line,) = [line for line in (out + error).splitlines() if str(path.parent) in line]
+    if code == 2:
+        assert line.startswith(f"error: {path}: ") and line.endswith("; refine this image again")
+    else:
+        assert path.name in line and "cannot be read" in line
 
 
 def test_before_any_run_is_done_all_that_have_images_are_compared(whole, capsys):
@@ -338,10 +363,11 @@ def test_before_any_run_is_done_all_that_have_images_are_compared(whole, capsys)
 def test_a_report_of_nothing_is_an_error(whole, capsys):
     shutil.rmtree(run_folder(whole, "short"))
     cut_off(run_folder(whole, "long"), {"images.jsonl": [-1]})
-    assert compare(whole, "--report") == 1
+    assert compare(whole, "--report") == 2
     out, error = capsys.readouterr()
     assert out.count("\n") == 1 and "(0 of 3 images), long with lambda 0.01 (0 of 3)" in out
-    assert error == f"error: {whole['output_dir']}/parts: no image was refined yet\n"
+    folder = f"{whole['output_dir']}/parts"
+    assert error.endswith(f"{folder}: no image was refined yet; run it without --report first\n")
 
 
 def test_an_image_that_failed_is_not_waited_for(whole, capsys):
@@ -354,7 +380,12 @@ def test_an_image_that_failed_is_not_waited_for(whole, capsys):
         table = table_of(values)
         capsys.readouterr()
         assert compare(values, "--report") == 0
-        assert "not done yet" not in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "not done yet" not in out and "failed, and not compared: d_broken.png\n" in out
+        assert (
+            "Failed, and not compared: d_broken.png."
+            in (Path(values["output_dir"]) / "parts/report.html").read_text()
+        )
         pd.testing.assert_frame_equal(table_of(values), table)
     finally:
         path.unlink()

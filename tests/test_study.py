@@ -37,7 +37,8 @@ def write_run(folder, losses, side=128):
     (folder / "trajectories").mkdir(parents=True)
     lines = []
     for name, of_image in losses.items():
-        pd.DataFrame({"step": STEPS, "true_loss": of_image}).to_csv(
+        unread = dict.fromkeys(("temperature", "relaxed_loss"), 1.0)
+        pd.DataFrame({"step": STEPS, "true_loss": of_image, **unread}).to_csv(
             folder / f"trajectories/{name}.csv", index=False
         )
         metrics = {"bpp": 0.5, "psnr": 30.0, "psnr_raw": 30.0, "ms_ssim_db": None}
@@ -224,7 +225,7 @@ def test_runs_that_are_not_done_are_left_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"left out, with 2 of the 3 images: {folders[1]}" in printed
     assert "left out, with 0 of the 3 images: " in printed
-    assert f"{folders[2]}: its a.png is another picture: 768x768" in printed
+    assert f"{folders[2]}: left out: its a.png is another picture: 768x768" in printed
     assert list(curves.columns) == ["study", "method", "model", "step", "loss"] and curves.empty
 
 
