@@ -74,14 +74,17 @@ def unlike(runs: Sequence[ComparedRun]) -> dict[ComparedRun, str]:
     found = {}
     for model in dict.fromkeys(run.model for run in runs):
         known = {run: records_in(run.folder) for run in runs if run.model == model}
-        differences = {
-            run: {other: _difference(known[run], known[other]) for other in known} for run in known
-        }
-        usual = min(known, key=lambda run: sum(map(bool, differences[run].values())))
-        for run in known:
-            if words := differences[run][usual]:
+        usual = max(known, key=lambda run: _agreeing(known[run], list(known.values())))
+        for run, records in known.items():
+            if words := _difference(records, known[usual]):
                 found[run] = f"{words} in {usual.folder}"
     return found
+
+
+def _agreeing(records: dict[str, Record], all_known: Sequence[dict[str, Record]]) -> int:
+    """How many runs' results share images with these, and do not differ."""
+    sharing = [known for known in all_known if known.keys() & records.keys()]
+    return sum(not _difference(records, known) for known in sharing)
 
 
 def _difference(records: dict[str, Record], others: dict[str, Record]) -> str:
