@@ -30,12 +30,12 @@ def plot_curves(curves: pd.DataFrame, styles: dict[str, Style]) -> Figure:
         panels.append(("psnr_inside", "PSNR inside the maps (dB)"))
     figure = Figure(figsize=(6 * len(panels), 4.8), dpi=130, layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        others = cycle(("#444444", "#888888", "#bbbbbb"))
+        others = cycle(zip(("#444444", "#888888", "#aaaaaa"), ("|", "x", "1"), strict=True))
         known = curves.dropna(subset=["bpp", key])
         for name, points in known.groupby("curve", sort=False):
-            style: dict[str, Any] = {"marker": "|", "ms": 7, "lw": 0.9, "ls": "--"}
+            style: dict[str, Any] = {"ms": 7, "lw": 0.9, "ls": "--"}
             if points["dashed"].all():
-                style["color"] = next(others)
+                style["color"], style["marker"] = next(others)
             else:
                 style |= {"ms": 4.5, "lw": 1.6, **styles[name].of_line}
                 style["marker"] = styles[name].marker

@@ -72,16 +72,19 @@ const drawChanges = (section, objective) => {
     })));
   }
   models.forEach((model, index) => {
-    const own = rows.filter(row => row.model === model);
+    // The legend takes the colour of the first point, so that is one that is not shown, and grey.
+    const own = [{method: null, mean: null}, ...rows.filter(row => row.model === model)];
     traces.push({
       type: "scatter", mode: "markers", name: safe(model), showlegend: models.length > 1,
       x: own.map(row => row.mean), y: own.map(row => height(row, index)),
-      error_x: {type: "data", array: own.map(row => row.half ?? 0), thickness: 1.2, width: 3,
+      error_x: {type: "data", array: own.map(row => row.half ?? null), thickness: 1.2, width: 3,
                 color: color("--soft")},
       marker: {size: 9, symbol: MODEL_SYMBOLS[index % MODEL_SYMBOLS.length],
-               color: own.map(row => colorOf(data.styles[row.method]))},
+               color: own.map(row => row.method === null ? color("--soft") :
+                 colorOf(data.styles[row.method]))},
       customdata: own.map(row => [row.method, row.model]),
-      text: own.map(row => `${safe(row.method)}, ${safe(row.model)}<br>${row.mean.toFixed(2)}` +
+      text: own.map(row => row.method === null ? "" :
+        `${safe(row.method)}, ${safe(row.model)}<br>${row.mean.toFixed(2)}` +
         `${row.half === null ? "" : ` ± ${row.half.toFixed(2)}`} %`),
       hovertemplate: "%{text}<extra></extra>",
     });
@@ -89,10 +92,11 @@ const drawChanges = (section, objective) => {
   // All rows should be on the first screen, if they can be read there.
   const [least, most] = models.length > 1 ? [6, 9].map(each => 15 + each * models.length) : [20, 40];
   const room = Math.min(most, Math.max(least, 520 / methods.length));
+  const tall = Math.max(150, 75 + room * methods.length) + (narrow() ? 20 * models.length : 0);
   draw(section, traces, {
-    height: Math.max(150, 75 + room * methods.length) + (narrow() ? 20 * models.length : 0),
+    height: tall,
     xaxis: {title: {text: `change of the loss against ${safe(data.anchor)}, %`}, zeroline: true,
-            zerolinewidth: 2},
+            zerolinewidth: 2, side: tall > 560 ? "top" : "bottom"},
     yaxis: {tickvals: methods.map((_, index) => index), ticktext: methods.map(safe), showgrid: false,
             range: [-0.6, methods.length - 0.4], zeroline: false},
   });
@@ -104,10 +108,17 @@ const QUALITIES = {psnr: "PSNR (dB)", ms_ssim_db: "MS-SSIM (dB)",
                    psnr_inside: "PSNR inside the maps (dB)"};
 const isKnown = value => value !== null && value !== undefined;
 
+// Other codecs and published curves are grey, and differ by these.
+const OTHER_SYMBOLS = ["line-ns-open", "x-thin-open", "y-up-open", "asterisk-open", "circle-open",
+                       "square-open"];
+const OTHER_DASHES = ["dot", "dash", "dashdot", "longdash"];
+
 const drawCurves = (section, title) => {
   const key = Object.keys(QUALITIES).find(one => QUALITIES[one] === title);
   const traces = [], own = {bpp: [], quality: []};
+  const others = data.curves.filter(curve => curve.other).map(curve => curve.curve);
   for (const curve of data.curves) {
+    const number = others.indexOf(curve.curve);
     const at = curve.bpp.map((_, index) => index).filter(index => isKnown(curve[key]?.[index]));
     if (!at.length) continue;
     const style = data.styles[curve.curve];
@@ -117,8 +128,9 @@ const drawCurves = (section, title) => {
     traces.push({
       type: "scatter", mode: at.length > 1 ? "lines+markers" : "markers", name: safe(curve.curve),
       x: bpp, y: quality,
-      line: {color: paint, dash: style?.dash ?? "dot", width: style ? 2 : 1.2},
-      marker: {color: paint, symbol: style?.symbol ?? "line-ns-open", size: style ? 8 : 7},
+      line: {color: paint, dash: style?.dash ?? OTHER_DASHES[number % OTHER_DASHES.length], width: style ? 2 : 1.2},
+      marker: {color: paint, symbol: style?.symbol ?? OTHER_SYMBOLS[number % OTHER_SYMBOLS.length],
+               ...(style ? {} : {line: {width: 1.4}}), size: style ? 8 : 7},
       customdata: curve.other ? [] : at.map(index => [curve.method[index], curve.model[index]]),
       text: at.map(index => safe([curve.curve, curve.other ? "" : curve.model[index]]
         .filter(Boolean).join(", "))),

@@ -80,7 +80,10 @@ def _summary(config: CompareConfig, images: pd.DataFrame) -> str:
     """What is compared, in a line."""
     rates = {"estimate": "the model's estimates", "file": "those of the files"}
     parts = [
-        f"{_number(images['image'].nunique(), 'image')} of {config.image_set}",
+        f"{_number(images['image'].nunique(), 'image')} of {config.image_set}" + (
+            f" ({config.centre_crop}x{config.centre_crop} pixels in the centre)"
+            if config.centre_crop else ""
+        ),
         _number(len({*images["method"]} - {"base"}), "method"),
         _number(images["model"].nunique(), "model"), _number(images["seed"].nunique(), "seed"),
         f"rates are {' and '.join(rates[kind] for kind in sorted(images['rate'].unique()))}",

@@ -21,10 +21,8 @@ def figures_of(losses: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str
     own = curves[(curves["study"] == "study_methods") & (curves["model"] == "lambda 0.01")]
     if len(own):
         yield "curves", plot_curves_of_loss(own)
-    bounds = settings_of(losses, "study_temperature", "bound", "SSL, bound 1")
-    rates = settings_of(losses, "study_learning_rate", "rate", "SSL, rate 0.005")
-    if len(bounds) and len(rates):
-        yield "sensitivity", plot_sensitivity(bounds, rates)
+    if {"study_temperature", "study_learning_rate"} <= {*losses["study"]}:
+        yield "sensitivity", plot_sensitivity(losses)
     if len(changes(losses, "study_ssl_scale", "a = 1.333")):
         yield "ssl_scale", plot_scales(losses)
     if (losses["study"] == "study_lambdas").any():
@@ -69,20 +67,28 @@ def plot_curves_of_loss(own: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_sensitivity(bounds: pd.Series, rates: pd.Series) -> Figure:
-    """The change of the loss over the temperature's upper bound, and over the learning rate."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def plot_sensitivity(losses: pd.DataFrame) -> Figure:
+    """The change of the loss over the temperature's upper bound, its rate, and the learning rate.
+
+    The rows are after 500 and after 2,000 steps.
+    """
+    panels = (
+        ("study_temperature", "bound", "SSL, bound 1", "upper bound of the temperature"),
+        ("study_temperature", "rate", "SSL, bound 1", "rate of the temperature"),
+        ("study_learning_rate", "rate", "SSL, rate 0.005", "learning rate"),
+    )
+    figure = Figure(figsize=(12, 7), layout="constrained")
     styles = styles_of([*FUNCTIONS, "SGA"])
-    draw_settings(left, bounds, styles)
-    left.set(xlabel="upper bound of the temperature",
-             ylabel="change of the loss against SSL, bound 1, %")  # fmt: skip
-    draw_settings(right, rates, styles)
-    right.set(xlabel="learning rate", xscale="log",
-              ylabel="change of the loss against SSL, 0.005, %")  # fmt: skip
-    tried = sorted({*rates.index.get_level_values(1)})
-    right.set_xticks(tried, [f"{rate:g}" for rate in tried])
-    right.minorticks_off()
+    for axes, (steps, column) in zip(figure.subplots(2, 3), STEPS.items(), strict=True):
+        for axis, (study, setting, anchor, label) in zip(axes, panels, strict=True):
+            table = settings_of(losses, study, setting, anchor, column)
+            draw_settings(axis, table, styles)
+            axis.set(xlabel=label, ylabel=f"change against {anchor}, %", title=f"after {steps}")
+            if setting == "rate":
+                tried = sorted({*table.index.get_level_values(1)})
+                axis.set_xscale("log")
+                axis.set_xticks(tried, [f"{rate:g}" for rate in tried])
+                axis.minorticks_off()
     return figure
 
 

@@ -27,6 +27,7 @@ def plot_probabilities() -> Figure:
     for axis in axes[len(scored) :]:
         axis.axis("off")
     figure.supxlabel("v", fontsize=9)
+    figure.supylabel("probability", fontsize=9)
     return figure
 
 

@@ -24,6 +24,9 @@ def tables_of(losses: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str,
         "Steps to the loss that SGA has after 2,000": lambda: of_steps(curves, "SGA"),
         "Function and temperature": lambda: of_temperatures(losses),
         "Three classes against two": lambda: of_classes(losses),
+        "Three seeds against SGA+ SSL": lambda: of_methods(
+            losses, "SGA+ SSL", "loss", "study_seeds"
+        ),
         "Three seeds": lambda: of_seeds(losses),
         "Upper bound of the temperature": lambda: of_settings(
             losses, "study_temperature", "bound", "SSL, bound 1"

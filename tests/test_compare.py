@@ -266,7 +266,8 @@ def test_a_seed_can_be_added(compared, write_config, tmp_path):
     assert runs[0].folder == more[1].folder != more[0].folder
 
 
-def test_an_interval_needs_two_values():
-    assert np.isnan(half_interval([1.0]))
+def test_an_interval_needs_three_values():
+    assert np.isnan(half_interval([1.0])) and np.isnan(half_interval([1.0, 2.0]))
     assert half_interval([1.0, 1.0, 1.0]) == 0
-    assert json.dumps(half_interval([0.0, 2.0]))[:6] == "12.706"  # t of one degree of freedom
+    # 4.3027 is t of two degrees of freedom; the standard error is 1 / sqrt(3).
+    assert half_interval([0.0, 1.0, 2.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
