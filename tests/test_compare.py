@@ -1,7 +1,6 @@
 """Comparisons: what is run and reused, and the numbers against a second way to them."""
 
 import io
-import json
 import os
 import sys
 
