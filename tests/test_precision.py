@@ -191,7 +191,7 @@ def test_a_training_keeps_its_precision(tmp_path, monkeypatch):
 
 
 def test_all_runs_of_a_comparison_have_one_precision(monkeypatch):
-    config = load_config("example_files/compare/demo.json", CompareConfig)
+    config = load_config("example_files/compare/study_seeds.json", CompareConfig)
     runs = plan_runs(config)
     asked = []
     monkeypatch.setattr(common.device, "is_faster_in_bfloat16", lambda device: not asked.append(1))
