@@ -150,8 +150,8 @@ def refine_all(
         if ranks.rank == 0:
             print(f"\n[{number + 1} of {len(tried)}] {run.folder}", flush=True)
             print(forecast.at_run(number), flush=True)
-        on_image = forecast.print_after if ranks.rank == 0 else lambda cost: None
-        exit_code = max(exit_code, report(refine_images(run.config, on_image)))
+        on_batch = forecast.print_after if ranks.rank == 0 else lambda cost: None
+        exit_code = max(exit_code, report(refine_images(run.config, on_batch)))
     return exit_code
 
 

@@ -132,12 +132,12 @@ def refine(
 
 
 def refine_images(
-    config: RefineConfig, on_image: Callable[[Cost], None] = lambda cost: None
+    config: RefineConfig, on_batch: Callable[[Cost], None] = lambda cost: None
 ) -> Run:
     """Refine every image of a config that is not done yet, save the results, return the run.
 
     Args:
-        on_image: called with the cost of each image.
+        on_batch: called with the cost of each batch, after it is saved.
 
     Raises:
         InputError: a file or name in the config is missing or wrong.
@@ -168,7 +168,7 @@ def refine_images(
         while waiting:
             part = waiting.pop(0)
             try:
-                refine_and_save(refiner, part, run, on_image)
+                refine_and_save(refiner, part, run, on_batch)
             except BatchTooLargeError as error:
                 run.split(part, str(error))
                 waiting += [[image] for image in part]
@@ -241,7 +241,7 @@ def open_refiner(
 
 
 def refine_and_save(
-    refiner: "Refiner", batch: Sequence[LoadedImage], run: Run, on_image: Callable[[Cost], None]
+    refiner: "Refiner", batch: Sequence[LoadedImage], run: Run, on_batch: Callable[[Cost], None]
 ) -> None:
     """Refine images of one size together, save those with a result, and skip the others.
 
@@ -264,8 +264,9 @@ def refine_and_save(
     for image in batch:
         if image.name in failures:
             run.skip(image.name, str(failures[image.name]))
-        elif run.save(image, results[image.name], cost):
-            on_image(cost)
+        else:
+            run.save(image, results[image.name], cost)
+    on_batch(cost)
 
 
 class BatchTooLargeError(Exception):

@@ -49,7 +49,7 @@ class Forecast:
             for work, left in zip(self.works, self._left, strict=True)
         )
         self._left[:number] = [0] * number  # what has no record there has failed
-        self._number, self._in_batch = number, 0
+        self._number = number
 
     def work_left(self) -> str:
         """The work that is left, in words: `24 refinements to do, 52,800 decoder passes`."""
@@ -61,11 +61,7 @@ class Forecast:
         return self.in_words()
 
     def print_after(self, cost: Cost) -> None:
-        """Count an image of the current run; after the last image of a batch print `in_words`."""
-        self._in_batch += 1
-        if self._in_batch < cost.batch:
-            return
-        self._in_batch = 0
+        """Count a batch of the current run and print `in_words`."""
         images = min(cost.batch * self.processes, self._left[self._number])
         self._left[self._number] -= images
         self._done += images * self.works[self._number].passes

@@ -192,13 +192,10 @@ class Run:
         name = batch[0].name if len(batch) == 1 else f"{batch[0].name} and {len(batch) - 1} more"
         return Progress(name, None if open_ended else steps, self.config.print_freq)
 
-    def save(self, image: LoadedImage, result: Refined, cost: Cost) -> bool:
+    def save(self, image: LoadedImage, result: Refined, cost: Cost) -> None:
         """Write all results of one image. The record comes last and marks the image as done.
 
         If a file cannot be written, the image is skipped.
-
-        Returns:
-            Whether the files were written.
         """
         name, record = image.name, self._record(image, result, cost)
         try:
@@ -206,7 +203,7 @@ class Run:
             append_record(self._records_path, record)
         except OSError as error:
             self.skip(name, f"its results cannot be written: {reason_of(error)}")
-            return False
+            return
         try:
             self._track(name, result.trajectory.rows)
         except OSError as error:
@@ -219,7 +216,6 @@ class Run:
             log.warning("%s: the target, %s, was not met; the closest, %s, is kept", name, *words)
         log.info("%s: %s, best step %d, %.1f s", name, _in_words(record), record["best_step"],
                  cost.seconds)  # fmt: skip
-        return True
 
     def _write_files(self, image: LoadedImage, result: Refined) -> None:
         name, table = image.name, pd.DataFrame(result.trajectory.rows)

@@ -151,8 +151,7 @@ def test_time_left_follows_the_passes_of_all_processes(tmp_path, monkeypatch, ca
     assert forecast.at_run(0) == "done: 0 of 2 runs, 6 % of the decoder passes"  # 20 of 320
     now[0] = 600
     cost = Cost(1.0, 1.0, 1.0, batch=3)
-    for _ in range(3):  # once for each image of the batch
-        forecast.print_after(cost)
+    forecast.print_after(cost)
     # The other process has 3 of the 6 as well: 60 passes in 10 minutes, and 240 are left.
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
@@ -166,8 +165,7 @@ def test_time_left_follows_the_passes_of_all_processes(tmp_path, monkeypatch, ca
     # Now 70 + 30 of 310 passes; 80 in 20 minutes, so 210 take 52.5.
     assert forecast.at_run(1).startswith("done: 1 of 2 runs, 32 % of the decoder passes; about 52")
     now[0] = 1800
-    for _ in range(3):
-        forecast.print_after(cost)
+    forecast.print_after(cost)
     # 6 of the 7 images: 280 of 310 passes, and 260 of them in half an hour.
     assert capsys.readouterr().out.startswith(
         "done: 1 of 2 runs, 90 % of the decoder passes; about 3 min left, until about "
