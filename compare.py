@@ -37,6 +37,7 @@ import torch
 
 from architectures import Architecture
 from common.device import pick_device, pick_precision
+from common.images import Images
 from common.processes import first_rank_does, join_ranks, ranks_from_environment
 from common.records import loss_name, records_in
 from common.resuming import stored_precision
@@ -46,7 +47,7 @@ from models import load_checkpoint
 from objectives import objective_of
 from refinement.descent import cost_in_steps
 from refinement.forecast import Forecast, Work, passes_of
-from refinement.run import RECORDS, changes_since, folder_of
+from refinement.run import RECORDS, changes_since, folder_of, has_known_config
 from refinement.told import check_adapt, use_directions_of
 from reports.compared_run import (
     ComparedRun,
@@ -182,7 +183,7 @@ def report_on(
     names = min(tried or runs, key=lambda run: run.config.dev_options.maps is not None).names
     compared, missing = runs_to_compare([run.compared for run in runs], names, over)
     remarks = [missing] if missing else []
-    remarks += remarks_on([run for run in runs if run.compared in compared])
+    remarks += remarks_on([run for run in runs if run.compared in compared], names)
     for remark in remarks:
         print(remark)
     spoiled = unlike(compared)
@@ -191,27 +192,49 @@ def report_on(
     if not compared:
         folder = Path(config.output_dir) / config.name
         raise InputError(f"{folder}: no image was refined yet; run it without --report first")
-    # With each model the config of the first method; but if a method has maps, they are shown.
-    kept.sort(key=lambda run: run.config.dev_options.maps is None)
     configs = {run.model.label: run.config for run in reversed(kept)}
-    images = open_images(configs[compared[0].model])
-    return write_report(config, compared, configs, images, remarks)
+    return write_report(config, compared, configs, _images_of(kept), remarks)
 
 
-def remarks_on(runs: Sequence[PlannedRun]) -> list[str]:
+def _images_of(runs: Sequence[PlannedRun]) -> Images:
+    """The images of the runs, with maps if a method has some; without, if they cannot be read.
+
+    Raises:
+        InputError: see `open_images`.
+    """
+    without = [run.config for run in runs if run.config.dev_options.maps is None]
+    for config in (run.config for run in runs if run.config.dev_options.maps is not None):
+        try:
+            return open_images(config)
+        except InputError as error:
+            if not without:
+                raise
+            print(f"no maps are shown: {error}")
+            break
+    return open_images(without[0])
+
+
+def remarks_on(runs: Sequence[PlannedRun], names: Sequence[str] = ()) -> list[str]:
     """Lines that name what failed, and what came from other configs, weights, images, precisions.
 
     Runs may come from several machines, and be older than the config.
+
+    Args:
+        names: the images of each run.
     """
-    compared = [run.compared for run in runs]
-    changed = {run.folder: ", ".join(changes_since(run.config)) for run in runs}
+    spoiled = unlike([run.compared for run in runs])
+    kept = [run for run in runs if run.compared not in spoiled]
+    changed = {run.folder: ", ".join(changes_since(run.config)) for run in kept}
+    unknown = [run.folder for run in kept if not has_known_config(run.config)]
+    compared = [run.compared for run in kept]
     lines = [
-        failures_of(compared), mixed_precision(compared),
-        _first_of({run.folder: f"left out: {words}" for run, words in unlike(compared).items()}),
+        failures_of(compared, names), mixed_precision(compared),
+        _first_of({run.folder: f"left out: {words}" for run, words in spoiled.items()}),
         _first_of({
             folder: f"was refined with another config: {changes}"
             for folder, changes in changed.items() if changes
         }),
+        _first_of(dict.fromkeys(unknown, "its config.json cannot be read, so it may be another")),
     ]  # fmt: skip
     return [line for line in lines if line]
 

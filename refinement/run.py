@@ -382,15 +382,25 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
 def changes_since(config: RefineConfig) -> list[str]:
     """The keys in which a config differs from that of the results in its folder, with both values.
 
-    Paths may differ, and `auto` stands for any precision. If there is no config.json, nothing is
-    known to differ.
+    Paths may differ, and `auto` stands for any precision. If there is no sound config.json, nothing
+    is known to differ.
     """
     folder = folder_of(config)
     free = FREE_KEYS | PATHS | ({"precision"} if config.precision == "auto" else set())
     try:
         return differences(_stored_config(folder, config), resolved(config), free)
     except InputError:
-        return ["config.json cannot be read"] if (folder / "config.json").exists() else []
+        return []
+
+
+def has_known_config(config: RefineConfig) -> bool:
+    """Whether the config.json of the results in a config's folder can be read, if there is one."""
+    folder = folder_of(config)
+    try:
+        _stored_config(folder, config)
+    except InputError:
+        return not (folder / "config.json").exists()
+    return True
 
 
 def _stored_config(folder: Path, config: RefineConfig) -> Record:

@@ -1,7 +1,6 @@
 """What a run tells the decoder beside the latents: before the run, in its facts, in its records."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -149,5 +148,5 @@ def stored_symbols(folder: Path, name: str) -> Latents:
     try:
         with np.load(path) as arrays:
             return {latent: torch.from_numpy(v)[None] for latent, v in arrays.items()}
-    except (OSError, ValueError, BadZipFile) as error:
+    except Exception as error:  # readers of damaged files raise dozens of types
         raise InputError(f"{path}: cannot be read ({error}); refine this image again") from None

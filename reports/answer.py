@@ -54,7 +54,7 @@ def _answer_of_loss(of_all: pd.DataFrame, what: str, anchor: str) -> str:
     if lacking := [name for name in of_all if name not in losses]:
         text += f"; not ranked, for some of their losses are missing: {', '.join(lacking)}"
     if left := sorted({*of_all.index.unique("model")} - {*counted.index.unique("model")}):
-        text += f"; not counted, for not all methods have it: {', '.join(left)}"
+        text += f"; not counted, for some method lacks them: {', '.join(left)}"
     return f"{text}."
 
 

@@ -91,8 +91,9 @@ def _difference(records: dict[str, Record], others: dict[str, Record]) -> str:
     """The first difference of two runs' results, in words; "" where there is none."""
     for name in [name for name in records if name in others]:
         own, other = records[name], others[name]
-        if own.get("weights") != other.get("weights"):
-            return f"it has other weights: {own.get('weights')}, but {other.get('weights')}"
+        weights = [one.get("weights") for one in (own, other)]
+        if None not in weights and weights[0] != weights[1]:  # older records do not have them
+            return f"it has other weights: {weights[0]}, but {weights[1]}"
         if _is_another_picture(own, other):
             words = f"{_in_pixels(own)}, but {_in_pixels(other)}"
             return f"its {printable(name)} is another picture: {words}"
@@ -131,10 +132,13 @@ def mixed_precision(runs: Sequence[ComparedRun]) -> str:
     return f"networks computed in {', '.join(words)}"
 
 
-def failures_of(runs: Sequence[ComparedRun]) -> str:
-    """The images that some run could not refine, in words; "" if there is none."""
-    names = dict.fromkeys(name for run in runs for name in sorted(_failed_in(run.folder)))
-    return f"failed, and not compared: {', '.join(map(printable, names))}" if names else ""
+def failures_of(runs: Sequence[ComparedRun], names: Sequence[str]) -> str:
+    """The images that some run could not refine, with the models, in words; "" if there is none."""
+    failed = dict.fromkeys(
+        f"{printable(name)} with {run.model}"
+        for run in runs for name in sorted(_failed_in(run.folder) & {*names})
+    )  # fmt: skip
+    return f"failed, and not compared: {', '.join(failed)}" if failed else ""
 
 
 def _failed_in(folder: Path) -> set[str]:

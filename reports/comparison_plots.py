@@ -30,7 +30,7 @@ def plot_curves(curves: pd.DataFrame, styles: dict[str, Style]) -> Figure:
         panels.append(("psnr_inside", "PSNR inside the maps (dB)"))
     figure = Figure(figsize=(6 * len(panels), 4.8), dpi=130, layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        others = cycle(zip(("#444444", "#888888", "#aaaaaa"), ("|", "x", "1"), strict=True))
+        others = cycle(zip(("#444444", "#888888", "#aaaaaa") * 2, "|x1+23", strict=True))
         known = curves.dropna(subset=["bpp", key])
         for name, points in known.groupby("curve", sort=False):
             style: dict[str, Any] = {"ms": 7, "lw": 0.9, "ls": "--"}

@@ -177,7 +177,7 @@ def change_percent(value: Losses, other: Losses) -> Losses:
 def half_interval(values: Sequence[float]) -> float:
     """Half the width of Student's 95 % confidence interval of the mean.
 
-    NaN for one value, and for two: it would be 13 standard errors wide.
+    NaN for one value, and for two: half of it would be 13 standard errors.
     """
     count = len(values)
     if count < 3:

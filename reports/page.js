@@ -72,7 +72,7 @@ const drawChanges = (section, objective) => {
     })));
   }
   models.forEach((model, index) => {
-    // The legend takes the colour of the first point, so that is one that is not shown, and grey.
+    // The legend takes the colour of the first point, so that is a grey one without a place.
     const own = [{method: null, mean: null}, ...rows.filter(row => row.model === model)];
     traces.push({
       type: "scatter", mode: "markers", name: safe(model), showlegend: models.length > 1,
@@ -128,7 +128,8 @@ const drawCurves = (section, title) => {
     traces.push({
       type: "scatter", mode: at.length > 1 ? "lines+markers" : "markers", name: safe(curve.curve),
       x: bpp, y: quality,
-      line: {color: paint, dash: style?.dash ?? OTHER_DASHES[number % OTHER_DASHES.length], width: style ? 2 : 1.2},
+      line: {color: paint, width: style ? 2 : 1.2,
+             dash: style?.dash ?? OTHER_DASHES[number % OTHER_DASHES.length]},
       marker: {color: paint, symbol: style?.symbol ?? OTHER_SYMBOLS[number % OTHER_SYMBOLS.length],
                ...(style ? {} : {line: {width: 1.4}}), size: style ? 8 : 7},
       customdata: curve.other ? [] : at.map(index => [curve.method[index], curve.model[index]]),

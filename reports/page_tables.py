@@ -13,7 +13,7 @@ from reports.comparison_tables import REGION_KEYS, half_interval
 from reports.equal_rate import LEAD, QUALITY_NAMES
 
 # No line ends before the percent sign at the end of a cell.
-PERCENT, NO_BREAK = re.compile(" %$"), "\u00a0%"
+PERCENT, NO_BREAK_PERCENT = re.compile(" %$"), "\u00a0%"
 
 
 class Cells(NamedTuple):
@@ -211,7 +211,7 @@ def html_table(cells: Cells) -> tuple[str, str]:
 
 def _line(row: Sequence[str], minor: Sequence[bool], bold: bool) -> str:
     cells = "".join(
-        f"<td{_class(is_minor)}>{html.escape(PERCENT.sub(NO_BREAK, cell))}</td>"
+        f"<td{_class(is_minor)}>{html.escape(PERCENT.sub(NO_BREAK_PERCENT, cell))}</td>"
         for cell, is_minor in zip(row, minor, strict=True)
     )
     return f'<tr class="best">{cells}</tr>' if bold else f"<tr>{cells}</tr>"

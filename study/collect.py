@@ -99,8 +99,9 @@ def whole_runs(config: CompareConfig) -> dict[ComparedRun, list[ImageRows]]:
     for remark in remarks_on(runs):
         print(remark)
     compared = [run.compared for run in runs]
+    spoiled = unlike(compared)
     found: dict[ComparedRun, dict[str, ImageRows]] = {}
-    for run in [run for run in compared if run not in unlike(compared)]:
+    for run in [run for run in compared if run not in spoiled]:
         if images := dict(_images_of(run, config.centre_crop)):
             found[run] = images
     if found and len(found) < len(runs):

@@ -24,7 +24,7 @@ COLUMNS = {
         ("study", "method", "model", "seed", "image"),
         ("loss_500", "loss", "bpp", "psnr", "ms_ssim_db"),
     ),
-    "curves": (("study", "method", "model", "step"), ("loss",)),
+    "curves": (("study", "method", "model"), ("step", "loss")),
 }
 
 

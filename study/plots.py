@@ -12,6 +12,13 @@ from reports.styles import Style, styles_of
 from study.probabilities import plot_probabilities
 from study.tables import FUNCTIONS, STEPS, changes, settings_of
 
+# Study, setting, anchor, and the setting in words.
+SENSITIVITY = (
+    ("study_temperature", "bound", "SSL, bound 1", "upper bound of the temperature"),
+    ("study_temperature", "rate", "SSL, bound 1", "rate of the temperature"),
+    ("study_learning_rate", "rate", "SSL, rate 0.005", "learning rate"),
+)
+
 
 def figures_of(losses: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """Each plot that can be made, with its file's name; studies without results are left out."""
@@ -21,7 +28,7 @@ def figures_of(losses: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str
     own = curves[(curves["study"] == "study_methods") & (curves["model"] == "lambda 0.01")]
     if len(own):
         yield "curves", plot_curves_of_loss(own)
-    if {"study_temperature", "study_learning_rate"} <= {*losses["study"]}:
+    if all(len(settings_of(losses, *panel[:3])) for panel in SENSITIVITY):
         yield "sensitivity", plot_sensitivity(losses)
     if len(changes(losses, "study_ssl_scale", "a = 1.333")):
         yield "ssl_scale", plot_scales(losses)
@@ -72,15 +79,10 @@ def plot_sensitivity(losses: pd.DataFrame) -> Figure:
 
     The rows are after 500 and after 2,000 steps.
     """
-    panels = (
-        ("study_temperature", "bound", "SSL, bound 1", "upper bound of the temperature"),
-        ("study_temperature", "rate", "SSL, bound 1", "rate of the temperature"),
-        ("study_learning_rate", "rate", "SSL, rate 0.005", "learning rate"),
-    )
     figure = Figure(figsize=(12, 7), layout="constrained")
     styles = styles_of([*FUNCTIONS, "SGA"])
     for axes, (steps, column) in zip(figure.subplots(2, 3), STEPS.items(), strict=True):
-        for axis, (study, setting, anchor, label) in zip(axes, panels, strict=True):
+        for axis, (study, setting, anchor, label) in zip(axes, SENSITIVITY, strict=True):
             table = settings_of(losses, study, setting, anchor, column)
             draw_settings(axis, table, styles)
             axis.set(xlabel=label, ylabel=f"change against {anchor}, %", title=f"after {steps}")

@@ -115,7 +115,7 @@ def of_steps(curves: pd.DataFrame, anchor: str) -> Cells:
         row = [str(method)]
         for model, last in lasts.items():
             reached = of_method[(of_method["model"] == model) & (of_method["loss"] <= last)]
-            row.append(f"{reached['step'].min():,}" if len(reached) else "")
+            row.append(f"{reached['step'].min():,.0f}" if len(reached) else "")
         rows.append(row)
     return Cells(["method", *lasts], rows)
 
@@ -168,6 +168,7 @@ def settings_of(
             found[function, float(value)] = table[method].dropna()
         elif (setting, words) == ("rate", "bound 1"):
             found[function, 0.001] = table[method].dropna()
+    found = {key: own for key, own in found.items() if key[0] in (*FUNCTIONS, "SGA")}
     order = sorted(found, key=lambda key: ([*FUNCTIONS, "SGA"].index(key[0]), key[1]))
     return pd.Series(
         [found[key] for key in order],
@@ -260,8 +261,8 @@ def of_ms_ssim(losses: pd.DataFrame) -> Cells:
     own = losses[losses["study"] == "study_ms_ssim"]
     table = changes(losses, "study_ms_ssim", "SGA")
     rows = []
-    of_model = own["model"].map(list(own["model"].unique()).index)
-    for (_, model, method), part in own.groupby([of_model, "model", "method"], sort=False):
+    own = own.sort_values("model", key=lambda of: of.map(list(of.unique()).index), kind="stable")
+    for (model, method), part in own.groupby(["model", "method"], sort=False):
         change = table.loc[model, method] if len(table) and method in table else []
         rows.append([
             model, method, f"{part['bpp'].mean():.4f}", f"{part['psnr'].mean():.2f}",

@@ -66,7 +66,7 @@ def test_a_model_that_a_method_lacks_is_not_counted_but_named():
     assert text.startswith(
         "partial has the lowest loss: 90.00 ± 0.00 % less than base, lower in 3 of 3"
     )
-    assert text.endswith(" above it; not counted, for not all methods have it: lambda 0.02.")
+    assert text.endswith(" above it; not counted, for some method lacks them: lambda 0.02.")
 
 
 def test_without_a_model_that_all_have_methods_with_all_models_are_ranked():

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,21 @@ def test_the_tables_have_the_quality_inside_and_outside_of_runs_with_maps(compar
             for method, side in (("base", "base"), ("region", "refined")):
                 mean = np.mean([record[side][key] for record in records])
                 assert own.loc[method, key] == pytest.approx(mean)
+
+
+def test_a_report_without_the_maps_says_so(compared, tmp_path, capsys):
+    values, folder, _ = compared
+    before = pd.read_csv(folder / "table.csv")
+    maps = Path(values["methods"]["region"]["roi"])
+    moved = maps.rename(tmp_path / maps.name)
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps(values))
+    try:
+        assert main(["--config", str(path), "--report"]) == 0
+    finally:
+        moved.rename(maps)
+    assert re.search(f"no maps are shown: .*{maps}", capsys.readouterr().out)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "table.csv"), before)
 
 
 def test_the_image_table_has_the_base_once_for_each_objective(compared):

@@ -315,6 +315,40 @@ def test_results_of_other_weights_or_pictures_are_left_out(whole, change, words,
     assert html.escape(line[1:]) in page
 
 
+def test_older_records_without_weights_are_not_left_out(whole, capsys):
+    path = run_folder(whole, "long") / "images.jsonl"
+    records = read_jsonl(path)
+    for record in records:
+        del record["weights"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert compare(whole, "--report") == 0
+    assert "left out" not in capsys.readouterr().out
+    assert set(table_of(whole)["method"]) == {"base", "long", "short"}
+
+
+def test_what_a_run_failed_at_is_only_named_where_the_run_is_compared(whole, capsys):
+    """And so with its precision."""
+    folder = run_folder(whole, "long")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"failed": {NAMES[0]: "broken"}}))
+    lines = (folder / "images.jsonl").read_text().splitlines()[1:]
+    records = [json.loads(line) | {"precision": "bfloat16"} for line in lines]
+
+    def report():
+        path = folder / "images.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert compare(whole, "--report") == 0
+        return capsys.readouterr().out
+
+    out = report()
+    assert f"failed, and not compared: {NAMES[0]} with lambda 0.01\n" in out
+    assert "networks computed in float32 (short), bfloat16 (long)\n" in out
+    records[0]["weights"] = "00ff"
+    out = report()
+    assert "left out: it has other weights" in out
+    assert "failed, and" not in out and "networks computed" not in out
+
+
 def test_methods_of_different_precision_are_named(whole, capsys):
     whole["methods"] = json.loads(json.dumps(whole["methods"]))  # other tests have them, too
     whole["methods"]["long"]["set"]["precision"] = "bfloat16"
@@ -327,7 +361,8 @@ def test_methods_of_different_precision_are_named(whole, capsys):
     ("kind", "content", "code"),
     [
         ("trajectories/{}.csv", "garb", 2), ("trajectories/{}.csv", "step,true_loss\n0,1\n", 2),
-        ("latents/{}.npz", "garb", 0), ("config.json", "{", 0),
+        ("trajectories/{}.csv", "step,temperature,true_loss,relaxed_loss\n0,1,1,1\nnan,1,1,1\n", 2),
+        ("latents/{}.npz", "garb", 0), ("latents/{}.npz", "", 0), ("config.json", "{", 0),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_a_run_is_named(whole, kind, content, code, capsys):
@@ -379,9 +414,12 @@ def test_an_image_that_failed_is_not_waited_for(whole, capsys):
         capsys.readouterr()
         assert compare(values, "--report") == 0
         out = capsys.readouterr().out
-        assert "not done yet" not in out and "failed, and not compared: d_broken.png\n" in out
         assert (
-            "Failed, and not compared: d_broken.png."
+            "not done yet" not in out
+            and "failed, and not compared: d_broken.png with lambda 0.01\n" in out
+        )
+        assert (
+            "Failed, and not compared: d_broken.png with lambda 0.01."
             in (Path(values["output_dir"]) / "parts/report.html").read_text()
         )
         pd.testing.assert_frame_equal(table_of(values), table)

@@ -22,6 +22,7 @@ from study.tables import (
     of_classes,
     of_lambdas,
     of_methods,
+    of_ms_ssim,
     of_settings,
     of_steps,
     of_temperatures,
@@ -188,6 +189,37 @@ def test_another_lambda_is_compared_with_the_model_that_was_trained_for_it(resul
     # No model was trained for this one.
     lonely = next(row for row in cells.rows if row[0] == "0.014")
     assert lonely[-2:] == ["", ""]
+
+
+def test_the_rows_of_a_model_stand_together(tmp_path):
+    """Whatever order the runs were found in."""
+    path = ROOT / "example_files/compare/study_ms_ssim.json"
+    config = load_config(path, CompareConfig, [f'output_dir="{tmp_path}"'])
+    for one in config.combinations:
+        losses = {name: [1.0, *[0.9] * 4] for name in IMAGES}
+        write_run(tmp_path / config.save_name_of(*one), losses, side=192)
+    losses, _ = collect(tmp_path, ROOT / "example_files/compare")
+    rows = of_ms_ssim(losses).rows
+    models = [f"lambda {model.train_lambda:g}" for model in config.models]
+    assert [row[:2] for row in rows] == [
+        [model, method] for model in models for method in ("base", *config.methods)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("losses", lambda text: "a,b\n1,2\n", "has no column study, method"),
+        ("curves", lambda text: text.replace(",2000,", ",garb,"), "cannot be read"),
+    ],
+)
+def test_damaged_tables_are_named(results, tmp_path, name, spoil, words, capsys):
+    assert main([str(results[0]), "-o", str(tmp_path)]) == 0
+    path = tmp_path / f"{name}.csv"
+    path.write_text(spoil(path.read_text()))
+    assert draw_main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path}: {words}" in error
 
 
 def test_the_commands_write_the_same_plots_again(results, tmp_path, capsys):
