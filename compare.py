@@ -47,7 +47,7 @@ from models import load_checkpoint
 from objectives import objective_of
 from refinement.descent import cost_in_steps
 from refinement.forecast import Forecast, Work, passes_of
-from refinement.run import RECORDS, changes_since, folder_of, has_known_config
+from refinement.run import RECORDS, changes_since, folder_of
 from refinement.told import check_adapt, use_directions_of
 from reports.compared_run import (
     ComparedRun,
@@ -183,12 +183,12 @@ def report_on(
     names = min(tried or runs, key=lambda run: run.config.dev_options.maps is not None).names
     compared, missing = runs_to_compare([run.compared for run in runs], names, over)
     remarks = [missing] if missing else []
-    remarks += remarks_on([run for run in runs if run.compared in compared], names)
-    for remark in remarks:
-        print(remark)
     spoiled = unlike(compared)
     compared = [run for run in compared if run not in spoiled]
     kept = [run for run in runs if run.compared in compared]
+    remarks += remarks_on(kept, spoiled, names)
+    for remark in remarks:
+        print(remark)
     if not compared:
         folder = Path(config.output_dir) / config.name
         raise InputError(f"{folder}: no image was refined yet; run it without --report first")
@@ -214,27 +214,24 @@ def _images_of(runs: Sequence[PlannedRun]) -> Images:
     return open_images(without[0])
 
 
-def remarks_on(runs: Sequence[PlannedRun], names: Sequence[str] = ()) -> list[str]:
-    """Lines that name what failed, and what came from other configs, weights, images, precisions.
+def remarks_on(
+    runs: Sequence[PlannedRun], spoiled: dict[ComparedRun, str], names: Sequence[str] = ()
+) -> list[str]:
+    """Lines that name failures, mixed precision, runs of another config, and runs left out.
 
     Runs may come from several machines, and be older than the config.
 
     Args:
+        runs: those that are compared.
+        spoiled: those that are left out, and why, see `unlike`.
         names: the images of each run.
     """
-    spoiled = unlike([run.compared for run in runs])
-    kept = [run for run in runs if run.compared not in spoiled]
-    changed = {run.folder: ", ".join(changes_since(run.config)) for run in kept}
-    unknown = [run.folder for run in kept if not has_known_config(run.config)]
-    compared = [run.compared for run in kept]
+    compared = [run.compared for run in runs]
+    left_out = {run.folder: f"left out: {words}" for run, words in spoiled.items()}
+    changed = {run.folder: words for run in runs if (words := changes_since(run.config))}
     lines = [
         failures_of(compared, names), mixed_precision(compared),
-        _first_of({run.folder: f"left out: {words}" for run, words in spoiled.items()}),
-        _first_of({
-            folder: f"was refined with another config: {changes}"
-            for folder, changes in changed.items() if changes
-        }),
-        _first_of(dict.fromkeys(unknown, "its config.json cannot be read, so it may be another")),
+        _first_of(left_out), _first_of(changed),
     ]  # fmt: skip
     return [line for line in lines if line]
 

@@ -379,28 +379,21 @@ def _clear_folder(folder: Path, config: RefineConfig, facts: Record) -> None:
     remove_leftovers(folder, ("*", *(f"{kind}/**/*" for kind in kinds)))
 
 
-def changes_since(config: RefineConfig) -> list[str]:
-    """The keys in which a config differs from that of the results in its folder, with both values.
+def changes_since(config: RefineConfig) -> str:
+    """Why the results in a config's folder may be of another config, in words; "" if they are not.
 
-    Paths may differ, and `auto` stands for any precision. If there is no sound config.json, nothing
-    is known to differ.
+    Paths may differ, and `auto` stands for any precision. Results without a config.json count as of
+    the same one.
     """
     folder = folder_of(config)
+    if not (folder / "config.json").exists():
+        return ""
     free = FREE_KEYS | PATHS | ({"precision"} if config.precision == "auto" else set())
     try:
-        return differences(_stored_config(folder, config), resolved(config), free)
+        changes = differences(_stored_config(folder, config), resolved(config), free)
     except InputError:
-        return []
-
-
-def has_known_config(config: RefineConfig) -> bool:
-    """Whether the config.json of the results in a config's folder can be read, if there is one."""
-    folder = folder_of(config)
-    try:
-        _stored_config(folder, config)
-    except InputError:
-        return not (folder / "config.json").exists()
-    return True
+        return "its config.json cannot be read, so it may be of another config"
+    return f"was refined with another config: {', '.join(changes)}" if changes else ""
 
 
 def _stored_config(folder: Path, config: RefineConfig) -> Record:

@@ -26,7 +26,7 @@ from reports.compared_run import ComparedRun, unlike
 from reports.run_tables import mean_trajectory
 
 CONFIGS = Path("example_files/compare")
-EARLY = 500  # steps; the paper has tables for 500 and for 2,000
+EARLY = 500  # steps, a quarter of the published recipe
 WITH_CURVES = "study_methods"
 CURVE = ["study", "method", "model", "step", "loss"]
 DIGITS = 6  # significant ones
@@ -96,12 +96,12 @@ def whole_runs(config: CompareConfig) -> dict[ComparedRun, list[ImageRows]]:
     that were refined with another config, other weights or other pictures.
     """
     runs = plan_runs(config)
-    for remark in remarks_on(runs):
+    spoiled = unlike([run.compared for run in runs])
+    kept = [run for run in runs if run.compared not in spoiled]
+    for remark in remarks_on(kept, spoiled):
         print(remark)
-    compared = [run.compared for run in runs]
-    spoiled = unlike(compared)
     found: dict[ComparedRun, dict[str, ImageRows]] = {}
-    for run in [run for run in compared if run not in spoiled]:
+    for run in (run.compared for run in kept):
         if images := dict(_images_of(run, config.centre_crop)):
             found[run] = images
     if found and len(found) < len(runs):
